@@ -1,0 +1,224 @@
+"""Every option of a training run: a dataclass, presets in configs/*.yaml, and the command line on top.
+
+    python train_repa_dar.py --config digits --routing dar --alignment repa --lr 3e-4
+
+A preset is a name in configs/ or a path to a YAML file; a value on the command line wins over it.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+
+PRESETS = Path(__file__).parent / "configs"
+# A run may be continued with other values of these: they change neither the weights nor what is measured.
+FREE_TO_CHANGE = {"out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard"}
+
+
+@dataclass(frozen=True)
+class Config:
+    # ---- run ----
+    data: str = "data/digits"
+    """Folder made by `python -m dataset.prepare`."""
+    out: str = ""
+    """Run folder. Empty: runs/<data>/<routing>-<alignment>-seed<seed>. The same command again resumes it."""
+    seed: int = 0
+    """Decides initial weights, data order, times, noise and dropped labels, whatever the number of processes."""
+    init_from: str = ""
+    """Weights to start from: ours, SiT's or REPA's (`ema` is taken where the file has it)."""
+
+    # ---- model ----
+    model: str = "SiT-B/2"
+    """SiT-{S,B,L,XL}/{2,4,8}: depth, width, heads and patch size."""
+    depth: int | None = None
+    """Blocks, instead of the named model's."""
+    hidden_size: int | None = None
+    """Width, instead of the named model's."""
+    num_heads: int | None = None
+    """Attention heads, instead of the named model's."""
+    qk_norm: bool = False
+    """Normalise queries and keys of the self-attention."""
+    class_dropout_prob: float = 0.1
+    """How often the label is dropped, for classifier-free guidance."""
+
+    # ---- routing ----
+    routing: Literal["residual", "dar"] = "residual"
+    """What joins the sublayers: residual addition, or Diffusion-Adaptive Routing."""
+    query: Literal["static", "timestep", "dynamic"] = "timestep"
+    """DAR query: w, w + e(t), or W v of the newest output."""
+    chunk_size: int = 4
+    """DAR chunk size S in sublayers (two per block)."""
+    final_aggregator: Literal["auto", "dedicated", "shared"] = "auto"
+    """DAR state of the head; auto is shared with alignment and dedicated without."""
+
+    # ---- alignment ----
+    alignment: Literal["none", "repa"] = "none"
+    """repa: pull projected tokens towards those of a frozen encoder."""
+    align_depth: tuple[int, ...] = (4,)
+    """1-based blocks after which the tokens are aligned."""
+    proj_coeff: float = 0.5
+    """Weight of the alignment loss."""
+    projector_dim: int = 2048
+    """Hidden width of the projectors."""
+    encoder: str = "vit_base_patch14_dinov2.lvd142m"
+    """Frozen encoder of the alignment and of the evaluation: a timm name, or a folder that timm saved."""
+    encoder_weights: str = ""
+    """Local weights of a timm name, for machines without network. Empty: downloaded by timm."""
+    encoder_features: Literal["online", "prepared"] = "online"
+    """Alignment targets: computed in every step, or read from the data folder."""
+
+    # ---- loss ----
+    path: Literal["linear", "cosine"] = "linear"
+    """Interpolant between data and noise."""
+    time_sampling: Literal["uniform", "lognormal"] = "uniform"
+    """Distribution of the training times."""
+
+    # ---- optimisation ----
+    batch_size: int = 256
+    """Global batch: images per step over all processes and accumulated parts."""
+    micro_batch_size: int | None = None
+    """Images that one process takes at a time; smaller values accumulate gradients."""
+    max_steps: int = 400_000
+    """Steps after which the run is complete."""
+    lr: float = 1e-4
+    """AdamW learning rate, constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """Exponential moving averages of the weights; the first one is evaluated."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast; auto is bf16 on a GPU and fp32 on a CPU. Routing and alignment are float32 in either."""
+    tf32: bool = True
+    """TF32 for what stays float32 on a GPU."""
+    compile: bool = False
+    """torch.compile the model."""
+    num_workers: int = 0
+    """Reader processes per training process."""
+    max_skipped_steps: int = 20
+    """Consecutive non-finite steps that stop the run; fewer are skipped and counted."""
+
+    # ---- records ----
+    log_every: int = 100
+    """Steps between two lines of metrics.jsonl; the host waits for the device only then."""
+    checkpoint_every: int = 5_000
+    """Steps between two writes of last.pt."""
+    snapshot_every: int = 0
+    """Steps between checkpoints that are kept under their step; 0: none."""
+    tensorboard: bool = True
+    """Write TensorBoard files next to metrics.jsonl."""
+
+    # ---- online evaluation ----
+    eval_every: int = 10_000
+    """Steps between two evaluations (grid, Fréchet distance in the encoder's space); 0: none."""
+    eval_samples: int = 5_000
+    """Samples per evaluation. The distance depends on it: compare like with like."""
+    eval_batch_size: int = 250
+    """Samples that one process draws at a time."""
+    sampler: Literal["euler", "heun", "sde"] = "euler"
+    """ODE by Euler or Heun, or SDE by Euler-Maruyama."""
+    sample_steps: int = 50
+    """Sampler steps; heun costs two network evaluations in each but the last."""
+    cfg_scale: float = 1.0
+    """Guidance scale; 1: none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance is applied."""
+
+    def check(self):
+        """Raise a ValueError that names the first value out of range."""
+        at_least = {"seed": 0, "depth": 1, "hidden_size": 4, "num_heads": 1, "chunk_size": 1, "projector_dim": 1,
+                    "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "num_workers": 0, "max_skipped_steps": 1,
+                    "log_every": 1, "checkpoint_every": 1, "snapshot_every": 0, "eval_every": 0, "eval_samples": 2,
+                    "eval_batch_size": 1, "sample_steps": 2, "proj_coeff": 0, "weight_decay": 0, "cfg_scale": 0}
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            _require(value is None or low <= value < float("inf"), name, value, f"must be at least {low}, and finite")
+        for name in ("lr", "grad_clip"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), name, value, "must be above 0, and finite")
+        _require(0 <= self.class_dropout_prob < 1, "class_dropout_prob", self.class_dropout_prob, "must be in [0, 1)")
+        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must both be in [0, 1)")
+        _require(self.ema_decays and all(0 <= d < 1 for d in self.ema_decays), "ema_decays", self.ema_decays,
+                 "needs at least one number, each in [0, 1)")
+        _require(len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", self.ema_decays, "repeats a decay")
+        low, high = self.guidance_interval
+        _require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "must be 0 <= low < high <= 1")
+        _require(len(set(self.align_depth)) == len(self.align_depth) and all(k >= 1 for k in self.align_depth),
+                 "align_depth", self.align_depth, "must name different blocks, counted from 1")
+        _require(self.alignment == "none" or self.align_depth, "align_depth", self.align_depth,
+                 "must name a block when alignment = 'repa'")
+
+    def run_folder(self):
+        name = f"{self.routing}-{self.alignment}-seed{self.seed}"
+        return Path(self.out) if self.out else Path("runs") / Path(self.data).name / name
+
+
+def _require(condition, name, value, rule):
+    if not condition:
+        raise ValueError(f"{name} = {value!r}: {rule}")
+
+
+def parse(argv=None):
+    """The configuration of a command line (default: the process's own). Prints and exits with 2 on a bad option."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", default="digits")
+    chosen, overrides = files.parse_known_args(argv)
+    try:
+        preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
+        config = _parse(overrides, preset, prog="train_repa_dar.py")
+        config.check()
+    except ValueError as error:
+        raise SystemExit(f"configuration error: {error}") from None
+    return config
+
+
+def _parse(arguments, default, prog):
+    description = "--config NAME takes the preset configs/NAME.yaml, or a YAML file by its path (default: digits)."
+    return tyro.cli(Config, args=arguments, default=default, prog=prog, description=description,
+                    config=(tyro.conf.FlagConversionOff,))
+
+
+def _preset_arguments(name):
+    """A YAML file as command-line arguments, so that files and the command line are checked by one parser."""
+    path = PRESETS / f"{name}.yaml" if (PRESETS / f"{name}.yaml").is_file() else Path(name)
+    if not path.is_file():
+        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+        raise ValueError(f"--config {name!r} is neither a preset ({', '.join(known)}) nor a YAML file")
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines of the form `key: value`")
+    names = [field.name for field in dataclasses.fields(Config)]
+    arguments = []
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0)
+            raise ValueError(f"{path}: unknown key {key!r}; the nearest valid one is {near[0]!r}")
+        items = value if isinstance(value, list) else [value]
+        arguments += [f"--{key.replace('_', '-')}", *(str(item) for item in items)]
+    return arguments
+
+
+def save(config, path):
+    """Write the resolved configuration as YAML that `--config` accepts."""
+    values = {name: list(value) if isinstance(value, tuple) else value
+              for name, value in dataclasses.asdict(config).items()}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def differences(config, other):
+    """Lines 'key: a -> b' for what keeps `other`, a dict saved earlier, from being continued with `config`."""
+    values = dataclasses.asdict(config)
+    return [f"{key}: {other.get(key)!r} -> {values.get(key)!r}" for key in sorted(values.keys() | other.keys())
+            if key not in FREE_TO_CHANGE and _plain(values.get(key)) != _plain(other.get(key))]
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,76 @@
+"""What a training step minimises: the denoising loss of SiT and the alignment loss of REPA.
+
+Time runs from data (t = 0) to noise (t = 1).
+
+Shapes: B batch, C channels, H = W size, T tokens.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+PATHS = ("linear", "cosine")
+TIME_SAMPLINGS = ("uniform", "lognormal")
+
+
+def path_coefficients(t, path="linear"):
+    """alpha, sigma and their derivatives in t, each shaped like t, for x_t = alpha x + sigma eps (SiT, Table 1)."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path == "cosine":
+        angle, rate = t * (math.pi / 2), math.pi / 2
+        return angle.cos(), angle.sin(), -rate * angle.sin(), rate * angle.cos()
+    raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
+
+
+def interpolant(x, noise, t, path="linear"):
+    """x_t = alpha x + sigma eps and its velocity v = alpha' x + sigma' eps.
+
+    x, noise: (B, C, H, W); t: (B). Returns two (B, C, H, W).
+    """
+    alpha, sigma, d_alpha, d_sigma = path_coefficients(t.view(-1, *[1] * (x.ndim - 1)), path)
+    return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+
+
+def sample_times(uniform, normal, sampling="uniform", path="linear"):
+    """Training times in [0, 1] from draws that the caller made: "uniform" uses the first, "lognormal" the second.
+
+    Log-normal: the noise level s = exp(N(0, 1)) = sigma / alpha, mapped to t on the path (REPA, SD3).
+    uniform, normal: (B). Returns (B).
+    """
+    if sampling == "uniform":
+        return uniform
+    if sampling != "lognormal":
+        raise ValueError(f"time_sampling {sampling!r} is unknown; choose one of {', '.join(TIME_SAMPLINGS)}")
+    noise_level = normal.exp()
+    if path == "linear":
+        return noise_level / (1 + noise_level)
+    if path == "cosine":
+        return torch.atan(noise_level) * (2 / math.pi)
+    raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
+
+
+def denoising_loss(velocity, target):
+    """Mean square error in float32 over everything. velocity, target: (B, C, H, W). Returns a scalar."""
+    return F.mse_loss(velocity.float(), target.float())
+
+
+def alignment_loss(aligned, features):
+    """- mean cosine similarity over batch, tokens, depths and encoders (REPA, Eq. 8).
+
+    aligned:  list of projected tokens (B, T, dim), by depth and then by encoder, as the model returns them.
+    features: list of encoder tokens (B, T, dim), one per encoder.
+    Returns a scalar. Raises ValueError where the two do not match.
+    """
+    if not features or len(aligned) % len(features):
+        raise ValueError(f"{len(aligned)} projections cannot be shared among {len(features)} encoders")
+    total = 0.0
+    for i, projected in enumerate(aligned):
+        target = features[i % len(features)]
+        if projected.shape != target.shape:
+            raise ValueError(f"the model has projected tokens {tuple(projected.shape)} (batch, tokens, width), "
+                             f"the encoder {tuple(target.shape)}")
+        # Float32 before normalising: in half precision the norm overflows or vanishes and the loss turns NaN.
+        total = total - F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
+    return total / len(aligned)

@@ -1,0 +1,260 @@
+"""SiT (arXiv 2401.08740) with a choice of what joins its sublayers: residual addition, or DAR (arXiv 2605.20708).
+
+In residual mode parameter names and shapes are those of the published SiT and REPA checkpoints.
+
+Shapes: B batch, C channels, H = W input size, T tokens, D width.
+"""
+
+import math
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from torch import nn
+
+from models.dar import DepthRouter
+from models.projector import Projector
+
+ROUTINGS = ("residual", "dar")
+FREQUENCIES = 256                                   # width of the sinusoidal timestep embedding
+MAX_PERIOD = 10_000
+
+
+class SiT(nn.Module):
+    """Velocity network v(x, t, y) of SiT, with projections of its tokens for REPA.
+
+    input_size, in_channels: the (C, H, W) input. patch_size must divide input_size.
+    hidden_size D, depth (blocks), num_heads, mlp_ratio, qk_norm: the transformer.
+    num_classes: labels are 0 .. num_classes - 1; the null class of classifier-free guidance is num_classes.
+    class_dropout_prob: how often training replaces the label by the null class.
+    routing: "residual" or "dar"; query, chunk_size and final_aggregator belong to "dar" (models/dar.py).
+    final_aggregator: "auto" is "shared" with alignment and "dedicated" without (DAR, Appendix C.3).
+    align_depth: 1-based block numbers; the state after block k is projected, which with DAR is z_k, the aggregate
+        passed on to block k + 1 (Section 3). align_dims: one width per encoder; () builds no projector.
+    projector_dim: hidden width of the projectors.
+    Raises ValueError on any value outside what is said here.
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False,
+                 routing="residual", query="timestep", chunk_size=4, final_aggregator="auto",
+                 align_depth=(8,), align_dims=(768,), projector_dim=2048):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size = {input_size} is not a multiple of patch_size = {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size = {hidden_size} must be a multiple of num_heads = {num_heads} and of 4")
+        if routing not in ROUTINGS:
+            raise ValueError(f"routing {routing!r} is unknown; choose one of {', '.join(ROUTINGS)}")
+        if not 0 <= class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob = {class_dropout_prob} is not in [0, 1)")
+        align_depth = (align_depth,) if isinstance(align_depth, int) else tuple(sorted(align_depth))
+        if len(set(align_depth)) < len(align_depth) or not all(1 <= k <= depth for k in align_depth):
+            raise ValueError(f"align_depth = {align_depth} must name different blocks between 1 and depth = {depth}")
+        if align_dims and not align_depth:
+            raise ValueError(f"align_dims = {tuple(align_dims)} asks for projectors, but align_depth is empty")
+
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes = num_classes
+        self.align_depth, self.num_encoders = align_depth, len(align_dims)
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        grid = input_size // patch_size
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid), requires_grad=False)   # (1, T, D)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.initialize_weights()
+        # After the rest, so that for one seed every arm of a comparison starts from the same backbone.
+        self.router = None
+        if routing == "dar":
+            if final_aggregator == "auto":
+                final_aggregator = "shared" if align_dims else "dedicated"
+            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, final_aggregator)
+            if query == "timestep":                          # so that the first aggregation is a plain mean
+                nn.init.zeros_(self.t_embedder.mlp[2].weight)
+                nn.init.zeros_(self.t_embedder.mlp[2].bias)
+        self.projectors = nn.ModuleList(Projector(hidden_size, projector_dim, dim)
+                                        for _ in align_depth for dim in align_dims)
+        self.projectors.apply(_xavier)
+
+    def forward(self, x, t, y, label_draw=None):
+        """Velocity at x_t, and the projected tokens.
+
+        x: (B, C, H, W); t: (B) in [0, 1], 1 is noise; y: (B) integer labels, num_classes for none.
+        label_draw: (B) uniform numbers in [0, 1) that decide which labels training drops; drawn here if None.
+        Returns the velocity (B, C, H, W) and a list of (B, T, dim), by depth and then by encoder.
+        """
+        tokens = self.x_embedder(x) + self.pos_embed                       # (B, T, D)
+        e = self.t_embedder(t)                                             # (B, D)
+        c = e + self.y_embedder(y, label_draw)                             # (B, D)
+
+        v = [tokens]                                                       # v_0 = h_0
+        h = tokens if self.router is None else self.router(v, e)           # h_1
+
+        def advance(output):
+            if self.router is None:
+                return h + output                                          # what DAR replaces
+            v.append(output)                                               # v_l = f_l(h_l; t)
+            return self.router(v, e)                                       # h_{l+1}, Eq. 5
+
+        aligned = []
+        for k, block in enumerate(self.blocks, start=1):
+            attention_modulation, mlp_modulation = block.modulation(c)
+            h = advance(block.attention(h, attention_modulation))
+            h = advance(block.feed_forward(h, mlp_modulation))             # z_k
+            aligned += [project(h) for project in self.projectors_after(k)]
+        return self.unpatchify(self.final_layer(h, c)), aligned
+
+    def projectors_after(self, k):
+        """The projectors that read the state after block k, one per encoder; [] where nothing is aligned."""
+        if not self.num_encoders or k not in self.align_depth:
+            return []
+        first = self.align_depth.index(k) * self.num_encoders
+        return self.projectors[first:first + self.num_encoders]
+
+    def unpatchify(self, x):
+        """(B, T, p * p * C) -> (B, C, H, W)."""
+        p, g = self.patch_size, self.input_size // self.patch_size
+        x = x.reshape(-1, g, g, p, p, self.in_channels)                    # (B, g, g, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, g * p, g * p)
+
+    def initialize_weights(self):
+        self.apply(_xavier)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))    # as the linear layer that it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # adaLN-Zero: every sublayer and the head start at exactly zero.
+        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
+                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class Block(nn.Module):
+    """The two sublayers of a DiT block. Each returns its output with its adaLN gate, and adds nothing."""
+
+    def __init__(self, width, num_heads, mlp_ratio, qk_norm):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, c):
+        """(B, D) -> shift, scale and gate (B, 1, 3D) of the attention, and of the MLP."""
+        return self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+
+    def attention(self, h, modulation):
+        shift, scale, gate = modulation.chunk(3, dim=-1)                   # (B, 1, D) each
+        return gate * self.attn(modulate(self.norm1(h), shift, scale))
+
+    def feed_forward(self, h, modulation):
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        return gate * self.mlp(modulate(self.norm2(h), shift, scale))
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then a linear map from tokens to patches: (B, T, D) -> (B, T, p * p * C)."""
+
+    def __init__(self, width, patch_size, channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_size * patch_size * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, h, c):
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(h), shift, scale))
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B) in [0, 1], unscaled -> e(t) (B, D): 128 cosines, 128 sines, then a two-layer MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        half = FREQUENCIES // 2
+        self.register_buffer("frequencies", torch.exp(-math.log(MAX_PERIOD) * torch.arange(half) / half),
+                             persistent=False)
+
+    def forward(self, t):
+        angles = t[:, None].to(self.frequencies.dtype) * self.frequencies  # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B) -> (B, D). The one place where labels are dropped for classifier-free guidance."""
+
+    def __init__(self, num_classes, width, dropout_prob):
+        super().__init__()
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + 1, width)        # the last row is the null class
+
+    def forward(self, labels, draw=None):
+        if self.training and self.dropout_prob > 0:
+            draw = torch.rand(labels.shape, device=labels.device) if draw is None else draw
+            labels = torch.where(draw < self.dropout_prob, self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def sincos_positions(width, grid):
+    """Fixed 2-D sine-cosine position embedding (1, grid * grid, width), column coordinate first, as in MAE and DiT."""
+    frequencies = MAX_PERIOD ** -(np.arange(width // 4) / (width / 4))
+    angles = np.arange(grid)[:, None] * frequencies                        # (grid, width / 4), float64
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)        # (grid, width / 2)
+    columns, rows = np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)
+    return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float().unsqueeze(0)
+
+
+def _xavier(module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def load_published(model, state_dict):
+    """Load SiT's or REPA's released weights, or our own, into a model of the same size and routing.
+
+    Two things may differ and are mended: released SiT models predict a variance beside the velocity, of which the
+    velocity half is kept, and projectors that only one side has are left out (the model's keep their initial values).
+    Returns the names of parameters that were not loaded and of weights that were not used.
+    Raises ValueError that names the missing, unknown or differently shaped parameters.
+    """
+    own = model.state_dict()
+    state_dict = dict(state_dict)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in state_dict and len(state_dict[name]) == 2 * len(own[name]):
+            both = state_dict[name].unflatten(0, (model.patch_size ** 2, 2, model.in_channels))
+            state_dict[name] = both[:, 0].flatten(0, 1)                    # (p * p * C, ...)
+    missing = sorted(own.keys() - state_dict.keys())
+    unused = sorted(state_dict.keys() - own.keys())
+    problems = [f"missing {name}" for name in missing if not name.startswith("projectors.")]
+    problems += [f"unknown {name}" for name in unused if not name.startswith("projectors.")]
+    problems += [f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(own[name].shape)}"
+                 for name in sorted(own.keys() & state_dict.keys()) if own[name].shape != state_dict[name].shape]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}")
+    model.load_state_dict(state_dict, strict=False)
+    return missing, unused
+
+
+def _sized(depth, hidden_size, num_heads, patch_size):
+    def build(**kwargs):
+        return SiT(**{"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads,
+                      "patch_size": patch_size, **kwargs})
+    return build
+
+
+SIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # depth, width, heads
+SIT_MODELS = {f"SiT-{name}/{patch}": _sized(*size, patch) for name, size in SIT_SIZES.items() for patch in (2, 4, 8)}

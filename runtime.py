@@ -1,0 +1,220 @@
+"""What every run needs around its training step: processes, the run folder, averaged weights, checkpoints, logs."""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import json
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+AGREE_EVERY = 10        # steps between two exchanges of the stop flag; each makes the processes wait for one another
+
+
+def derive_seed(*numbers):
+    """One 63-bit seed from several integers, such as (run seed, purpose, step)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Ranks:
+    """The processes of a run: all of torchrun's, or this one alone."""
+
+    def __init__(self):
+        distributed = "RANK" in os.environ
+        self.rank = int(os.environ["RANK"]) if distributed else 0
+        self.world = int(os.environ["WORLD_SIZE"]) if distributed else 1
+        self.main = self.rank == 0
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if distributed:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        # Flags travel by gloo, so that exchanging them never waits for the device.
+        self.host_group = dist.new_group(backend="gloo") if distributed else None
+
+    def sum(self, tensor):
+        """Sum a device tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """Whether a host flag is set in any process; the largest one where flags are numbers."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.host_group)
+        return int(value)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier(group=self.host_group)
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """The block runs in the main process, then in the others: one downloads, the rest find it in the cache."""
+        if not self.main:
+            self.barrier()
+        yield
+        if self.main:
+            self.barrier()
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+class StopFlag:
+    """Remembers SIGINT and SIGTERM until the loop can save and leave."""
+
+    def __init__(self, ranks):
+        self.ranks, self.signal = ranks, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._set)
+
+    def _set(self, number, frame):
+        self.signal = number
+
+    def agreed(self, step):
+        """The signal that all processes stop for after this step, or 0."""
+        if self.ranks.world > 1 and step % AGREE_EVERY:
+            return 0
+        return self.ranks.any(self.signal)
+
+
+class EMA:
+    """Exponential moving averages of the weights, one frozen copy of the model per decay."""
+
+    def __init__(self, model, decays):
+        self.models = {decay: copy.deepcopy(model).eval().requires_grad_(False) for decay in decays}
+
+    @torch.no_grad()
+    def update(self, model):
+        for decay, average in self.models.items():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+    def state_dict(self):
+        return {str(decay): model.state_dict() for decay, model in self.models.items()}
+
+    def load_state_dict(self, state):
+        for decay, model in self.models.items():
+            model.load_state_dict(state[str(decay)])
+
+
+def open_run(folder, ranks):
+    """Create the run folder and hold it until this process ends, so that no second run writes into it.
+
+    Returns the path. Raises ValueError where the folder cannot be used.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out = {str(folder)!r} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if ranks.main:
+        lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another run; wait for it, or give another --out") from None
+        open_run.locks.append(lock)
+    return folder
+
+
+open_run.locks = []     # an unreferenced file would be closed, and its lock lost
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def load_file(path, device="cpu"):
+    """The content of a checkpoint, read without executing any code that it may hold.
+
+    Raises ValueError, with the path, where there is no such file or it is not a checkpoint of tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no weights file {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file as load_safetensors
+            return load_safetensors(path, device=str(device))
+        with torch.serialization.safe_globals([argparse.Namespace]):        # REPA keeps its arguments in one
+            return torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{str(path)!r} is not a weights file, or holds code, which is never executed: {reason}") from None
+
+
+def load_weights(path):
+    """Model weights from one of our checkpoints, SiT's, REPA's, or a bare state dict: `ema` where there is one."""
+    content = load_file(path)
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    weights = {name.removeprefix("module."): value for name, value in content.items()}
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{str(path)!r} holds no state dict, neither bare nor under 'ema', 'model' or 'state_dict'")
+    return weights
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object a line, and the same numbers for TensorBoard. Silent but in the main process.
+
+    Opening drops the lines after `step`: the run is about to write them again, bit for bit.
+    """
+
+    def __init__(self, folder, step, tensorboard, ranks):
+        self.file = self.board = None
+        if not ranks.main:
+            return
+        path = folder / "metrics.jsonl"
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(unfinished, path)
+        self.file = open(path, "a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def write(self, record):
+        if self.file is None:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in record.items():
+            if self.board and name != "step":
+                self.board.add_scalar(name, value, record["step"])
+
+    def image(self, name, image, step):
+        """image: (3, H, W) uint8."""
+        if self.board:
+            self.board.add_image(name, image, step)
+
+    def close(self):
+        for stream in (self.file, self.board):
+            if stream:
+                stream.close()
+
+
+def read_lines(path):
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_text()
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
