@@ -213,12 +213,9 @@ def save(config, path):
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def differences(config, other):
-    """Lines 'key: a -> b' for what keeps `other`, a dict saved earlier, from being continued with `config`."""
-    values = dataclasses.asdict(config)
-    return [f"{key}: {other.get(key)!r} -> {values.get(key)!r}" for key in sorted(values.keys() | other.keys())
-            if key not in FREE_TO_CHANGE and _plain(values.get(key)) != _plain(other.get(key))]
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+def differences(wanted, saved):
+    """Lines 'key: saved -> wanted' for what keeps a run with settings `saved` from going on with `wanted` (dicts)."""
+    def plain(value):
+        return list(value) if isinstance(value, tuple) else value
+    return [f"{key}: {saved.get(key)!r} -> {wanted.get(key)!r}" for key in sorted(wanted.keys() | saved.keys())
+            if key not in FREE_TO_CHANGE and plain(wanted.get(key)) != plain(saved.get(key))]

@@ -15,7 +15,8 @@ class PreparedImages:
     """A folder made by `python -m dataset.prepare`, as a map-style dataset that is read a batch at a time.
 
     features: fingerprint of the encoder whose stored tokens are served as well; empty for none.
-    Items are counted without the damaged files. Attributes: resolution, num_classes, autoencoder, labels.
+    Items are counted without the damaged files. Attributes: resolution, num_classes, autoencoder, labels,
+    and listing, a fingerprint of the names and labels it was prepared from.
     Raises ValueError where the folder is missing, unfinished, or lacks those features.
     """
 
@@ -26,7 +27,7 @@ class PreparedImages:
             raise ValueError(f"data = {str(folder)!r} {state}; run `python -m dataset.prepare SOURCE --out {folder}`")
         meta = json.loads((self.folder / "meta.json").read_text())
         self.resolution, self.num_classes = meta["resolution"], len(meta["class_names"])
-        self.autoencoder = meta["autoencoder"]
+        self.autoencoder, self.listing = meta["autoencoder"], meta["listing"]
         self.tokens_file = self.folder / "features" / features / "tokens.npy" if features else None
         if features and not self.tokens_file.with_name("meta.json").is_file():
             raise ValueError(f"{folder} holds no finished features of encoder {features}; run `python -m dataset.prepare` "

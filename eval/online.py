@@ -1,0 +1,94 @@
+"""Judges a model while it trains: a grid of samples, and their distance to the training images.
+
+The distance is the Fréchet distance between mean-pooled patch tokens of the frozen encoder. It ranks runs of one study;
+it is not FID, and depends on the encoder and on the number of samples.
+
+Shapes: B batch, C channels, H = W size, T tokens.
+"""
+
+import numpy as np
+import torch
+from torchvision.utils import make_grid
+
+from eval.metrics import FeatureStatistics, frechet_distance
+from eval.samplers import IndexedNoise, sample_ode, sample_sde
+from runtime import derive_seed, load_file, save_checkpoint
+
+REFERENCE_IMAGES = 50_000       # the distance is to at most so many training images
+GRID = 64                       # samples shown
+PURPOSE = 2                     # keeps this noise apart from the training's (see derive_seed)
+
+
+class OnlineEvaluation:
+    """Samples from the same noise and labels at every call, shared among the processes by index.
+
+    encoder: FrozenEncoder; autoencoder: decodes what the model makes; autocast: the context that training uses.
+    """
+
+    def __init__(self, config, data, encoder, autoencoder, ranks, autocast):
+        self.config, self.encoder, self.autoencoder = config, encoder, autoencoder
+        self.ranks, self.autocast = ranks, autocast
+        self.shape = (autoencoder.channels, *[data.resolution // autoencoder.downsampling] * 2)
+        # Labels as frequent as in the training set, in random order.
+        chosen = np.random.default_rng([config.seed, PURPOSE]).integers(len(data), size=config.eval_samples)
+        self.labels = data.labels[chosen]
+        self.reference = self._reference(data)
+
+    def __call__(self, model):
+        """Returns the distance and a grid (3, H', W') uint8 of the first samples, ordered by label."""
+        statistics = FeatureStatistics(self.encoder.dim, self.ranks.device)
+        shown = []
+        for indices in self._batches(self.config.eval_samples):
+            images = self.sample(model, indices)
+            statistics.update(self._pooled(images))
+            shown.append(images[:max(0, GRID - sum(map(len, shown)))].cpu())
+        self.ranks.sum(statistics.sums)
+        distance = frechet_distance(*statistics.mean_and_covariance(), *self.reference)
+        return distance, self._grid(torch.cat(shown))
+
+    def sample(self, model, indices):
+        """The samples with these indices, uint8 (B, 3, H, W)."""
+        config, device = self.config, self.ranks.device
+        noise = IndexedNoise([derive_seed(config.seed, PURPOSE, i) for i in indices], self.shape, device)
+        settings = dict(num_steps=config.sample_steps, cfg_scale=config.cfg_scale,
+                        guidance_interval=config.guidance_interval, path=config.path)
+        y = self.labels[list(indices)].to(device)
+        with self.autocast():
+            if config.sampler == "sde":
+                x = sample_sde(model, noise(), y, step_noise=noise, **settings)
+            else:
+                x = sample_ode(model, noise(), y, solver=config.sampler, **settings)
+        return self.autoencoder.decode(x)
+
+    def _batches(self, count):
+        """This process's share of range(count), in ranges of at most eval_batch_size."""
+        rank, world, size = self.ranks.rank, self.ranks.world, self.config.eval_batch_size
+        start, stop = rank * count // world, (rank + 1) * count // world
+        return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+    def _pooled(self, images):
+        with self.autocast():
+            return self.encoder(images).float().mean(1)                    # (B, T, dim) -> (B, dim)
+
+    def _reference(self, data):
+        """Mean and covariance over the training images; computed once and kept in the data folder."""
+        path = data.folder / f"statistics-{self.encoder.fingerprint}.pt"
+        statistics = FeatureStatistics(self.encoder.dim, self.ranks.device)
+        found = path.is_file()
+        if self.ranks.any(not found):                                      # all processes go the same way
+            count = min(REFERENCE_IMAGES, len(data))
+            order = np.random.default_rng(0).permutation(len(data))[:count]
+            for items in self._batches(count):
+                statistics.update(self._pooled(data.__getitems__(order[items])["images"].to(self.ranks.device)))
+            self.ranks.sum(statistics.sums)
+            if self.ranks.main:
+                save_checkpoint({"sums": statistics.sums.cpu()}, path)
+        else:
+            statistics.sums = load_file(path, self.ranks.device)["sums"]
+        return statistics.mean_and_covariance()
+
+    def _grid(self, images):
+        images = images[self.labels[:len(images)].argsort(stable=True)]
+        magnify = max(1, 32 // images.shape[-1])                           # tiny images would be hard to see
+        images = images.repeat_interleave(magnify, -1).repeat_interleave(magnify, -2)
+        return make_grid(images, nrow=round(len(images) ** 0.5), padding=2)

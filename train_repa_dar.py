@@ -1,0 +1,342 @@
+"""Trains SiT with residual or DAR routing, with or without REPA.
+
+    python -m dataset.prepare digits --out data/digits
+    python train_repa_dar.py --config digits --routing dar --alignment repa
+    torchrun --nproc_per_node=8 train_repa_dar.py --config cifar10 --routing dar --alignment repa
+
+The same command again resumes the run, bit for bit on a CPU. `--help` lists every option.
+
+Shapes: B batch, C channels, H = W size, T tokens.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+
+import torch
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import config as configuration
+from dataset.latents import PreparedImages, ShuffledBatches
+from loss import alignment_loss, denoising_loss, interpolant, sample_times
+from models.autoencoder import load_autoencoder
+from models.encoders import FrozenEncoder
+from models.sit import SIT_MODELS, load_published
+from eval.online import OnlineEvaluation
+from runtime import (EMA, MetricsLog, Ranks, StopFlag, derive_seed, load_file, load_weights, open_run,
+                     save_checkpoint)
+
+INITIAL_WEIGHTS, TRAINING = 0, 1                    # purposes of random numbers (see derive_seed; 2 is evaluation)
+
+
+def main(argv=None):
+    config = configuration.parse(argv)
+    ranks = Ranks()
+    try:
+        trainer = Trainer(config, ranks)
+        trainer.resume()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    trainer.describe()
+    try:
+        signal = trainer.train()
+    finally:
+        ranks.close()
+    if signal:
+        raise SystemExit(128 + signal)
+
+
+class Trainer:
+    """One run: everything between the configuration and the files in its folder."""
+
+    def __init__(self, config, ranks):
+        self.config, self.ranks, self.device = config, ranks, ranks.device
+        self.share, self.micro = split_batch(config, ranks.world)
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.tf32
+        self.bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
+
+        self.data = PreparedImages(config.data)
+        self.autoencoder = load_autoencoder(self.data.autoencoder)
+        self.encoder = self.build_encoder()
+        if config.alignment == "repa" and config.encoder_features == "prepared":
+            self.data = PreparedImages(config.data, features=self.encoder.fingerprint)
+        self.model = self.build_model().to(self.device)
+        self.ema = EMA(self.model, config.ema_decays)
+        if config.compile:
+            self.model.compile()
+        self.wrapped = self.model
+        if ranks.world > 1:
+            self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas,
+                                           weight_decay=config.weight_decay, fused=True)
+        self.tally = Tally(self.device)
+        self.step, self.seconds = 0, 0.0            # seconds of training, without evaluation and checkpoints
+        self.logged = {"step": 0, "seconds": 0.0}   # where the current interval of the log began
+
+    # ---- building ----
+
+    def build_encoder(self):
+        config = self.config
+        if config.model not in SIT_MODELS:
+            raise ValueError(f"model = {config.model!r} is unknown; choose one of {', '.join(SIT_MODELS)}")
+        if config.alignment == "none" and not config.eval_every:
+            return None
+        patch_size = int(config.model.rpartition("/")[2])
+        grid = self.data.resolution // self.autoencoder.downsampling // patch_size
+        with self.ranks.main_first():
+            return FrozenEncoder(config.encoder, grid, config.encoder_weights).to(self.device)
+
+    def build_model(self):
+        config = self.config
+        sizes = {name: value for name in ("depth", "hidden_size", "num_heads")
+                 if (value := getattr(config, name)) is not None}
+        aligned = config.alignment == "repa"
+        torch.manual_seed(derive_seed(config.seed, INITIAL_WEIGHTS))
+        model = SIT_MODELS[config.model](
+            input_size=self.data.resolution // self.autoencoder.downsampling, in_channels=self.autoencoder.channels,
+            num_classes=self.data.num_classes, class_dropout_prob=config.class_dropout_prob, qk_norm=config.qk_norm,
+            routing=config.routing, query=config.query, chunk_size=config.chunk_size,
+            final_aggregator=config.final_aggregator,
+            align_depth=config.align_depth if aligned else (), align_dims=(self.encoder.dim,) if aligned else (),
+            projector_dim=config.projector_dim, **sizes)
+        if config.init_from:
+            missing, unused = load_published(model, load_weights(config.init_from))
+            self.say(f"initial weights from {config.init_from}; not in it: {missing or 'none'}; not used: {unused or 'none'}")
+        return model
+
+    # ---- the run folder ----
+
+    def resume(self):
+        """Open the run folder and take up the run that is in it, if any. Refuses one with other settings."""
+        self.folder = open_run(self.config.run_folder(), self.ranks)
+        self.identity = {**dataclasses.asdict(self.config), "content of data": self.data.listing,
+                         "content of encoder": self.encoder.fingerprint if self.encoder else ""}
+        last = self.folder / "last.pt"
+        if last.is_file():
+            checkpoint = load_file(last, self.device)
+            changed = configuration.differences(self.identity, checkpoint["config"])
+            if changed:
+                raise ValueError(f"{last} comes from another configuration:\n  " + "\n  ".join(changed) +
+                                 "\ngive another --out, or the settings it was made with")
+            self.model.load_state_dict(checkpoint["model"])
+            self.ema.load_state_dict(checkpoint["emas"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.tally.load_state_dict(checkpoint["tally"])
+            self.step, self.seconds, self.logged = (checkpoint[key] for key in ("step", "seconds", "logged"))
+        self.ranks.barrier()                        # nobody writes before all have read
+        if self.ranks.main:
+            configuration.save(self.config, self.folder / "config.yaml")
+        self.log = MetricsLog(self.folder, self.step, self.config.tensorboard, self.ranks)
+
+    def save(self):
+        if self.ranks.main:
+            emas = self.ema.state_dict()
+            checkpoint = {"config": self.identity, "step": self.step, "seconds": self.seconds, "logged": self.logged,
+                          "model": self.model.state_dict(), "ema": next(iter(emas.values())), "emas": emas,
+                          "optimizer": self.optimizer.state_dict(), "tally": self.tally.state_dict()}
+            save_checkpoint(checkpoint, self.folder / "last.pt")
+            if self.config.snapshot_every and self.step % self.config.snapshot_every == 0:
+                save_checkpoint(checkpoint, self.folder / f"step-{self.step:07d}.pt")
+        self.ranks.barrier()
+
+    # ---- training ----
+
+    def train(self):
+        """Train to max_steps. Returns the signal that ended it early, or 0."""
+        config, stop = self.config, StopFlag(self.ranks)
+        evaluate = None
+        if config.eval_every and self.step < config.max_steps:
+            evaluate = OnlineEvaluation(config, self.data, self.encoder, self.autoencoder, self.ranks, self.autocast)
+        bar = tqdm(self.batches(), initial=self.step, total=config.max_steps, desc=self.folder.name, unit="step",
+                   disable=not self.ranks.main, mininterval=1)
+        clock = time.perf_counter()
+        for batch in bar:
+            self.train_step(batch)
+            self.step += 1
+            last = self.step == config.max_steps
+            signal = stop.agreed(self.step)
+            due = [last or every and self.step % every == 0
+                   for every in (config.log_every, config.eval_every, config.checkpoint_every, config.snapshot_every)]
+            log_due, eval_due, *save_due = due
+            if not (signal or any(due)):
+                continue
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - clock
+            if log_due:
+                bar.set_postfix(self.write_log())
+            if eval_due and evaluate:
+                bar.set_postfix(self.write_evaluation(evaluate))
+            if signal or any(save_due):
+                self.save()
+            if signal:
+                break
+            clock = time.perf_counter()
+        self.log.close()
+        self.say(f"{self.folder}: step {self.step} of {config.max_steps}" +
+                 (", saved; the same command again goes on from here" if signal else ", complete"))
+        return signal
+
+    def batches(self):
+        sampler = ShuffledBatches(len(self.data), self.config.batch_size, self.config.seed, self.step,
+                                  self.config.max_steps, self.ranks.rank, self.ranks.world)
+        return DataLoader(self.data, batch_sampler=sampler, collate_fn=lambda batch: batch,
+                          num_workers=self.config.num_workers, pin_memory=self.device.type == "cuda")
+
+    def train_step(self, batch):
+        """One optimiser step on this process's share of the global batch, in parts of micro_batch_size."""
+        draws = self.draw()
+        parts = self.share // self.micro
+        losses = torch.zeros(3, device=self.device)
+        for part in range(parts):
+            rows = slice(part * self.micro, (part + 1) * self.micro)
+            inputs = {name: value[rows].to(self.device, non_blocking=True) for name, value in batch.items()}
+            last = part == parts - 1
+            with contextlib.nullcontext() if last or self.ranks.world == 1 else self.wrapped.no_sync():
+                part_losses = self.losses(inputs, {name: value[rows] for name, value in draws.items()})
+                (part_losses[0] / parts).backward()
+            losses += torch.stack([loss.detach() for loss in part_losses]) / parts
+        losses = self.ranks.sum(losses / self.ranks.world)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        finite = losses.isfinite().all() & grad_norm.isfinite()
+        # The fused optimiser leaves weights and moments alone where this is 1, without asking the host.
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model)
+        self.tally.add(torch.cat([losses, grad_norm.view(1)]), finite)
+
+    def draw(self):
+        """This process's share of the step's random numbers, which follow from (seed, step) for the global batch."""
+        generator = torch.Generator(self.device).manual_seed(derive_seed(self.config.seed, TRAINING, self.step))
+        batch, side = self.config.batch_size, self.data.resolution // self.autoencoder.downsampling
+        make = functools.partial(torch.randn, generator=generator, device=self.device)
+        draws = {"noise": make(batch, self.autoencoder.channels, side, side), "time_normal": make(batch)}
+        for name in ("time_uniform", "label"):
+            draws[name] = torch.rand(batch, generator=generator, device=self.device)
+        first = self.ranks.rank * self.share
+        return {name: value[first:first + self.share] for name, value in draws.items()}
+
+    def losses(self, inputs, draws):
+        """Total, denoising and alignment loss of one part: images uint8 (B, 3, H, W), labels (B), perhaps tokens."""
+        config = self.config
+        t = sample_times(draws["time_uniform"], draws["time_normal"], config.time_sampling, config.path)
+        x_t, target = interpolant(self.autoencoder.encode(inputs["images"]), draws["noise"], t, config.path)
+        with self.autocast():
+            velocity, aligned = self.wrapped(x_t, t, inputs["labels"], draws["label"])
+            tokens = None
+            if config.alignment == "repa":
+                tokens = inputs["tokens"] if "tokens" in inputs else self.encoder(inputs["images"])
+        denoising = denoising_loss(velocity, target)
+        if config.alignment == "none":
+            return denoising, denoising, torch.zeros_like(denoising)
+        alignment = alignment_loss(aligned, [tokens])
+        return denoising + config.proj_coeff * alignment, denoising, alignment
+
+    # ---- records ----
+
+    def write_log(self):
+        steps, seconds = self.step - self.logged["step"], self.seconds - self.logged["seconds"]
+        self.logged = {"step": self.step, "seconds": self.seconds}
+        means, skipped, longest = self.tally.read()
+        if self.config.alignment == "none":
+            means.pop("alignment_loss", None)
+        record = {"step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 3),
+                  **means, "skipped_steps": skipped,
+                  "samples_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9), 2)}
+        if self.device.type == "cuda":
+            record["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
+        self.log.write(record)
+        if longest >= self.config.max_skipped_steps:
+            raise SystemExit(
+                f"error: {longest} steps in a row had a non-finite loss or gradient (max_skipped_steps = "
+                f"{self.config.max_skipped_steps}), {skipped} of {self.step} in all. Weights were not touched by them. "
+                f"Try a lower --lr (now {self.config.lr:g}) or --precision fp32, with another --out; "
+                f"--init-from {self.folder / 'last.pt'} starts from the last checkpoint, where there is one")
+        return {"loss": f"{means['loss']:.4f}"} if means else {"skipped": skipped}
+
+    def write_evaluation(self, evaluate):
+        began = time.perf_counter()
+        distance, grid = evaluate(next(iter(self.ema.models.values())))
+        self.log.write({"step": self.step, "images": self.step * self.config.batch_size,
+                        "seconds": round(self.seconds, 3), "frechet_distance": distance,
+                        "evaluation_seconds": round(time.perf_counter() - began, 3)})
+        if self.ranks.main:
+            path = self.folder / "samples" / f"{self.step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+            self.log.image("samples", grid, self.step)
+        return {"frechet_distance": f"{distance:.3f}"}
+
+    def describe(self):
+        config = self.config
+        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        batch = (f"{config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
+                 f"in {self.share // self.micro} accumulated parts of {self.micro}")
+        self.say(f"run        {self.folder} ({'resumed at' if self.step else 'from'} step {self.step} "
+                 f"of {config.max_steps})\n"
+                 f"data       {len(self.data)} images of {self.data.resolution} pixels, {self.data.num_classes} classes\n"
+                 f"model      {config.model}, {len(self.model.blocks)} blocks, {parameters / 1e6:.2f} M parameters with "
+                 f"projectors, {self.model.x_embedder.num_patches} tokens, routing {config.routing}\n"
+                 f"encoder    {self.encoder.name if self.encoder else 'none'}, alignment {config.alignment}\n"
+                 f"batch      {batch}\n"
+                 f"device     {self.device}, {'bf16 autocast' if self.bf16 else 'fp32'}, torch {torch.__version__}")
+
+    def say(self, text):
+        if self.ranks.main:
+            print(text, flush=True)
+
+
+class Tally:
+    """Means over the logged interval and counts of skipped steps, kept on the device until they are read."""
+
+    NAMES = ("loss", "denoising_loss", "alignment_loss", "grad_norm")
+
+    def __init__(self, device):
+        self.state = {"sums": torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)}
+        for name in ("counted", "skipped", "in_row", "longest"):
+            self.state[name] = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, values, finite):
+        """values: as in NAMES; finite: whether the step was taken. Both on the device."""
+        state = self.state
+        state["sums"] += torch.where(finite, values.double(), 0)
+        state["counted"] += finite
+        state["skipped"] += ~finite
+        state["in_row"] = torch.where(finite, 0, state["in_row"] + 1)
+        state["longest"] = torch.maximum(state["longest"], state["in_row"])
+
+    def read(self):
+        """Means over the interval ({} if every step was skipped), steps skipped in all, longest row; starts a new interval."""
+        count, skipped, longest = (int(self.state[name]) for name in ("counted", "skipped", "longest"))
+        means = dict(zip(self.NAMES, (self.state["sums"] / count).tolist())) if count else {}
+        self.state["sums"].zero_()
+        self.state["counted"].zero_()
+        self.state["longest"] = self.state["in_row"].clone()
+        return means, skipped, longest
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def split_batch(config, world):
+    """Images per process, and per part that it takes at a time. Raises ValueError where they do not come out even."""
+    share = config.batch_size // world
+    micro = share if config.micro_batch_size is None else config.micro_batch_size
+    if share * world != config.batch_size or share < 1 or share % micro:
+        raise ValueError(f"batch_size = {config.batch_size} cannot be shared evenly among {world} processes "
+                         f"in parts of micro_batch_size = {config.micro_batch_size}")
+    return share, micro
+
+
+if __name__ == "__main__":
+    main()
