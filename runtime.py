@@ -7,7 +7,11 @@ import fcntl
 import json
 import os
 import pickle
+import platform
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +132,20 @@ def open_run(folder, ranks):
 
 
 open_run.locks = []     # an unreferenced file would be closed, and its lock lost
+
+
+def environment(ranks):
+    """What a measurement is worth nothing without: hardware, versions, commit and command."""
+    cpu = platform.processor() or "unknown"
+    if Path("/proc/cpuinfo").is_file():
+        names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent).stdout.strip()
+    return {"processes": ranks.world, "cpu": f"{cpu}, {os.cpu_count()} cores",
+            "gpu": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "none",
+            "python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown",
+            "command": shlex.join(sys.argv)}
 
 
 def save_checkpoint(checkpoint, path):

@@ -12,6 +12,7 @@ Shapes: B batch, C channels, H = W size, T tokens.
 import contextlib
 import dataclasses
 import functools
+import json
 import time
 
 import torch
@@ -27,8 +28,8 @@ from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from models.sit import SIT_MODELS, load_published
 from eval.online import OnlineEvaluation
-from runtime import (EMA, MetricsLog, Ranks, StopFlag, derive_seed, load_file, load_weights, open_run,
-                     save_checkpoint)
+from runtime import (EMA, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file, load_weights,
+                     open_run, save_checkpoint)
 
 INITIAL_WEIGHTS, TRAINING = 0, 1                    # purposes of random numbers (see derive_seed; 2 is evaluation)
 
@@ -132,6 +133,8 @@ class Trainer:
         self.ranks.barrier()                        # nobody writes before all have read
         if self.ranks.main:
             configuration.save(self.config, self.folder / "config.yaml")
+            with open(self.folder / "environment.jsonl", "a") as file:
+                file.write(json.dumps({"from_step": self.step, **environment(self.ranks)}) + "\n")
         self.log = MetricsLog(self.folder, self.step, self.config.tensorboard, self.ranks)
 
     def save(self):

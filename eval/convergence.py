@@ -1,0 +1,265 @@
+"""Plots runs against each other, and says how much sooner one arm reaches what another reaches.
+
+    python -m eval.convergence runs/digits/* --out convergence
+    python -m eval.convergence runs/cifar10/* --metric loss --x images --reference "residual + REPA"
+
+Runs that differ only in their seed form one arm. Writes OUT.png (mean over seeds, band from lowest to highest),
+OUT.md and OUT.json. A speedup is the steps (or seconds of training) that the reference arm needs to reach a value,
+divided by those of the other arm with the same seed: above 1, the other arm is faster.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+import yaml
+
+# Settings that tell one run of an arm from another, or say nothing about how it learns.
+NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
+               "log_every", "micro_batch_size"}
+AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
+TARGETS_AT = (0.25, 0.5, 0.75, 1.0)      # default targets: what the reference has reached at these shares of its run
+
+
+@dataclass(frozen=True)
+class Options:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders of train_repa_dar.py."""
+    metric: str = "frechet_distance"
+    """Any number in metrics.jsonl."""
+    x: tuple[Literal["step", "images", "seconds"], ...] = ("step", "seconds")
+    """Horizontal axes, one panel each."""
+    reference: str = ""
+    """Arm that the others are compared with; the first run's if not given."""
+    targets: tuple[float, ...] = ()
+    """Values to reach; if not given, the best that the reference had at a quarter, half, three quarters and all of its run."""
+    goal: Literal["min", "max"] = "min"
+    """Whether the metric is better when small or when large."""
+    out: str = "convergence"
+    """Path of the three files, without suffix."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One metric of one run: `x[axis]` and `y`, both (points), in the order of training."""
+    folder: str
+    config: dict
+    x: dict
+    y: np.ndarray
+    samples_per_second: float
+    environment: dict
+
+
+def main(argv=None):
+    options = tyro.cli(Options, args=argv, prog="python -m eval.convergence", description=__doc__)
+    try:
+        arms = group([read_run(folder, options.metric) for folder in options.runs])
+        result = compare(arms, options)
+        table = markdown(result)
+        out = Path(options.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
+        out.with_name(out.name + ".md").write_text(table)
+        plot(arms, options, out.with_name(out.name + ".png"))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(table)
+    print(f"written: {out}.png, {out}.md, {out}.json")
+
+
+def read_run(folder, metric):
+    """Raises ValueError where the folder is no run, or never logged the metric."""
+    folder = Path(folder)
+    if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
+        raise ValueError(f"{str(folder)!r} is not a run folder: it has no metrics.jsonl and config.yaml")
+    text = (folder / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]     # a running log may end midway
+    points = [record for record in records if isinstance(record.get(metric), (int, float))]
+    if not points:
+        known = sorted({key for record in records for key in record} - set(AXES))
+        raise ValueError(f"{folder} never logged {metric!r}; it has {', '.join(known) or 'nothing yet'}")
+    rates = [record["samples_per_second"] for record in records if "samples_per_second" in record]
+    environment = folder / "environment.jsonl"
+    return Run(str(folder), yaml.safe_load((folder / "config.yaml").read_text()),
+               {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
+               np.array([point[metric] for point in points], dtype=float),
+               float(np.median(rates)) if rates else float("nan"),
+               json.loads(environment.read_text().splitlines()[-1]) if environment.is_file() else {})
+
+
+def group(runs):
+    """Runs by arm, {label: {seed: run}}. Raises ValueError where two runs have the same settings and seed."""
+    keys = sorted({key for run in runs for key in run.config} - NOT_THE_ARM)
+    varied = [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
+    arms = {}
+    for run in runs:
+        seeds = arms.setdefault(label(run.config, varied), {})
+        seed = run.config["seed"]
+        if seed in seeds:
+            raise ValueError(f"{run.folder} and {seeds[seed].folder} have the same settings and seed {seed}")
+        seeds[seed] = run
+    return arms
+
+
+def label(config, varied):
+    """A name for an arm from the settings in which the given runs differ."""
+    dar = config.get("routing") == "dar"
+    name = "DAR" if dar else config.get("routing", "run")
+    if config.get("alignment") == "repa":
+        name += " + REPA"
+    # Options of DAR and of REPA tell nothing apart where these are off.
+    idle = set() if dar else {"query", "chunk_size", "final_aggregator"}
+    idle |= set() if config.get("alignment") == "repa" else {"align_depth", "proj_coeff", "projector_dim",
+                                                             "encoder_features"}
+    extra = [f"{key}={config.get(key)}" for key in varied if key not in {"routing", "alignment"} | idle]
+    return ", ".join([name, *extra])
+
+
+def time_to_target(x, y, target, goal="min"):
+    """Where the curve first reaches the target, interpolated on the line between two points.
+
+    x, y: (points). Returns the first x if the curve starts beyond the target, None if it never gets there.
+    """
+    gap = (y - target) * (1 if goal == "min" else -1)         # above 0 until the target is reached
+    reached = np.flatnonzero(gap <= 0)
+    if len(reached) == 0:
+        return None
+    i = reached[0]
+    if i == 0:
+        return float(x[0])
+    return float(x[i - 1] + (x[i] - x[i - 1]) * gap[i - 1] / (gap[i - 1] - gap[i]))
+
+
+def speedup(reference, other, target, axis, goal="min"):
+    """How many times sooner `other` reaches the target than `reference`, two runs of one seed.
+
+    Returns (ratio, bound): bound is "" for a measured ratio, ">" where the reference never arrives (its whole run is
+    taken instead), "<" where the other never does, and (None, "") where neither does.
+    """
+    a = time_to_target(reference.x[axis], reference.y, target, goal)
+    b = time_to_target(other.x[axis], other.y, target, goal)
+    if a is None and b is None:
+        return None, ""
+    if a is None:
+        return float(reference.x[axis][-1] / b), ">"
+    if b is None:
+        return float(a / other.x[axis][-1]), "<"
+    return a / b, ""
+
+
+def compare(arms, options):
+    """Everything the table shows, as plain values. Raises ValueError where the arms cannot be compared."""
+    reference = options.reference or next(iter(arms))
+    if reference not in arms:
+        raise ValueError(f"reference {reference!r} is not among the arms: {', '.join(repr(name) for name in arms)}")
+    targets = options.targets or default_targets(arms[reference].values(), options.goal)
+    best = min if options.goal == "min" else max
+    rows = []
+    for target in targets:
+        for name, runs in arms.items():
+            row = {"target": target, "arm": name}
+            for axis in ("step", "seconds"):
+                times = {seed: time_to_target(run.x[axis], run.y, target, options.goal) for seed, run in runs.items()}
+                row[axis] = {"per_seed": times, "mean": None if None in times.values() else float(np.mean(list(times.values())))}
+                pairs = {seed: speedup(arms[reference][seed], run, target, axis, options.goal)
+                         for seed, run in runs.items() if seed in arms[reference]}
+                row[f"{axis}_speedup"] = {"per_seed": {seed: {"ratio": ratio, "bound": bound}
+                                                       for seed, (ratio, bound) in pairs.items()}}
+            rows.append(row)
+    summary = {name: {"seeds": sorted(runs), "last": float(np.mean([run.y[-1] for run in runs.values()])),
+                      "best": float(np.mean([best(run.y) for run in runs.values()])),
+                      "samples_per_second": float(np.mean([run.samples_per_second for run in runs.values()])),
+                      "last_step": max(int(run.x["step"][-1]) for run in runs.values()),
+                      "folders": [run.folder for run in runs.values()],
+                      "encoder": sorted({run.config.get("encoder", "") for run in runs.values()})}
+               for name, runs in arms.items()}
+    machines = {json.dumps({key: value for key, value in run.environment.items() if key not in ("command", "from_step")}, sort_keys=True)
+                for runs in arms.values() for run in runs.values()}
+    return {"metric": options.metric, "goal": options.goal, "reference": reference, "arms": summary,
+            "targets": rows, "environments": [json.loads(machine) for machine in sorted(machines)]}
+
+
+def default_targets(runs, goal):
+    """The best mean value over seeds that the reference had seen by each share of its run."""
+    steps, mean, _, _ = mean_curve(list(runs), "step")
+    so_far = (np.minimum if goal == "min" else np.maximum).accumulate(mean)
+    chosen = [so_far[max(0, np.searchsorted(steps, share * steps[-1], side="right") - 1)] for share in TARGETS_AT]
+    return tuple(dict.fromkeys(float(value) for value in chosen))
+
+
+def mean_curve(runs, axis):
+    """x, mean, lowest and highest y over the steps that all runs have; x is the mean over runs."""
+    steps = sorted(set.intersection(*(set(run.x["step"]) for run in runs)))
+    if not steps:
+        raise ValueError(f"{', '.join(run.folder for run in runs)} have no step in common")
+    rows = [[int(np.flatnonzero(run.x["step"] == step)[0]) for step in steps] for run in runs]
+    x = np.mean([run.x[axis][row] for run, row in zip(runs, rows)], axis=0)
+    y = np.array([run.y[row] for run, row in zip(runs, rows)])
+    return x, y.mean(0), y.min(0), y.max(0)
+
+
+def markdown(result):
+    metric = result["metric"]
+    lines = [f"| arm | seeds | last `{metric}` | best | at step | images/s |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, arm in result["arms"].items():
+        seeds = ", ".join(map(str, arm["seeds"]))
+        lines.append(f"| {name} | {seeds} | {arm['last']:.4g} | {arm['best']:.4g} | {arm['last_step']} | "
+                     f"{arm['samples_per_second']:.0f} |")
+    lines += ["", f"Speedups over **{result['reference']}** (above 1: sooner; mean [lowest, highest] over seeds):", "",
+              f"| `{metric}` reaches | arm | steps | speedup | seconds | speedup in time |",
+              "| --- | --- | --- | --- | --- | --- |"]
+    for row in result["targets"]:
+        cells = [f"{row['target']:.4g}", row["arm"]]
+        for axis in ("step", "seconds"):
+            mean = row[axis]["mean"]
+            missed = sum(time is None for time in row[axis]["per_seed"].values())
+            cells.append(f"{mean:.0f}" if mean is not None else f"not reached by {missed} of {len(row[axis]['per_seed'])}")
+            cells.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    encoders = sorted({encoder for arm in result["arms"].values() for encoder in arm["encoder"]})
+    lines += ["", f"Frozen encoder: {', '.join(f'`{name}`' for name in encoders) or 'unknown'}."]
+    for machine in result["environments"]:
+        if machine:
+            lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def ratio_text(cell):
+    known = [(entry["ratio"], entry["bound"]) for entry in cell["per_seed"].values() if entry["ratio"] is not None]
+    if not known:
+        return "no seed in common" if not cell["per_seed"] else "neither reached"
+    ratios, bounds = [ratio for ratio, _ in known], {bound for _, bound in known}
+    if bounds == {""} and len(known) == len(cell["per_seed"]):
+        spread = f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(ratios) > 1 else ""
+        return f"{np.mean(ratios):.2f}{spread}"
+    return "; ".join(f"{bound}{ratio:.2f}" for ratio, bound in known)       # a mean over bounds would mean nothing
+
+
+def plot(arms, options, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, len(options.x), figsize=(5.2 * len(options.x), 3.8), squeeze=False, sharey=True)
+    for panel, axis in zip(panels[0], options.x):
+        for name, runs in arms.items():
+            x, mean, low, high = mean_curve(list(runs.values()), axis)
+            line, = panel.plot(x, mean, marker="o", markersize=3, label=f"{name} ({len(runs)})" if len(runs) > 1 else name)
+            if len(runs) > 1:
+                panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        values = np.concatenate([run.y for runs in arms.values() for run in runs.values()])
+        if values.min() > 0 and values.max() > 10 * values.min():
+            panel.set_yscale("log")
+        panel.set_xlabel(AXES[axis])
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel(options.metric.replace("_", " "))
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

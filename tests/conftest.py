@@ -1,0 +1,44 @@
+"""Shared by all tests: no network, few threads, and small real inputs made once a session."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"                  # before any import that reads it
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import models  # noqa: F401  (before timm: see its docstring)
+import timm
+from timm.models import save_for_hf
+
+from dataset import prepare
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+def save_tiny_encoder(folder, width=24, img_size=8, patch_size=2, seed=0):
+    """A timm vision transformer with random weights, in the folder format that `--encoder` takes."""
+    architecture = dict(img_size=img_size, patch_size=patch_size, embed_dim=width, depth=2, num_heads=2, num_classes=0)
+    torch.manual_seed(seed)
+    model = timm.create_model("vit_tiny_patch16_224", **architecture)
+    save_for_hf(model, str(folder), model_args=architecture, safe_serialization=True)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "tiny"
+    save_tiny_encoder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory, encoder_folder):
+    """All 1797 digits, prepared by the project's own command, with the tiny encoder's features."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    prepare.main(["digits", "--out", str(folder), "--encoder", str(encoder_folder)])
+    return folder
