@@ -70,18 +70,27 @@ class Ranks:
         if self.main:
             self.barrier()
 
-    def close(self):
-        if self.world > 1:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.host_group is not None:
             dist.destroy_process_group()
 
 
 class StopFlag:
-    """Remembers SIGINT and SIGTERM until the loop can save and leave."""
+    """Within its block, remembers SIGINT and SIGTERM until the loop can save and leave."""
 
     def __init__(self, ranks):
         self.ranks, self.signal = ranks, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._set)
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self._set) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _set(self, number, frame):
         self.signal = number
@@ -112,26 +121,22 @@ class EMA:
             model.load_state_dict(state[str(decay)])
 
 
-def open_run(folder, ranks):
-    """Create the run folder and hold it until this process ends, so that no second run writes into it.
+def lock_folder(folder):
+    """Create a run folder and keep other runs from writing into it, for as long as the returned file is open.
 
-    Returns the path. Raises ValueError where the folder cannot be used.
+    Raises ValueError where the folder cannot be made, or is in use.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out = {str(folder)!r} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if ranks.main:
-        lock = open(folder / ".lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another run; wait for it, or give another --out") from None
-        open_run.locks.append(lock)
-    return folder
-
-
-open_run.locks = []     # an unreferenced file would be closed, and its lock lost
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out = {str(folder)!r} cannot be a folder: {error}") from None
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"{str(folder)!r} is in use by another run; wait for it, or give another --out") from None
+    return lock
 
 
 def environment(ranks):

@@ -29,24 +29,25 @@ from models.encoders import FrozenEncoder
 from models.sit import SIT_MODELS, load_published
 from eval.online import OnlineEvaluation
 from runtime import (EMA, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file, load_weights,
-                     open_run, save_checkpoint)
+                     lock_folder, save_checkpoint)
 
 INITIAL_WEIGHTS, TRAINING = 0, 1                    # purposes of random numbers (see derive_seed; 2 is evaluation)
 
 
 def main(argv=None):
     config = configuration.parse(argv)
-    ranks = Ranks()
-    try:
-        trainer = Trainer(config, ranks)
-        trainer.resume()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    trainer.describe()
-    try:
-        signal = trainer.train()
-    finally:
-        ranks.close()
+    with Ranks() as ranks:
+        try:
+            trainer = Trainer(config, ranks)
+            trainer.open_folder()
+            trainer.resume()
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+        trainer.describe()
+        try:
+            signal = trainer.train()
+        finally:
+            trainer.close()
     if signal:
         raise SystemExit(128 + signal)
 
@@ -57,6 +58,8 @@ class Trainer:
     def __init__(self, config, ranks):
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.share, self.micro = split_batch(config, ranks.world)
+        if config.eval_samples < ranks.world:
+            raise ValueError(f"eval_samples = {config.eval_samples}: each of the {ranks.world} processes needs one")
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.tf32
         self.bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
@@ -113,14 +116,17 @@ class Trainer:
 
     # ---- the run folder ----
 
+    def open_folder(self):
+        self.folder = self.config.run_folder()
+        self.lock = lock_folder(self.folder) if self.ranks.main else None
+
     def resume(self):
-        """Open the run folder and take up the run that is in it, if any. Refuses one with other settings."""
-        self.folder = open_run(self.config.run_folder(), self.ranks)
+        """Take up the run that is in the folder, if any. Refuses one with other settings."""
         self.identity = {**dataclasses.asdict(self.config), "content of data": self.data.listing,
                          "content of encoder": self.encoder.fingerprint if self.encoder else ""}
         last = self.folder / "last.pt"
         if last.is_file():
-            checkpoint = load_file(last, self.device)
+            checkpoint = load_file(last)
             changed = configuration.differences(self.identity, checkpoint["config"])
             if changed:
                 raise ValueError(f"{last} comes from another configuration:\n  " + "\n  ".join(changed) +
@@ -137,6 +143,11 @@ class Trainer:
                 file.write(json.dumps({"from_step": self.step, **environment(self.ranks)}) + "\n")
         self.log = MetricsLog(self.folder, self.step, self.config.tensorboard, self.ranks)
 
+    def close(self):
+        self.log.close()
+        if self.lock:
+            self.lock.close()
+
     def save(self):
         if self.ranks.main:
             emas = self.ema.state_dict()
@@ -152,36 +163,35 @@ class Trainer:
 
     def train(self):
         """Train to max_steps. Returns the signal that ended it early, or 0."""
-        config, stop = self.config, StopFlag(self.ranks)
+        config, signal = self.config, 0
         evaluate = None
         if config.eval_every and self.step < config.max_steps:
             evaluate = OnlineEvaluation(config, self.data, self.encoder, self.autoencoder, self.ranks, self.autocast)
         bar = tqdm(self.batches(), initial=self.step, total=config.max_steps, desc=self.folder.name, unit="step",
                    disable=not self.ranks.main, mininterval=1)
-        clock = time.perf_counter()
-        for batch in bar:
-            self.train_step(batch)
-            self.step += 1
-            last = self.step == config.max_steps
-            signal = stop.agreed(self.step)
-            due = [last or every and self.step % every == 0
-                   for every in (config.log_every, config.eval_every, config.checkpoint_every, config.snapshot_every)]
-            log_due, eval_due, *save_due = due
-            if not (signal or any(due)):
-                continue
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - clock
-            if log_due:
-                bar.set_postfix(self.write_log())
-            if eval_due and evaluate:
-                bar.set_postfix(self.write_evaluation(evaluate))
-            if signal or any(save_due):
-                self.save()
-            if signal:
-                break
+        with StopFlag(self.ranks) as stop:
             clock = time.perf_counter()
-        self.log.close()
+            for batch in bar:
+                self.train_step(batch)
+                self.step += 1
+                signal = stop.agreed(self.step)
+                log_due, eval_due, *save_due = (
+                    self.step == config.max_steps or every and self.step % every == 0
+                    for every in (config.log_every, config.eval_every, config.checkpoint_every, config.snapshot_every))
+                if not (signal or log_due or eval_due or any(save_due)):
+                    continue
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                self.seconds += time.perf_counter() - clock
+                if log_due:
+                    bar.set_postfix(self.write_log())
+                if eval_due and evaluate:
+                    bar.set_postfix(self.write_evaluation(evaluate))
+                if signal or any(save_due):
+                    self.save()
+                if signal:
+                    break
+                clock = time.perf_counter()
         self.say(f"{self.folder}: step {self.step} of {config.max_steps}" +
                  (", saved; the same command again goes on from here" if signal else ", complete"))
         return signal
@@ -189,7 +199,7 @@ class Trainer:
     def batches(self):
         sampler = ShuffledBatches(len(self.data), self.config.batch_size, self.config.seed, self.step,
                                   self.config.max_steps, self.ranks.rank, self.ranks.world)
-        return DataLoader(self.data, batch_sampler=sampler, collate_fn=lambda batch: batch,
+        return DataLoader(self.data, batch_sampler=sampler, collate_fn=already_a_batch,
                           num_workers=self.config.num_workers, pin_memory=self.device.type == "cuda")
 
     def train_step(self, batch):
@@ -321,14 +331,19 @@ class Tally:
         means = dict(zip(self.NAMES, (self.state["sums"] / count).tolist())) if count else {}
         self.state["sums"].zero_()
         self.state["counted"].zero_()
-        self.state["longest"] = self.state["in_row"].clone()
+        self.state["longest"].copy_(self.state["in_row"])
         return means, skipped, longest
 
     def state_dict(self):
         return self.state
 
     def load_state_dict(self, state):
-        self.state = state
+        for name, value in self.state.items():
+            value.copy_(state[name])
+
+
+def already_a_batch(batch):
+    return batch
 
 
 def split_batch(config, world):

@@ -39,7 +39,10 @@ class PreparedImages:
     def __len__(self):
         return len(self.rows)
 
-    # Opened on first use, in each reader process: a pickled memory map would be copied whole.
+    def __getstate__(self):
+        """Without the open maps, which would be copied whole into each reader process."""
+        return {name: value for name, value in vars(self).items() if name not in ("_images", "_tokens")}
+
     @functools.cached_property
     def _images(self):
         return np.load(self.folder / "images.npy", mmap_mode="r")

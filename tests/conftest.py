@@ -1,9 +1,10 @@
-"""Shared by all tests: no network, few threads, and small real inputs made once a session."""
+"""Shared by all tests: no network, one thread, and small real inputs made once a session."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"                  # before any import that reads it
-os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Before any import that reads them; the tests' own child processes inherit them.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"                 # shapes are so small that threads only wait for each other
 
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from timm.models import save_for_hf
 from dataset import prepare
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def save_tiny_encoder(folder, width=24, img_size=8, patch_size=2, seed=0):

@@ -1,0 +1,500 @@
+"""Options: every wrong value is refused by name, every option is read, and files, command line and records agree."""
+
+import ast
+import dataclasses
+import random
+import re
+import textwrap
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import config
+import train_repa_dar
+from config import Config
+from runtime import Ranks
+from tests.conftest import ROOT
+
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+TYPES = typing.get_type_hints(Config)
+PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def refused(capsys, arguments, call=config.parse):
+    """What the program says when it refuses these arguments, on one line (the parser wraps and frames its messages)."""
+    with pytest.raises(SystemExit) as stop:
+        call([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert stop.value.code not in (None, 0), "a refused command must not end with success"
+    message = str(stop.value.code) + " " + printed.err + printed.out
+    return " ".join(message.split())
+
+
+def names(message, field):
+    """Whether a message says which option is wrong: `lr = ...` or `--lr`."""
+    return re.search(rf"(?<![\w-])(--{field.replace('_', '-')}(?![\w-])|{field} = )", message)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_yaml(text, name="own.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+    return write_yaml
+
+
+# ---- wrong values that the parser or Config.check refuses: what is typed -> how the message shows it ----
+
+WRONG_INTEGERS = {"1.5": "'1.5'", "None": "'None'"}
+WRONG_OPTIONAL_INTEGERS = {"1.5": "'1.5'", "few": "'few'"}
+WRONG_FLOATS = {"nan": "nan", "inf": "inf", "much": "'much'"}
+WRONG_BOOLEANS = {"maybe": "'maybe'", "1": "'1'"}
+
+WRONG = {
+    "seed": {"-1": "-1", **WRONG_INTEGERS},
+    "depth": {"0": "0", "-3": "-3", **WRONG_OPTIONAL_INTEGERS},
+    "hidden_size": {"0": "0", "3": "3", **WRONG_OPTIONAL_INTEGERS},
+    "num_heads": {"0": "0", "-1": "-1", **WRONG_OPTIONAL_INTEGERS},
+    "qk_norm": WRONG_BOOLEANS,
+    "class_dropout_prob": {"-0.1": "-0.1", "1": "1.0", **WRONG_FLOATS},
+    "routing": {"dense": "'dense'", "DAR": "'DAR'", "": "''"},
+    "query": {"learned": "'learned'"},
+    "chunk_size": {"0": "0", "-4": "-4", **WRONG_INTEGERS},
+    "final_aggregator": {"none": "'none'"},
+    "alignment": {"dinov2": "'dinov2'"},
+    "align_depth": {"0": "(0,)", "-1": "(-1,)", "4 4": "(4, 4)", "1.5": "'1.5'", "last": "'last'"},
+    "proj_coeff": {"-0.5": "-0.5", **WRONG_FLOATS},
+    "projector_dim": {"0": "0", **WRONG_INTEGERS},
+    "encoder_features": {"cached": "'cached'"},
+    "path": {"vp": "'vp'"},
+    "time_sampling": {"logit": "'logit'"},
+    "batch_size": {"0": "0", "-8": "-8", **WRONG_INTEGERS},
+    "micro_batch_size": {"0": "0", "-8": "-8", **WRONG_OPTIONAL_INTEGERS},
+    "max_steps": {"0": "0", "1e5": "'1e5'", **WRONG_INTEGERS},
+    "lr": {"0": "0.0", "-1e-4": "-0.0001", **WRONG_FLOATS},
+    "betas": {"0.9 1": "(0.9, 1.0)", "-0.1 0.999": "(-0.1, 0.999)", "nan 0.999": "(nan, 0.999)", "a b": "'a'"},
+    "weight_decay": {"-0.01": "-0.01", **WRONG_FLOATS},
+    "grad_clip": {"0": "0.0", "-1": "-1.0", **WRONG_FLOATS},
+    "ema_decays": {"1": "(1.0,)", "-0.5": "(-0.5,)", "0.9 0.9": "(0.9, 0.9)", "nan": "(nan,)", "slow": "'slow'"},
+    "precision": {"fp16": "'fp16'"},
+    "tf32": WRONG_BOOLEANS,
+    "compile": WRONG_BOOLEANS,
+    "num_workers": {"-1": "-1", **WRONG_INTEGERS},
+    "max_skipped_steps": {"0": "0", **WRONG_INTEGERS},
+    "log_every": {"0": "0", **WRONG_INTEGERS},
+    "checkpoint_every": {"0": "0", **WRONG_INTEGERS},
+    "snapshot_every": {"-1": "-1", **WRONG_INTEGERS},
+    "tensorboard": WRONG_BOOLEANS,
+    "eval_every": {"-1": "-1", **WRONG_INTEGERS},
+    "eval_samples": {"1": "1", **WRONG_INTEGERS},
+    "eval_batch_size": {"0": "0", **WRONG_INTEGERS},
+    "sampler": {"ddim": "'ddim'"},
+    "sample_steps": {"1": "1", **WRONG_INTEGERS},
+    "cfg_scale": {"-1": "-1.0", **WRONG_FLOATS},
+    "guidance_interval": {"0.5 0.5": "(0.5, 0.5)", "0.9 0.1": "(0.9, 0.1)", "-0.1 1": "(-0.1, 1.0)",
+                          "0 1.1": "(0.0, 1.1)", "nan 1": "(nan, 1.0)", "a b": "'a'"},
+}
+
+# The same limits from inside: the last value that must still be taken.
+ALLOWED = {
+    "seed": "0", "depth": "1", "hidden_size": "4", "num_heads": "1", "class_dropout_prob": "0", "chunk_size": "1",
+    "align_depth": "1 2", "proj_coeff": "0", "projector_dim": "1", "batch_size": "1", "micro_batch_size": "1",
+    "max_steps": "1", "lr": "1e-12", "betas": "0 0", "weight_decay": "0", "grad_clip": "1e-12", "ema_decays": "0 0.5",
+    "num_workers": "0", "max_skipped_steps": "1", "log_every": "1", "checkpoint_every": "1", "snapshot_every": "0",
+    "eval_every": "0", "eval_samples": "2", "eval_batch_size": "1", "sample_steps": "2", "cfg_scale": "0",
+    "guidance_interval": "0 1",
+}
+
+# ---- wrong values that only the trainer can judge: field -> other settings, and what the message must contain.
+#      {name} stands for a path made by the fixture `paths`. ----
+
+TIMM_NAME = "vit_tiny_patch16_224"
+WRONG_FOR_A_RUN = {
+    "data": [({"data": "{missing}"}, "data = '{missing}'"), ({"data": "{file}"}, "data = '{file}'"),
+             ({"data": "{empty}"}, "data = '{empty}'"), ({"data": "{unfinished}"}, "'{unfinished}' is not finished")],
+    "out": [({"out": "{file}"}, "{file}"), ({"out": "{file}/run"}, "{file}")],
+    "init_from": [({"init_from": "{missing}"}, "{missing}"), ({"init_from": "{file}"}, "{file}"),
+                  ({"init_from": "{empty}"}, "{empty}"),
+                  ({"init_from": "{safetensors}"}, "{safetensors}"), ({"init_from": "{tensor}"}, "{tensor}"),
+                  ({"init_from": "{other_model}"}, "{other_model}")],
+    "model": [({"model": "SiT-Q/2"}, "model = 'SiT-Q/2'"), ({"model": ""}, "model = ''"),
+              ({"model": "SiT-B/3", "eval_every": 0}, "model = 'SiT-B/3'")],
+    "num_heads": [({"num_heads": 3}, "num_heads = 3")],
+    "hidden_size": [({"hidden_size": 6, "num_heads": 1}, "hidden_size = 6")],
+    "align_depth": [({"align_depth": (1, 9), "alignment": "repa"}, "align_depth = (1, 9)")],
+    "chunk_size": [({"chunk_size": 3, "routing": "dar"}, "chunk_size = 3")],     # one block has two sublayers
+    "batch_size": [({"batch_size": 6, "micro_batch_size": 4}, "batch_size = 6")],
+    "micro_batch_size": [({"micro_batch_size": 3}, "micro_batch_size = 3"),
+                         ({"micro_batch_size": 8}, "micro_batch_size = 8")],
+    "encoder": [({"encoder": "no_such_vit"}, "'no_such_vit'"), ({"encoder": "{empty}"}, "'{empty}'"),
+                ({"encoder": "resnet18"}, "'resnet18'"), ({"encoder": ""}, "encoder ''"),
+                ({"encoder": "{broken_encoder}"}, "{broken_encoder}"),
+                ({"encoder": "{unknown_encoder}"}, "{unknown_encoder}"),
+                ({"encoder": "{weightless_encoder}"}, "{weightless_encoder}")],
+    "encoder_weights": [({"encoder": TIMM_NAME, "encoder_weights": "{missing}"}, "encoder_weights = '{missing}'"),
+                        ({"encoder_weights": "{file}"}, "encoder_weights = '{file}'")],
+    # The features of the fixture are for 16 tokens; this model has 4.
+    "encoder_features": [({"encoder_features": "prepared", "alignment": "repa", "model": "SiT-S/4"},
+                          "--encoder-features")],
+}
+
+
+def test_tables_of_wrong_values_cover_every_option():
+    assert sorted(WRONG.keys() | WRONG_FOR_A_RUN.keys()) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize("field, typed, shown",
+                         [(field, typed, shown) for field, cases in WRONG.items() for typed, shown in cases.items()])
+def test_wrong_value_is_refused_by_name(capsys, field, typed, shown):
+    message = refused(capsys, [f"--{field.replace('_', '-')}", *(typed.split() or [""])])
+    assert names(message, field), message
+    assert shown in message
+
+
+@pytest.mark.parametrize("field, typed", ALLOWED.items())
+def test_limit_itself_is_allowed(field, typed):
+    parsed = getattr(config.parse([f"--{field.replace('_', '-')}", *typed.split()]), field)
+    parsed = parsed if isinstance(parsed, tuple) else (parsed,)
+    assert parsed == tuple(float(word) for word in typed.split())
+
+
+@pytest.mark.parametrize("field", ["betas", "guidance_interval"])
+def test_a_pair_needs_both_numbers(capsys, field):
+    assert names(refused(capsys, [f"--{field.replace('_', '-')}", "0.9"]), field)
+
+
+def test_ema_decays_may_not_be_empty(capsys):
+    assert "ema_decays = ()" in refused(capsys, ["--ema-decays"])
+
+
+def test_align_depth_may_be_empty_only_without_alignment(capsys):
+    assert config.parse(["--align-depth"]).align_depth == ()
+    assert "align_depth = ()" in refused(capsys, ["--align-depth", "--alignment", "repa"])
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, encoder_folder):
+    """Paths that are wrong in different ways, by the names that WRONG_FOR_A_RUN uses."""
+    folder = tmp_path_factory.mktemp("wrong")
+    made = {name: folder / name for name in ("missing", "file", "empty", "unfinished", "broken_encoder",
+                                             "unknown_encoder", "weightless_encoder")}
+    for name in ("empty", "unfinished", "broken_encoder", "unknown_encoder", "weightless_encoder"):
+        made[name].mkdir()
+    made["file"].write_text("not what you think")
+    (made["unfinished"] / "progress.json").write_text('{"done": 0}')
+    (made["broken_encoder"] / "config.json").write_text("{")
+    (made["unknown_encoder"] / "config.json").write_text('{"architecture": "no_such_vit"}')
+    (made["weightless_encoder"] / "config.json").write_text((encoder_folder / "config.json").read_text())
+    made |= {"safetensors": folder / "junk.safetensors", "tensor": folder / "tensor.pt",
+             "other_model": folder / "sit.pt"}
+    made["safetensors"].write_bytes(b"junk" * 10)
+    torch.save(torch.zeros(3), made["tensor"])
+    torch.save({"ema": {"blocks.0.weight": torch.zeros(3)}}, made["other_model"])
+    return {name: str(path) for name, path in made.items()}
+
+
+@pytest.fixture
+def tiny(digits, encoder_folder, tmp_path):
+    """Settings of a run that would take one small step, should a wrong value get through."""
+    return {"data": digits, "encoder": encoder_folder, "out": tmp_path / "run", "depth": 1, "hidden_size": 8,
+            "num_heads": 2, "align_depth": 1, "projector_dim": 4, "chunk_size": 1, "encoder_features": "online",
+            "batch_size": 4, "max_steps": 1, "eval_every": 1, "eval_samples": 4, "eval_batch_size": 4,
+            "sample_steps": 2, "tensorboard": False}
+
+
+def command_line(settings):
+    arguments = []
+    for name, value in settings.items():
+        arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return arguments
+
+
+@pytest.mark.parametrize("field, settings, shown", [(field, *case) for field, cases in WRONG_FOR_A_RUN.items()
+                                                    for case in cases])
+def test_value_that_only_the_trainer_can_judge_is_refused(capsys, tiny, paths, field, settings, shown):
+    settings = {name: value.format(**paths) if isinstance(value, str) else value for name, value in settings.items()}
+    message = refused(capsys, command_line({**tiny, **settings}), train_repa_dar.main)
+    assert "error" in message
+    assert shown.format(**paths) in message
+
+
+def choices(*fields):
+    """Every value of these choices and switches."""
+    return [(name, value) for name in fields
+            for value in ((False, True) if TYPES[name] is bool else typing.get_args(TYPES[name]))]
+
+
+# Those that the model is built from; `compile` costs three seconds and belongs to the trainer's tests.
+@pytest.mark.parametrize("name, value", choices("routing", "query", "final_aggregator", "qk_norm", "alignment",
+                                                "encoder_features", "precision", "tf32"))
+def test_every_choice_builds(tiny, name, value):
+    settings = config.parse(command_line({**tiny, "routing": "dar", "alignment": "repa", name: value}))
+    assert getattr(settings, name) == value
+    train_repa_dar.Trainer(settings, Ranks())
+
+
+# ---- no dead option ----
+
+def fields_read(source, module_name="config"):
+    """Attributes taken from anything called `config`, and names that getattr takes from it."""
+    def is_config(node):
+        return (isinstance(node, ast.Name) and node.id == module_name
+                or isinstance(node, ast.Attribute) and node.attr == module_name)
+
+    found = set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_config(node.value):
+            found.add(node.attr)
+        generators = [node] if isinstance(node, ast.For) else getattr(node, "generators", [])
+        looped = {constant.value for generator in generators for constant in ast.walk(generator.iter)
+                  if isinstance(constant, ast.Constant)}
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "getattr" \
+                    and is_config(call.args[0]):
+                if isinstance(call.args[1], ast.Constant):
+                    found.add(call.args[1].value)
+                elif isinstance(call.args[1], ast.Name):            # getattr(config, name) for name in ("a", "b")
+                    found |= looped
+    return found
+
+
+def test_fields_read_sees_attributes_and_getattr_alone():
+    source = """
+    def f(config, other, self):
+        config.lr, self.config.seed, getattr(config, "betas"), other.depth, "hidden_size"
+        return [getattr(config, name) for name in ("query", "path")], [getattr(other, name) for name in ("data",)]
+    """
+    assert fields_read(textwrap.dedent(source)) == {"lr", "seed", "betas", "query", "path"}
+
+
+def test_every_option_is_read():
+    # config.py itself and the sweep, which hands settings on, make no use of an option; neither does a comparison
+    # of finished runs.
+    unused_by = {ROOT / "config.py", ROOT / "sweep.py", ROOT / "eval" / "convergence.py"}
+    read = set()
+    for path in ROOT.rglob("*.py"):
+        inside = path.relative_to(ROOT).parts[:-1]
+        if path not in unused_by and "tests" not in inside and not any(part.startswith(".") for part in inside):
+            read |= fields_read(path.read_text())
+    # Config.run_folder reads for those who call it.
+    methods = {node.name: node for node in ast.walk(ast.parse((ROOT / "config.py").read_text()))
+               if isinstance(node, ast.FunctionDef)}
+    if "run_folder" in read:
+        read |= fields_read(ast.unparse(methods["run_folder"]), "self")
+    assert sorted(set(FIELDS) - read) == [], "no program reads these options"
+
+
+# ---- YAML files ----
+
+def test_unknown_key_names_the_nearest_and_the_file(capsys, write):
+    path = write("chunk_sise: 4")
+    message = refused(capsys, ["--config", path])
+    assert "'chunk_sise'" in message and "'chunk_size'" in message and str(path) in message
+
+
+@pytest.mark.parametrize("key, near", [("learning_rate", None), ("1", None), ("seeds", "seed"),
+                                       ("ema_decay", "ema_decays")])
+def test_unknown_key_always_gets_a_valid_neighbour(capsys, write, key, near):
+    message = refused(capsys, ["--config", write(f"{key}: 1")])
+    offered = re.search(r"nearest valid one is '(\w+)'", message)
+    assert offered and offered[1] in FIELDS
+    assert near is None or offered[1] == near
+
+
+@pytest.mark.parametrize("text, field, shown", [
+    ("lr: fast", "lr", "'fast'"), ("seed: 1.5", "seed", "'1.5'"), ("seed: true", "seed", "'True'"),
+    ("compile: 1", "compile", "'1'"), ("routing: dense", "routing", "'dense'"), ("routing: off", "routing", "'False'"),
+    ("align_depth: null", "align_depth", "None"), ("ema_decays: [0.9, slow]", "ema_decays", "'slow'"),
+    ("lr: {a: 1}", "lr", "{'a': 1}"), ("betas: 0.9", "betas", "betas"), ("max_steps: 1e5", "max_steps", "'1e5'"),
+])
+def test_wrong_type_in_a_file_names_the_key_and_the_file(capsys, write, text, field, shown):
+    path = write(text)
+    message = refused(capsys, ["--config", path])
+    assert names(message, field), message
+    assert shown in message and str(path) in message
+
+
+@pytest.mark.parametrize("text, field, shown", [("lr: [0.1, 0.2]", "lr", "0.2"), ("data: [a, b]", "data", "b"),
+                                                ("betas: [0.9, 0.99, 0.999]", "betas", "0.999")])
+def test_too_many_values_in_a_file_name_the_key(capsys, write, text, field, shown):
+    message = refused(capsys, ["--config", write(text)])
+    assert names(message, field) and shown in message, message
+
+
+@pytest.mark.parametrize("value", ["", "null", "yes", "{a: 1}"])
+def test_text_options_take_only_text(capsys, write, value):
+    # str() of anything is text: a run must not end up in a folder called None or True.
+    message = refused(capsys, ["--config", write(f"out: {value}")])
+    assert names(message, "out"), message
+
+
+def test_out_of_range_in_a_file_is_refused(capsys, write):
+    assert "eval_samples = 1" in refused(capsys, ["--config", write("eval_samples: 1")])
+
+
+@pytest.mark.parametrize("text", ["- lr\n- seed", "just text", "3"])
+def test_file_that_is_no_mapping_is_refused(capsys, write, text):
+    path = write(text)
+    message = refused(capsys, ["--config", path])
+    assert str(path) in message and "key: value" in message
+
+
+@pytest.mark.parametrize("text", ["align_depth: [1, 2", "lr: 1: 2", "\tlr: 1"])
+def test_file_that_is_no_yaml_is_refused(capsys, write, text):
+    path = write(text)
+    assert str(path) in refused(capsys, ["--config", path])
+
+
+def test_empty_file_gives_the_defaults(write):
+    assert config.parse(["--config", str(write("# nothing\n"))]) == Config()
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("lr: 1e-4", {"lr": 1e-4}),                     # text for PyYAML, which wants 1.0e-4
+    ("weight_decay: 0", {"weight_decay": 0.0}),
+    ("depth: null\nmicro_batch_size: ~", {"depth": None, "micro_batch_size": None}),
+    ("depth: 3", {"depth": 3}),
+    ("align_depth: [2, 1]\nbetas: [0.5, 0.6]", {"align_depth": (2, 1), "betas": (0.5, 0.6)}),
+    ("align_depth: 3\nema_decays: 0.5", {"align_depth": (3,), "ema_decays": (0.5,)}),
+    ("align_depth: []", {"align_depth": ()}),
+    ("compile: true\ntf32: false", {"compile": True, "tf32": False}),
+    ("data: ''\nout: a b", {"data": "", "out": "a b"}),
+])
+def test_values_of_a_file(write, text, expected):
+    assert config.parse(["--config", str(write(text))]) == dataclasses.replace(Config(), **expected)
+
+
+def test_command_line_beats_the_file(write):
+    path = write("lr: 0.5\nalign_depth: [1, 2, 3]\ncompile: true\ndepth: 3\nrouting: dar\nseed: 7")
+    parsed = config.parse(["--config", str(path), "--lr", "0.25", "--align-depth", "5", "--compile", "False",
+                           "--depth", "None", "--routing", "residual"])
+    assert parsed == dataclasses.replace(Config(), lr=0.25, align_depth=(5,), compile=False, depth=None,
+                                         routing="residual", seed=7)
+    assert config.parse(["--lr", "0.25", f"--config={path}"]).lr == 0.25, "in whatever order"
+
+
+def test_missing_preset_lists_the_presets(capsys):
+    message = refused(capsys, ["--config", "no_such_preset"])
+    assert "'no_such_preset'" in message
+    assert all(re.search(rf"\b{preset}\b", message) for preset in PRESETS)
+
+
+def test_there_is_a_default_preset():
+    assert "digits" in PRESETS
+    assert config.parse([]) == config.parse(["--config", "digits"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_parses(preset):
+    path = ROOT / "configs" / f"{preset}.yaml"
+    parsed = config.parse(["--config", preset])
+    parsed.check()
+    for key, value in yaml.safe_load(path.read_text()).items():
+        value = tuple(value) if isinstance(value, list) else value
+        assert getattr(parsed, key) == value and isinstance(getattr(parsed, key), type(value)), key
+    assert config.parse(["--config", str(path)]) == parsed
+
+
+@pytest.mark.parametrize("typed, near", [("--chunksize", "--chunk-size"), ("--max-stepps", "--max-steps"),
+                                         ("--rooting", "--routing")])
+def test_unknown_option_suggests_the_nearest(capsys, typed, near):
+    message = refused(capsys, [typed, "3"])
+    assert re.search(rf"{typed}\b", message) and re.search(rf"{near}\b", message), message
+
+
+def test_abbreviated_and_stray_arguments_are_refused(capsys):
+    # `--conf` must not pass for --config and silently replace the preset.
+    assert "--conf" in refused(capsys, ["--conf", "digits"])
+    assert "stray" in refused(capsys, ["stray"])
+
+
+# ---- saving, and telling configurations apart ----
+
+# Text that YAML or a command line could take for something else.
+TEXTS = ["", "data/digits", "with space", "None", "null", "~", "true", "1e-4", "007", "é–ü", "a: b # c", "[1, 2]",
+         "{a: 1}", "it's \"quoted\"", " padded ", "back\\slash", "2024-01-01", "*"]
+
+
+def random_config(rng):
+    def number(kind):
+        if kind is int:
+            return rng.randint(4, 10 ** rng.randint(1, 9))
+        return rng.choice([rng.random(), 10 ** -rng.uniform(1, 9)])
+
+    values = {}
+    for name, kind in TYPES.items():
+        arguments = typing.get_args(kind)
+        if kind is bool:
+            values[name] = rng.random() < 0.5
+        elif kind is str:
+            values[name] = rng.choice(TEXTS)
+        elif kind in (int, float):
+            values[name] = number(kind)
+        elif typing.get_origin(kind) is typing.Literal:
+            values[name] = rng.choice(arguments)
+        elif typing.get_origin(kind) is tuple:                  # different numbers, and in order for the intervals
+            count = rng.randint(1, 4) if Ellipsis in arguments else len(arguments)
+            values[name] = tuple(sorted({number(arguments[0]) for _ in range(count)}))
+            while len(values[name]) < count:
+                values[name] = tuple(sorted({*values[name], number(arguments[0])}))
+        else:
+            assert set(arguments) == {int, type(None)}, f"a new kind of option, {name}: {kind}"
+            values[name] = rng.choice([None, number(int)])
+    if values["alignment"] == "none" and rng.random() < 0.5:
+        values["align_depth"] = ()
+    return Config(**values)
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_saved_configuration_parses_to_itself(tmp_path, seed):
+    original = random_config(random.Random(seed))
+    config.save(original, tmp_path / "config.yaml")
+    parsed = config.parse(["--config", str(tmp_path / "config.yaml")])
+    assert parsed == original
+    assert repr(parsed) == repr(original), "types too: 1, 1.0 and True are equal"
+
+
+def test_saved_path_may_begin_with_a_dash(tmp_path):
+    original = config.parse(["--data=-digits"])
+    assert original.data == "-digits"
+    config.save(original, tmp_path / "config.yaml")
+    assert config.parse(["--config", str(tmp_path / "config.yaml")]) == original
+
+
+def test_saved_file_holds_every_option(tmp_path):
+    config.save(Config(), tmp_path / "config.yaml")
+    assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == FIELDS
+
+
+# Settings that may change when a run goes on. Anything else would change its weights or what is measured.
+FREE = {"out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard"}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_differences_are_reported_unless_free(name):
+    saved = dataclasses.asdict(Config())
+    wanted = {**saved, name: "another"}
+    expected = [] if name in FREE else [f"{name}: {saved[name]!r} -> 'another'"]
+    assert config.differences(wanted, saved) == expected
+
+
+def test_differences_of_lists_and_tuples():
+    saved = {**dataclasses.asdict(Config()), "betas": [0.9, 0.999], "align_depth": [4]}
+    assert config.differences(dataclasses.asdict(Config()), saved) == []
+    assert config.differences(saved, dataclasses.asdict(Config())) == []
+    assert config.differences({"align_depth": (4, 5)}, {"align_depth": [5, 4]}) == ["align_depth: [5, 4] -> (4, 5)"]
+
+
+def test_differences_of_options_that_one_side_lacks():
+    assert config.differences({"lr": 1.0, "new": 2}, {"lr": 1.0, "old": 3}) == ["new: None -> 2", "old: 3 -> None"]
+
+
+def test_run_folder():
+    settings = dataclasses.replace(Config(), data="somewhere/flowers/", routing="dar", alignment="repa", seed=3)
+    assert settings.run_folder() == Path("runs/flowers/dar-repa-seed3")
+    assert dataclasses.replace(settings, out="elsewhere/x").run_folder() == Path("elsewhere/x")

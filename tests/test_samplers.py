@@ -1,0 +1,341 @@
+"""Samplers on Gaussian data, where velocity, score and transport are known in closed form; guidance by what it calls.
+
+Data N(m, s^2) make x_t normal with mean alpha m and variance V = alpha^2 s^2 + sigma^2. With E[x | x_t] and E[eps | x_t]
+of jointly normal variables, the velocity is alpha' m + (V' / 2V) (x_t - alpha m), so that (x_t - alpha m) / sqrt(V) is
+constant along the ODE: noise z at t = 1 arrives at m + s z.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eval.samplers import IndexedNoise, sample_ode, sample_sde, score_from_velocity
+
+M, S = 0.7, 0.5
+PATHS = ["linear", "cosine"]
+LAST = 0.04                                                            # the SDE's last step starts here
+
+
+def coefficients(t, path):
+    """alpha, sigma and their derivatives, for a float."""
+    if path == "linear":
+        return 1 - t, t, -1.0, 1.0
+    half = math.pi / 2
+    return math.cos(half * t), math.sin(half * t), -half * math.sin(half * t), half * math.cos(half * t)
+
+
+def variance(t, path):
+    alpha, sigma, _, _ = coefficients(t, path)
+    return alpha**2 * S**2 + sigma**2
+
+
+def exact_velocity(x, t, path):
+    alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
+    d_variance = 2 * (alpha * d_alpha * S**2 + sigma * d_sigma)
+    return d_alpha * M + d_variance / (2 * variance(t, path)) * (x - alpha * M)
+
+
+def exact_score(x, t, path):
+    return -(x - coefficients(t, path)[0] * M) / variance(t, path)
+
+
+class Gaussian:
+    """The exact velocity as a model, which counts its evaluations."""
+
+    num_classes = 10
+
+    def __init__(self, path):
+        self.path, self.evaluations = path, 0
+
+    def __call__(self, x, t, y):
+        self.evaluations += 1
+        assert (t == t[0]).all() and t.shape == y.shape == x.shape[:1]
+        return exact_velocity(x, float(t[0]), self.path), []
+
+
+class Recorder:
+    """A model of constant velocity, value[y], which keeps what it was called with."""
+
+    num_classes = 7
+
+    def __init__(self, value=None):
+        self.value = torch.zeros(8, dtype=torch.float64) if value is None else value
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        self.calls.append(SimpleNamespace(x=x, t=t, y=y))
+        return self.value[y].view(-1, 1, 1, 1).expand_as(x).to(x.dtype), []
+
+
+def numbers(count, seed=0, dtype=torch.float64):
+    return torch.randn(count, 1, 1, 1, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def labels(count):
+    return torch.zeros(count, dtype=torch.long)
+
+
+# ---- ODE ----
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("solver, order, steps", [("euler", 1, 100), ("heun", 2, 50)])
+def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps):
+    z = numbers(64)
+    errors = []
+    for num_steps in (steps, 2 * steps, 4 * steps):
+        got = sample_ode(Gaussian(path), z, labels(64), num_steps=num_steps, path=path, solver=solver)
+        errors.append((got - (M + S * z)).square().mean().sqrt().item())
+    slopes = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
+    assert slopes == pytest.approx([order, order], abs=0.15)
+    assert errors[-1] < {"euler": 1e-2, "heun": 1e-4}[solver]
+
+
+@pytest.mark.parametrize("solver, count", [("euler", 5), ("heun", 9)])
+def test_evaluations_of_the_ode(solver, count):
+    model = Recorder()
+    sample_ode(model, numbers(2), labels(2), num_steps=5, solver=solver)
+    assert len(model.calls) == count                                   # Heun: two a step, but one in the last
+    times = [call.t[0].item() for call in model.calls]
+    euler = [1, 0.8, 0.6, 0.4, 0.2]
+    expected = euler if solver == "euler" else [1, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2]
+    assert times == pytest.approx(expected)
+
+
+def test_one_step_of_each_solver():
+    z, path = numbers(8), "linear"
+    for solver in ("euler", "heun"):                                   # Heun's only step is its last, hence Euler's
+        got = sample_ode(Gaussian(path), z, labels(8), num_steps=1, solver=solver)
+        torch.testing.assert_close(got, z - exact_velocity(z, 1.0, path))
+    middle = z - 0.5 * exact_velocity(z, 1.0, path)
+    got = sample_ode(Gaussian(path), z, labels(8), num_steps=2)
+    torch.testing.assert_close(got, middle - 0.5 * exact_velocity(middle, 0.5, path))
+
+
+# ---- score and SDE ----
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("t", [0.04, 0.3, 0.77, 1.0])
+def test_score_from_velocity(path, t):
+    x = torch.linspace(-3, 3, 31, dtype=torch.float64)
+    got = score_from_velocity(x, exact_velocity(x, t, path), t, path)
+    torch.testing.assert_close(got, exact_score(x, t, path), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_two_steps_of_the_sde(path):
+    """Euler-Maruyama by hand: from 1 to 0.04 with noise, then to 0 without."""
+    z, w = numbers(16, seed=1), numbers(16, seed=2)
+
+    def drift(x, t):
+        return exact_velocity(x, t, path) - 0.5 * (2 * t) * exact_score(x, t, path)
+
+    middle = z - 0.96 * drift(z, 1.0) + math.sqrt(2 * 1.0 * 0.96) * w
+    expected = middle - 0.04 * drift(middle, 0.04)
+    noises = iter([w])
+    got = sample_sde(Gaussian(path), z, labels(16), num_steps=2, path=path, step_noise=lambda: next(noises))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 9])
+def test_times_of_the_sde(num_steps):
+    model, drawn = Recorder(), []
+
+    def step_noise():
+        drawn.append(0)
+        return torch.zeros(2, 1, 1, 1)
+
+    sample_sde(model, numbers(2), labels(2), num_steps=num_steps, step_noise=step_noise)
+    times = [call.t[0].item() for call in model.calls]
+    assert times == pytest.approx(torch.linspace(1, LAST, num_steps, dtype=torch.float64).tolist())
+    assert len(drawn) == num_steps - 1                                 # none in the last step
+
+
+def moments_of_sde(num_steps, path):
+    """Exact mean and standard deviation of what the sampler makes.
+
+    The result is a linear function of the num_steps independent normal numbers that go in. Row k of the batch gets a
+    one for the k-th of them and zeros else, the last row only zeros: that gives every coefficient.
+    """
+    rows = torch.eye(num_steps + 1, num_steps, dtype=torch.float64)[:, :, None, None, None]
+    noises = iter(rows[:, 1:].unbind(1))
+    out = sample_sde(Gaussian(path), rows[:, 0], labels(num_steps + 1), num_steps=num_steps, path=path,
+                     step_noise=lambda: next(noises)).flatten()
+    assert next(noises, None) is None
+    return out[-1].item(), (out[:-1] - out[-1]).norm().item()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_sde_approaches_the_target(path):
+    # With infinitely many steps the state at 0.04 is exact, and only the last step is not: an affine map of it.
+    alpha, _, _, _ = coefficients(LAST, path)
+
+    def last_step(x):
+        return x - LAST * (exact_velocity(x, LAST, path) - LAST * exact_score(x, LAST, path))
+
+    mean = last_step(alpha * M)
+    deviation = (last_step(alpha * M + 1) - mean) * math.sqrt(variance(LAST, path))
+    assert (mean, deviation) == pytest.approx((M, S), abs=0.005)       # which is close to the data
+    errors = [[abs(got - limit) for got, limit in zip(moments_of_sde(num_steps, path), (mean, deviation))]
+              for num_steps in (100, 200, 400)]
+    for coarse, fine in zip(errors, errors[1:]):
+        for a, b in zip(coarse, fine):
+            assert math.log2(a / b) == pytest.approx(1, abs=0.2)       # Euler-Maruyama's weak order
+    assert max(errors[-1]) < 0.004
+
+
+def test_sde_draws_its_own_noise():
+    torch.manual_seed(0)
+    count = 20_000
+    samples = sample_sde(Gaussian("linear"), torch.randn(count, 1, 1, 1), labels(count), num_steps=60).flatten()
+    mean, deviation = moments_of_sde(60, "linear")
+    assert samples.mean().item() == pytest.approx(mean, abs=5 * S / math.sqrt(count))
+    assert samples.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * count))
+    torch.manual_seed(0)
+    again = sample_sde(Gaussian("linear"), torch.randn(count, 1, 1, 1), labels(count), num_steps=60).flatten()
+    assert torch.equal(samples, again)
+
+
+# ---- guidance ----
+
+SAMPLERS = {
+    "euler": lambda *args, **options: sample_ode(*args, solver="euler", **options),
+    "heun": lambda *args, **options: sample_ode(*args, solver="heun", **options),
+    "sde": lambda model, noise, *args, **options: sample_sde(model, noise, *args, step_noise=lambda: noise, **options),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_scale_one_is_no_guidance(sampler):
+    model, y = Recorder(torch.randn(8, dtype=torch.float64)), torch.tensor([3, 0, 6])
+    sample = SAMPLERS[sampler]
+    plain = sample(model, numbers(3), y, num_steps=4)
+    count = len(model.calls)
+    assert torch.equal(sample(model, numbers(3), y, num_steps=4, cfg_scale=1.0), plain)
+    assert len(model.calls) == 2 * count
+    assert all(call.y.tolist() == [3, 0, 6] and len(call.x) == 3 for call in model.calls)       # no row is wasted
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_sees_each_sample_with_and_without_its_label(sampler):
+    model, y = Recorder(), torch.tensor([3, 0, 6])
+    SAMPLERS[sampler](model, numbers(3), y, num_steps=4, cfg_scale=1.5)
+    for call in model.calls:
+        assert call.y.tolist() == [3, 0, 6, 7, 7, 7]                   # 7 = num_classes
+        assert torch.equal(call.x[:3], call.x[3:])
+        assert call.t.shape == (6,) and (call.t == call.t[0]).all()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.5, 4.0])
+def test_guidance_extrapolates_from_the_null_label(solver, scale):
+    value = torch.tensor([0.1, 0.5, -2.0, 0, 0, 0, 0, 0.3], dtype=torch.float64)
+    y, z = torch.tensor([0, 1, 2]), numbers(3)
+    got = sample_ode(Recorder(value), z, y, num_steps=4, cfg_scale=scale, solver=solver)
+    expected = 0.3 + scale * (value[:3] - 0.3)                         # constant velocity over the time from 1 to 0
+    torch.testing.assert_close(got, z - expected.view(-1, 1, 1, 1))
+
+
+def test_guidance_in_the_sde_enters_the_score_as_well():
+    """Guided velocity v: one drift v - t s(v) to 0.04 and one to 0, with s from the velocity on the linear path."""
+    value = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0.25], dtype=torch.float64)
+    z, v = numbers(4), 0.25 + 2.0 * (1.0 - 0.25)
+
+    def drift(x, t):
+        return v + t * ((1 - t) * v + x) / t                           # eps = x + (1 - t) v, s = - eps / t
+
+    middle = z - 0.96 * drift(z, 1.0)
+    got = sample_sde(Recorder(value), z, labels(4), num_steps=2, cfg_scale=2.0, step_noise=lambda: torch.zeros_like(z))
+    torch.testing.assert_close(got, middle - 0.04 * drift(middle, 0.04))
+
+
+@pytest.mark.parametrize("sampler, interval, guided", [
+    ("euler", (0.0, 1.0), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    ("euler", (0.25, 0.75), [0.75, 0.625, 0.5, 0.375, 0.25]),          # both ends included
+    ("euler", (0.3, 0.7), [0.625, 0.5, 0.375]),
+    ("euler", (0.9, 0.95), []),
+    ("heun", (0.3, 0.7), [0.625, 0.625, 0.5, 0.5, 0.375, 0.375]),
+    ("sde", (0.3, 0.6), [0.58857, 0.45143, 0.31429]),                  # 1 - 0.96 k / 7
+])
+def test_guidance_keeps_to_its_interval(sampler, interval, guided):
+    model, y = Recorder(), torch.tensor([3, 0])
+    SAMPLERS[sampler](model, numbers(2), y, num_steps=8, cfg_scale=2.0, guidance_interval=interval)
+    seen = [call.t[0].item() for call in model.calls if len(call.y) == 4]
+    assert seen == pytest.approx(guided, abs=1e-5)
+    assert all(call.y.tolist() == [3, 0] for call in model.calls if len(call.y) != 4)
+    assert len(model.calls) == (15 if sampler == "heun" else 8)
+
+
+# ---- precision, errors ----
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_model_computes_in_the_dtype_of_the_noise(sampler, dtype, scale):
+    model = Recorder()
+    out = SAMPLERS[sampler](model, numbers(2, dtype=dtype), labels(2), num_steps=3, cfg_scale=scale)
+    assert {call.x.dtype for call in model.calls} == {call.t.dtype for call in model.calls} == {dtype}
+    assert out.dtype == torch.float64 and not out.requires_grad
+
+
+def test_the_state_is_float64():
+    # A thousand steps of 2^-12 / 1000 each: a bfloat16 state of about 1 would not move at all.
+    model = Recorder(torch.full((8,), 2.0**-12, dtype=torch.float64))
+    out = sample_ode(model, torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), labels(1), num_steps=1000)
+    assert out.item() == pytest.approx(1 - 2.0**-12, abs=1e-9)
+
+
+def test_samplers_reject_what_they_do_not_know():
+    arguments = Recorder(), numbers(1), labels(1)
+    with pytest.raises(ValueError, match="solver 'rk4'.*euler, heun"):
+        sample_ode(*arguments, solver="rk4")
+    for sample in (sample_ode, sample_sde):
+        with pytest.raises(ValueError, match="path 'vp'.*linear, cosine"):
+            sample(*arguments, path="vp")
+    for num_steps in (0, -3):
+        with pytest.raises(ValueError, match=f"num_steps = {num_steps}"):
+            sample_ode(*arguments, num_steps=num_steps)
+    for num_steps in (0, 1):
+        with pytest.raises(ValueError, match=f"num_steps = {num_steps}"):
+            sample_sde(*arguments, num_steps=num_steps)
+
+
+# ---- noise by index ----
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch():
+    seeds, shape = [11, 12, 13, 14, 15], (3, 4, 4)
+
+    def draws(part):
+        noise = IndexedNoise(part, shape, "cpu")
+        return [noise() for _ in range(3)]
+
+    whole = draws(seeds)
+    assert [draw.shape for draw in whole] == [(5, 3, 4, 4)] * 3
+    for split in ([1, 4], [3, 2], [1, 1, 1, 1, 1]):
+        parts = [draws(part) for part in torch.tensor(seeds).split(split)]
+        for k in range(3):
+            assert torch.equal(torch.cat([part[k] for part in parts]), whole[k])
+    assert torch.equal(draws(seeds[::-1])[0], whole[0].flip(0))
+
+
+def test_noise_is_standard_normal_and_fresh():
+    noise = IndexedNoise(range(100), (20, 5, 5), "cpu")
+    state = torch.get_rng_state()
+    first, second = noise(), noise()
+    assert torch.equal(torch.get_rng_state(), state)                   # it leaves the global generator alone
+    count = first.numel()
+    for draw in (first, second):
+        assert draw.mean().item() == pytest.approx(0, abs=5 / math.sqrt(count))
+        assert draw.std().item() == pytest.approx(1, abs=5 / math.sqrt(2 * count))
+    pairs = [(first, second), (first[:50], first[50:])]                # draws of a sample, samples of a draw
+    for a, b in pairs:
+        assert (a * b).mean().item() == pytest.approx(0, abs=5 / math.sqrt(a.numel()))
+
+
+def test_sde_by_index_does_not_depend_on_the_batch():
+    def sample(seeds):
+        noise = IndexedNoise(seeds, (1, 2, 2), "cpu")
+        return sample_sde(Gaussian("linear"), noise(), labels(len(seeds)), num_steps=5, step_noise=noise)
+
+    torch.testing.assert_close(sample([5, 6, 7])[1:2], sample([6]), rtol=1e-6, atol=1e-6)

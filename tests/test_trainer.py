@@ -1,0 +1,337 @@
+"""The trainer end to end, on the digits and a tiny random encoder: same run whatever the processes, whatever kills it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import train_repa_dar
+from runtime import load_file, read_lines
+
+ROOT = train_repa_dar.__file__.rpartition("/")[0]
+TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}       # the only fields that may differ between repeats
+STEPS = 33
+
+
+@pytest.fixture
+def command(digits, encoder_folder, small_data):
+    """Arguments of a run of seconds: 2 blocks, 70 images, so that 33 steps of 8 cross three epoch ends."""
+    def build(out, *extra, data=small_data):
+        values = {"data": data, "out": out, "encoder": encoder_folder, "depth": 2, "hidden_size": 32, "num_heads": 2,
+                  "align_depth": 1, "projector_dim": 32, "batch_size": 8, "max_steps": STEPS, "log_every": 5,
+                  "checkpoint_every": 10, "eval_every": 15, "eval_samples": 6, "eval_batch_size": 4, "sample_steps": 2,
+                  "routing": "dar", "chunk_size": 3, "alignment": "repa", "tensorboard": False}
+        arguments = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        return ["--config", "digits", *arguments, *map(str, extra)]
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory, encoder_folder):
+    from dataset import prepare
+    folder = tmp_path_factory.mktemp("data") / "some-digits"
+    prepare.main(["digits", "--out", str(folder), "--encoder", str(encoder_folder), "--limit", "70"])
+    return folder
+
+
+def records(folder, without=TIMING):
+    return [{key: value for key, value in line.items() if key not in without}
+            for line in read_lines(folder / "metrics.jsonl")]
+
+
+def assert_same_run(folder, reference, exactly=True):
+    """Weights, averages, optimiser, tally and log: bit for bit, or to float tolerance."""
+    a, b = flat(load_file(folder / "last.pt")), flat(load_file(reference / "last.pt"))
+    assert a.keys() == b.keys()
+    for key in a:
+        if key.startswith(("seconds", "logged.seconds", "config.")):
+            continue
+        if isinstance(a[key], torch.Tensor) and exactly:
+            assert torch.equal(a[key], b[key]), key
+        elif isinstance(a[key], torch.Tensor):
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5, msg=lambda text: f"{key}: {text}")
+        else:
+            assert a[key] == b[key], key
+    ours, theirs = records(folder), records(reference)
+    if exactly:
+        assert ours == theirs
+    else:
+        assert len(ours) == len(theirs)
+        for line, other in zip(ours, theirs):
+            assert line == pytest.approx(other, rel=2e-3, abs=1e-5)
+
+
+def flat(tree, prefix=""):
+    if isinstance(tree, dict):
+        return {key: value for name, branch in tree.items() for key, value in flat(branch, f"{prefix}{name}.").items()}
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        return flat(dict(enumerate(tree)), prefix)
+    return {prefix[:-1]: tree}
+
+
+def run(arguments):
+    train_repa_dar.main(arguments)
+
+
+def run_patched(arguments, patch):
+    """A run in a process of its own, with a piece of code that sabotages it. Returns the exit status."""
+    code = f"import os, sys, torch; import train_repa_dar as trainer, runtime\n{patch}\n" \
+           "trainer.main(sys.argv[1:])"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True).returncode
+
+
+KILL_AT_STEP = """
+def step(self, batch, original=trainer.Trainer.train_step):
+    if self.step == {step}: os.kill(os.getpid(), 9)
+    original(self, batch)
+trainer.Trainer.train_step = step
+"""
+KILL_IN_CHECKPOINT = """
+def save(checkpoint, file, original=torch.save):
+    if checkpoint.get("step") == {step}:
+        import io
+        whole = io.BytesIO(); original(checkpoint, whole)
+        file.write(whole.getvalue()[:len(whole.getvalue()) // 2]); file.flush()
+        os.kill(os.getpid(), 9)
+    original(checkpoint, file)
+torch.save = save
+"""
+KILL_IN_LOG = """
+def write(self, record, original=runtime.MetricsLog.write):
+    if record["step"] == {step}:
+        self.file.write('{{"step": {step}, "ima'); self.file.flush()
+        os.kill(os.getpid(), 9)
+    original(self, record)
+runtime.MetricsLog.write = write
+"""
+
+
+def test_killed_anywhere_and_restarted_is_the_same_run(command, tmp_path):
+    """Killed before the first checkpoint, in mid-epoch between two, inside the writing of one, and inside a log line."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_patched(command(whole), "") == 0
+    for patch in (KILL_AT_STEP.format(step=7), KILL_AT_STEP.format(step=18), KILL_IN_CHECKPOINT.format(step=20),
+                  KILL_IN_LOG.format(step=25)):
+        assert run_patched(command(killed), patch) == -signal.SIGKILL
+    assert run_patched(command(killed), "") == 0
+    assert load_file(killed / "last.pt")["step"] == STEPS
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_leaves_and_resumes(command, tmp_path, monkeypatch, number):
+    """The step is finished and saved although no checkpoint was due, and the exit status names the signal."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(command(whole))
+    original = train_repa_dar.Trainer.train_step
+
+    def step(self, batch):
+        original(self, batch)
+        if self.step == 12:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_repa_dar.Trainer, "train_step", step)
+        with pytest.raises(SystemExit) as stop:
+            run(command(stopped))
+    assert stop.value.code == 128 + number
+    assert load_file(stopped / "last.pt")["step"] == 13
+    run(command(stopped))
+    assert_same_run(stopped, whole)
+
+
+def test_processes_and_accumulation_do_not_change_the_run(command, tmp_path, small_data):
+    """Two processes, and one that takes the batch in parts, follow one process that takes it whole."""
+    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
+    run(command(one))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repa_dar.py"]
+    finished = subprocess.run([*launch, *command(two, "--micro-batch-size", 2)], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "8 global = 2 processes x 4 local, in 2 accumulated parts of 2" in finished.stdout
+    run(command(parts, "--micro-batch-size", 2, "--num-workers", 1))
+    assert_same_run(two, one, exactly=False)
+    assert_same_run(parts, one, exactly=False)
+
+
+def test_each_image_meets_the_same_noise_whatever_the_processes(command, tmp_path, monkeypatch):
+    """What the model is given at every step: put together from two ranks, it equals what one process is given."""
+    arguments = command(tmp_path / "run", "--eval-every", 0, "--max-steps", 20)
+    config = train_repa_dar.configuration.parse(arguments)
+
+    def given(rank, world):
+        seen = {}
+
+        def losses(self, inputs, draws):
+            for key, value in {**inputs, **draws}.items():
+                seen.setdefault(key, []).append(value.clone())
+            return (self.model.x_embedder.proj.weight.sum(),) * 3
+
+        monkeypatch.setattr(train_repa_dar.Trainer, "losses", losses)
+        with train_repa_dar.Ranks() as ranks:
+            trainer = train_repa_dar.Trainer(config, ranks)
+            ranks.rank, ranks.world = rank, world
+            batches = list(trainer.batches())
+            ranks.world = 1                                    # there is nobody to exchange gradients with
+            trainer.share = trainer.micro = config.batch_size // world
+            for trainer.step, batch in enumerate(batches):
+                trainer.train_step(batch)
+        return {key: torch.stack(values) for key, values in seen.items()}
+
+    whole, first, second = given(0, 1), given(0, 2), given(1, 2)
+    assert whole.keys() == {"images", "labels", "tokens", "noise", "time_normal", "time_uniform", "label"}
+    for key, value in whole.items():
+        assert torch.equal(value, torch.cat([first[key], second[key]], dim=1)), key
+    assert len(whole["noise"].flatten().unique()) > 0.99 * whole["noise"].numel()      # new in each step and for each image
+
+
+def test_non_finite_steps_are_skipped_and_counted(command, tmp_path, monkeypatch):
+    """A step with a NaN loss, and one with an infinite gradient, leave weights and moments as they were."""
+    original = train_repa_dar.Trainer.losses
+    states = {}
+
+    def losses(self, inputs, draws):
+        states[self.step] = flat({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]})
+        states[self.step] = {key: value.clone() for key, value in states[self.step].items()}
+        total, *rest = original(self, inputs, draws)
+        if self.step == 4:
+            total = total * float("nan")
+        if self.step == 6:
+            total = total + (self.model.x_embedder.proj.weight.sum() * 0).sqrt()       # finite, its gradient is not
+        return (total, *rest)
+
+    monkeypatch.setattr(train_repa_dar.Trainer, "losses", losses)
+    run(command(tmp_path / "run", "--max-steps", 10, "--eval-every", 0))
+    for step, taken in ((3, True), (4, False), (5, True), (6, False), (7, True)):
+        same = [torch.equal(states[step][key], states[step + 1][key]) for key in states[step]]
+        assert (not all(same)) if taken else all(same), step
+    assert [line["skipped_steps"] for line in records(tmp_path / "run")] == [1, 2]
+    assert all(json.dumps(line, allow_nan=False) for line in records(tmp_path / "run"))
+
+
+def test_persistent_non_finite_steps_stop_the_run(command, tmp_path, monkeypatch):
+    original = train_repa_dar.Trainer.losses
+
+    def losses(self, inputs, draws):
+        total, *rest = original(self, inputs, draws)
+        return (total * (float("nan") if self.step >= 12 else 1), *rest)
+
+    monkeypatch.setattr(train_repa_dar.Trainer, "losses", losses)
+    arguments = command(tmp_path / "run", "--max-skipped-steps", 4, "--eval-every", 0)
+    with pytest.raises(SystemExit, match=r"8 steps in a row .* 8 of 20 in all.*--lr"):
+        run(arguments)
+    good = load_file(tmp_path / "run" / "last.pt")
+    assert good["step"] == 10 and all(value.isfinite().all() for value in good["model"].values())
+
+
+def test_another_configuration_is_refused_and_nothing_touched(command, tmp_path):
+    folder = tmp_path / "run"
+    run(command(folder, "--max-steps", 5, "--eval-every", 0))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(SystemExit, match=r"(?s)lr: 0.001 -> 0.002.*routing: 'dar' -> 'residual'"):
+        run(command(folder, "--max-steps", 5, "--eval-every", 0, "--lr", 2e-3, "--routing", "residual"))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_changed_images_are_refused(command, tmp_path, digits):
+    run(command(tmp_path / "run", "--max-steps", 2, "--eval-every", 0))
+    moved = tmp_path / "data"
+    moved.symlink_to(digits)                    # the same option, other images behind it
+    first = tmp_path / "other"
+    run(command(first, "--max-steps", 2, "--eval-every", 0, data=moved))
+    moved.unlink()
+    from dataset import prepare
+    prepare.main(["digits", "--out", str(moved), "--limit", "50"])
+    with pytest.raises(SystemExit, match="content of data"):
+        run(command(first, "--max-steps", 2, "--eval-every", 0, "--encoder-features", "online", data=moved))
+
+
+def test_a_longer_run_goes_on_where_a_shorter_ended(command, tmp_path):
+    """max_steps is free to change: 10 steps and then 23 more are 33 steps."""
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    run(command(whole))
+    run(command(grown, "--max-steps", 10, "--snapshot-every", 5))
+    run(command(grown))
+    assert sorted(path.name for path in grown.glob("*.pt")) == ["last.pt", "step-0000005.pt", "step-0000010.pt"]
+    ours = [line for line in records(grown) if "frechet_distance" not in line]
+    assert ours == [line for line in records(whole) if "frechet_distance" not in line]
+    a, b = load_file(grown / "last.pt"), load_file(whole / "last.pt")
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in b["model"])
+
+
+def test_two_runs_cannot_share_a_folder(command, tmp_path):
+    config = train_repa_dar.configuration.parse(command(tmp_path / "run"))
+    with train_repa_dar.Ranks() as ranks:
+        trainer = train_repa_dar.Trainer(config, ranks)
+        trainer.open_folder()
+        with pytest.raises(SystemExit, match="in use by another run"):
+            run(command(tmp_path / "run"))
+        trainer.lock.close()
+
+
+def test_records_and_grids_of_a_run(command, tmp_path):
+    """What a user finds in the folder, and that init_from starts from another run's averaged weights."""
+    folder = tmp_path / "run"
+    run(command(folder, "--tensorboard", True, "--ema-decays", 0.5, 0.9, "--sampler", "sde", "--cfg-scale", 2))
+    log = records(folder, without=())
+    assert [line["step"] for line in log if "loss" in line] == [5, 10, 15, 20, 25, 30, 33]
+    assert [line["step"] for line in log if "frechet_distance" in line] == [15, 30, 33]
+    for line in log:
+        assert line["images"] == 8 * line["step"]
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["alignment_loss"], rel=1e-5)
+            assert {"grad_norm", "samples_per_second", "skipped_steps", "seconds"} <= line.keys()
+    assert list((folder / "tensorboard").iterdir())
+    with Image.open(folder / "samples" / "0000033.png") as grid:
+        assert len(grid.getcolors(10_000)) > 5
+    environment = json.loads((folder / "environment.jsonl").read_text())
+    assert environment["torch"] == torch.__version__ and environment["processes"] == 1
+
+    saved = load_file(folder / "last.pt")
+    assert saved["emas"].keys() == {"0.5", "0.9"}
+    config = train_repa_dar.configuration.parse(command(tmp_path / "next", "--init-from", folder / "last.pt"))
+    with train_repa_dar.Ranks() as ranks:
+        model = train_repa_dar.Trainer(config, ranks).model
+    assert all(torch.equal(value, saved["emas"]["0.5"][key]) for key, value in model.state_dict().items())
+
+
+def test_ema_is_the_geometric_average(command, tmp_path, monkeypatch):
+    """After the run, each average equals the sum that its definition gives from the weights of every step."""
+    history = []
+    original = train_repa_dar.Trainer.train_step
+
+    def step(self, batch):
+        if not history:
+            history.append({key: value.double().clone() for key, value in self.model.state_dict().items()})
+        original(self, batch)
+        history.append({key: value.double().clone() for key, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(train_repa_dar.Trainer, "train_step", step)
+    run(command(tmp_path / "run", "--max-steps", 12, "--eval-every", 0, "--ema-decays", 0.5, 0.9))
+    for decay, average in load_file(tmp_path / "run" / "last.pt")["emas"].items():
+        d = float(decay)
+        for key, value in average.items():
+            expected = d ** 12 * history[0][key]
+            expected = expected + sum((1 - d) * d ** (12 - i) * history[i][key] for i in range(1, 13))
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", [("--precision", "bf16"), ("--encoder-features", "online"), ("--query", "dynamic"),
+                                   ("--routing", "residual", "--alignment", "none", "--path", "cosine")])
+def test_variants_learn(command, tmp_path, extra):
+    """Sixty steps of each bring the denoising loss well below that of the first five."""
+    run(command(tmp_path / "run", "--eval-every", 0, "--max-steps", 60, "--lr", 5e-3, *extra))
+    losses = [line["denoising_loss"] for line in records(tmp_path / "run")]
+    assert min(losses) < 0.8 * losses[0]
+
+
+def test_stored_and_computed_tokens_train_alike(command, tmp_path):
+    """Features read from the data folder differ from online ones by float16 rounding only."""
+    for features in ("prepared", "online"):
+        run(command(tmp_path / features, "--encoder-features", features, "--eval-every", 0, "--max-steps", 5))
+    stored, computed = (records(tmp_path / features)[-1] for features in ("prepared", "online"))
+    assert stored["alignment_loss"] == pytest.approx(computed["alignment_loss"], rel=1e-3)
