@@ -307,10 +307,11 @@ def test_unknown_key_always_gets_a_valid_neighbour(capsys, write, key, near):
 
 
 @pytest.mark.parametrize("text, field, shown", [
-    ("lr: fast", "lr", "'fast'"), ("seed: 1.5", "seed", "'1.5'"), ("seed: true", "seed", "'True'"),
-    ("compile: 1", "compile", "'1'"), ("routing: dense", "routing", "'dense'"), ("routing: off", "routing", "'False'"),
+    ("lr: fast", "lr", "'fast'"), ("seed: 1.5", "seed", "1.5"), ("seed: true", "seed", "True"),
+    ("compile: 1", "compile", "1"), ("routing: dense", "routing", "'dense'"), ("routing: off", "routing", "False"),
     ("align_depth: null", "align_depth", "None"), ("ema_decays: [0.9, slow]", "ema_decays", "'slow'"),
-    ("lr: {a: 1}", "lr", "{'a': 1}"), ("betas: 0.9", "betas", "betas"), ("max_steps: 1e5", "max_steps", "'1e5'"),
+    ("lr: {a: 1}", "lr", "{'a': 1}"), ("lr: [0.1, 0.2]", "lr", "0.2"), ("data: [x, y]", "data", "'y'"),
+    ("betas: 0.9", "betas", "betas"), ("max_steps: 1e5", "max_steps", "'1e5'"),
 ])
 def test_wrong_type_in_a_file_names_the_key_and_the_file(capsys, write, text, field, shown):
     path = write(text)
@@ -319,25 +320,25 @@ def test_wrong_type_in_a_file_names_the_key_and_the_file(capsys, write, text, fi
     assert shown in message and str(path) in message
 
 
-@pytest.mark.parametrize("text, field, shown", [("lr: [0.1, 0.2]", "lr", "0.2"), ("data: [a, b]", "data", "b"),
-                                                ("betas: [0.9, 0.99, 0.999]", "betas", "0.999")])
-def test_too_many_values_in_a_file_name_the_key(capsys, write, text, field, shown):
-    message = refused(capsys, ["--config", write(text)])
-    assert names(message, field) and shown in message, message
+def test_a_value_too_many_in_a_file_is_refused(capsys, write):
+    path = write("betas: [0.9, 0.99, 0.999]")
+    message = refused(capsys, ["--config", path])
+    assert "0.999" in message and str(path) in message
 
 
 @pytest.mark.parametrize("value", ["", "null", "yes", "{a: 1}"])
 def test_text_options_take_only_text(capsys, write, value):
     # str() of anything is text: a run must not end up in a folder called None or True.
-    message = refused(capsys, ["--config", write(f"out: {value}")])
-    assert names(message, "out"), message
+    path = write(f"out: {value}")
+    message = refused(capsys, ["--config", path])
+    assert names(message, "out") and str(path) in message, message
 
 
 def test_out_of_range_in_a_file_is_refused(capsys, write):
     assert "eval_samples = 1" in refused(capsys, ["--config", write("eval_samples: 1")])
 
 
-@pytest.mark.parametrize("text", ["- lr\n- seed", "just text", "3"])
+@pytest.mark.parametrize("text", ["- lr\n- seed", "just text", "3", "[]"])
 def test_file_that_is_no_mapping_is_refused(capsys, write, text):
     path = write(text)
     message = refused(capsys, ["--config", path])

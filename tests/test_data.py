@@ -227,8 +227,9 @@ def adm_crop(pixels, size):
 
 
 # Powers of two, one side longer, odd sizes and odd margins, one pass of bicubic, enlarging, extreme shapes.
-@pytest.mark.parametrize("width, height", [(64, 64), (128, 32), (33, 47), (50, 37), (131, 70), (31, 29), (21, 16), (16, 23),
-                                           (5, 7), (40, 21), (100, 3), (1, 1), (16, 16)])
+@pytest.mark.parametrize("width, height", [
+    (64, 64), (128, 32), (33, 47), (50, 37), (131, 70), (31, 29), (21, 16), (16, 23), (5, 7), (40, 21), (100, 3),
+    (1, 1), (16, 16)])
 def test_crop_matches_its_definition(width, height):
     pixels = noise_image(width, height, seed=width)
     got = np.asarray(prepare.center_crop(Image.fromarray(pixels), SIZE)).astype(int)
@@ -296,7 +297,8 @@ def test_parquet_with_declared_features(tmp_path, table):
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 1, 1, 0]
 
 
-@pytest.mark.parametrize("labels, class_names", [([7, 3, 3, 7], ["3", "7"]), (["tree", "sea", "sea", "tree"], ["sea", "tree"])])
+@pytest.mark.parametrize("labels, class_names", [
+    ([7, 3, 3, 7], ["3", "7"]), (["tree", "sea", "sea", "tree"], ["sea", "tree"])])
 def test_parquet_with_plain_columns_numbers_the_classes(tmp_path, table, labels, class_names):
     run(table(image=cells(*COLORS), label=labels), tmp_path / "out", "--resolution", 8)
     assert reds(tmp_path / "out") == [10, 20, 30, 40]
@@ -389,8 +391,9 @@ def test_unknown_sources(tmp_path, monkeypatch):
 
 
 # Without one, digits are 8 x 8; zero is not "without one".
-@pytest.mark.parametrize("source, arguments", [("photos", []), ("photos", ["--resolution", 0]), ("digits", ["--resolution", 0]),
-                                               ("photos", ["--resolution", -8]), ("digits", ["--resolution", -8])])
+@pytest.mark.parametrize("source, arguments", [
+    ("photos", []), ("photos", ["--resolution", 0]), ("digits", ["--resolution", 0]), ("photos", ["--resolution", -8]),
+    ("digits", ["--resolution", -8])])
 def test_resolution_is_needed_and_positive(photos, tmp_path, source, arguments):
     message = refusal("digits" if source == "digits" else photos, tmp_path / "out", *arguments)
     assert f"resolution = {arguments[-1] if arguments else None}" in message and "--resolution 256" in message
@@ -642,7 +645,8 @@ def test_missing_folder_and_missing_features_say_what_to_run(tmp_path, digits):
 def test_listing_tells_sources_apart(digits, prepared_photos, tmp_path):
     run("digits", tmp_path / "some", "--limit", 3)
     run("digits", tmp_path / "same", "--limit", 3)
-    listings = [PreparedImages(folder).listing for folder in (digits, prepared_photos, tmp_path / "some", tmp_path / "same")]
+    folders = [digits, prepared_photos, tmp_path / "some", tmp_path / "same"]
+    listings = [PreparedImages(folder).listing for folder in folders]
     assert len(set(listings)) == 3 and listings[2] == listings[3]
 
 

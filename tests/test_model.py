@@ -505,7 +505,8 @@ def drop(*names):
     (lambda s: {**s, "pos_embed": torch.zeros(1, 64, 24)}, "pos_embed is (1, 64, 24), the model's is (1, 16, 24)"),
     (lambda s: {**s, "y_embedder.embedding_table.weight": torch.zeros(7, 24)},
      "y_embedder.embedding_table.weight is (7, 24), the model's is (8, 24)"),
-    (lambda s: {**s, "final_layer.linear.bias": torch.zeros(36)}, "final_layer.linear.bias is (36,), the model's is (12,)"),
+    (lambda s: {**s, "final_layer.linear.bias": torch.zeros(36)},
+     "final_layer.linear.bias is (36,), the model's is (12,)"),
     (lambda s: {**s, "projectors.0.4.bias": torch.zeros(9)}, "projectors.0.4.bias is (9,), the model's is (5,)"),
     (lambda s: {}, " more"),
 ])

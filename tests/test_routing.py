@@ -447,7 +447,8 @@ def routed_states(model, *inputs):
         outputs[:] = arguments[0]
 
     hooks = [model.router.register_forward_hook(after_router)]
-    hooks += [p.register_forward_pre_hook(lambda m, arguments: projected.append(arguments[0])) for p in model.projectors]
+    for projector in model.projectors:
+        hooks.append(projector.register_forward_pre_hook(lambda m, arguments: projected.append(arguments[0])))
     result = model(*inputs)
     for hook in hooks:
         hook.remove()
@@ -459,6 +460,8 @@ def routed_states(model, *inputs):
 def test_at_initialisation_every_state_is_the_mean_of_v0_and_zeros(kind, final, S):
     torch.manual_seed(0)
     model = SiT(**{**TINY, "align_depth": (1, 2, 3)}, query=kind, chunk_size=S, final_aggregator=final)
+    for aggregator in model.router.aggregators:
+        assert not aggregator.query.any() and (aggregator.norm_weight == 1).all()
     outputs, states, projected, (velocity, _) = routed_states(model, *batch())
     assert len(outputs) == 7 and len(states) == 7 and len(projected) == 3
     assert outputs[0].abs().max() > 0.1

@@ -44,26 +44,25 @@ def records(folder, without=TIMING):
             for line in read_lines(folder / "metrics.jsonl")]
 
 
-def assert_same_run(folder, reference, exactly=True):
-    """Weights, averages, optimiser, tally and log: bit for bit, or to float tolerance."""
+def assert_same_run(folder, reference):
+    """Weights, averages, optimiser, tally and log, bit for bit."""
     a, b = flat(load_file(folder / "last.pt")), flat(load_file(reference / "last.pt"))
     assert a.keys() == b.keys()
     for key in a:
-        if key.startswith(("seconds", "logged.seconds", "config.")):
-            continue
-        if isinstance(a[key], torch.Tensor) and exactly:
+        if isinstance(a[key], torch.Tensor):
             assert torch.equal(a[key], b[key]), key
-        elif isinstance(a[key], torch.Tensor):
-            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5, msg=lambda text: f"{key}: {text}")
-        else:
+        elif not key.startswith(("seconds", "logged.seconds", "config.")):
             assert a[key] == b[key], key
+    assert records(folder) == records(reference)
+
+
+def assert_same_curves(folder, reference):
+    """The log to float tolerance. Weights are left out: where a gradient is zero but for rounding, as that of the key
+    bias is, Adam turns the rounding into steps of full size."""
     ours, theirs = records(folder), records(reference)
-    if exactly:
-        assert ours == theirs
-    else:
-        assert len(ours) == len(theirs)
-        for line, other in zip(ours, theirs):
-            assert line == pytest.approx(other, rel=2e-3, abs=1e-5)
+    assert len(ours) == len(theirs) > 8
+    for line, other in zip(ours, theirs):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def flat(tree, prefix=""):
@@ -154,8 +153,8 @@ def test_processes_and_accumulation_do_not_change_the_run(command, tmp_path, sma
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "8 global = 2 processes x 4 local, in 2 accumulated parts of 2" in finished.stdout
     run(command(parts, "--micro-batch-size", 2, "--num-workers", 1))
-    assert_same_run(two, one, exactly=False)
-    assert_same_run(parts, one, exactly=False)
+    assert_same_curves(two, one)
+    assert_same_curves(parts, one)
 
 
 def test_each_image_meets_the_same_noise_whatever_the_processes(command, tmp_path, monkeypatch):
