@@ -192,17 +192,26 @@ def _preset_arguments(name):
     if not path.is_file():
         known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
         raise ValueError(f"--config {name!r} is neither a preset ({', '.join(known)}) nor a YAML file")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected lines of the form `key: value`")
-    names = [field.name for field in dataclasses.fields(Config)]
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     arguments = []
     for key, value in values.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0)
+        if key not in defaults:
+            near = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0)
             raise ValueError(f"{path}: unknown key {key!r}; the nearest valid one is {near[0]!r}")
-        items = value if isinstance(value, list) else [value]
-        arguments += [f"--{key.replace('_', '-')}", *(str(item) for item in items)]
+        several = isinstance(defaults[key], tuple)
+        if isinstance(value, dict) or isinstance(value, list) and not several:
+            raise ValueError(f"{path}: {key} = {value!r}: must be {'a list' if several else 'one value'}")
+        if isinstance(defaults[key], str) and not isinstance(value, str):
+            raise ValueError(f"{path}: {key} = {value!r}: must be text; put it in quotes")
+        option = f"--{key.replace('_', '-')}"
+        arguments += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
     return arguments
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -173,11 +174,10 @@ def load_file(path, device="cpu"):
         raise ValueError(f"there is no weights file {str(path)!r}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file as load_safetensors
-            return load_safetensors(path, device=str(device))
+            return safetensors.torch.load_file(path, device=str(device))
         with torch.serialization.safe_globals([argparse.Namespace]):        # REPA keeps its arguments in one
             return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{str(path)!r} is not a weights file, or holds code, which is never executed: {reason}") from None
 
@@ -185,6 +185,7 @@ def load_file(path, device="cpu"):
 def load_weights(path):
     """Model weights from one of our checkpoints, SiT's, REPA's, or a bare state dict: `ema` where there is one."""
     content = load_file(path)
+    content = content if isinstance(content, dict) else {}
     for key in ("ema", "model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]

@@ -58,8 +58,6 @@ class Trainer:
     def __init__(self, config, ranks):
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.share, self.micro = split_batch(config, ranks.world)
-        if config.eval_samples < ranks.world:
-            raise ValueError(f"eval_samples = {config.eval_samples}: each of the {ranks.world} processes needs one")
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.tf32
         self.bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
@@ -110,7 +108,10 @@ class Trainer:
             align_depth=config.align_depth if aligned else (), align_dims=(self.encoder.dim,) if aligned else (),
             projector_dim=config.projector_dim, **sizes)
         if config.init_from:
-            missing, unused = load_published(model, load_weights(config.init_from))
+            try:
+                missing, unused = load_published(model, load_weights(config.init_from))
+            except ValueError as error:
+                raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
             self.say(f"initial weights from {config.init_from}; not in it: {missing or 'none'}; not used: {unused or 'none'}")
         return model
 

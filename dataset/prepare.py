@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -79,7 +80,7 @@ def main(argv=None):
 
 def prepare(options):
     """Write the folder, or what is missing of it. Raises ValueError on sources and settings that cannot be used."""
-    resolution = options.resolution or (8 if options.source == "digits" else None)
+    resolution = 8 if options.resolution is None and options.source == "digits" else options.resolution
     if resolution is None or resolution < 1:
         raise ValueError(f"resolution = {resolution}: say the side of the square images, such as --resolution 256")
     if options.batch_size < 1:
@@ -103,7 +104,8 @@ def prepare_images(source, folder, source_name, resolution):
         try:
             return np.asarray(center_crop(to_rgb(source.load(i)), resolution)), None
         except Exception as error:                 # a damaged file can raise nearly anything inside a decoder
-            return 0, f"{type(error).__name__}: {error}"
+            # Without the address of a buffer in memory, which differs from run to run.
+            return 0, re.sub(r"<(\S+) object at 0x\w+>", r"\1", f"{type(error).__name__}: {error}")
 
     damaged = images.record.setdefault("damaged", {})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -128,7 +130,10 @@ def prepare_features(folder, options):
     meta = json.loads((folder / "meta.json").read_text())
     size = meta["resolution"] // load_autoencoder(meta["autoencoder"]).downsampling
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = FrozenEncoder(options.encoder, options.token_grid or size // 2, options.encoder_weights).to(device)
+    grid = size // 2 if options.token_grid is None else options.token_grid
+    if grid < 1:
+        raise ValueError(f"token_grid = {grid}: must be at least 1")
+    encoder = FrozenEncoder(options.encoder, grid, options.encoder_weights).to(device)
     images = np.load(folder / "images.npy", mmap_mode="r")
     settings = {"encoder": options.encoder, "fingerprint": encoder.fingerprint, "grid": encoder.grid[0]}
     tokens = ResumableArray(folder / "features" / encoder.fingerprint, "tokens.npy",
@@ -161,7 +166,8 @@ class ResumableArray:
             if changed:
                 raise ValueError(f"{folder} was prepared with other settings ({'; '.join(changed)}); "
                                  "give another --out, or delete that folder first")
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and (not folder.is_dir() or
+                                  {path.name for path in folder.iterdir()} - {"progress.json.unfinished"}):
             raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
         if self.finished:
             return
@@ -225,13 +231,18 @@ def open_table(options, parquet):
         table = (datasets.load_dataset("parquet", data_files=parquet, split="train") if parquet
                  else datasets.load_dataset(options.source, split=options.split))
     except Exception as error:                     # the hub's client raises many kinds
-        raise ValueError(f"{options.source!r} is no existing path, and no dataset that can be loaded "
+        raise ValueError(f"{options.source!r} " + ("cannot be read as parquet " if parquet else
+                         "is no existing path, and no dataset that can be loaded ") +
                          f"({type(error).__name__}: {error})") from None
     image_column = choose_column(table, "image", options.image_column, lambda name, kind:
                                  isinstance(kind, datasets.Image) or name in ("image", "img"))
     label_column = choose_column(table, "label", options.label_column, lambda name, kind:
                                  isinstance(kind, datasets.ClassLabel) or name in ("label", "labels"))
-    kind, labels = table.features[label_column], np.array(table[label_column])
+    kind, values = table.features[label_column], list(table[label_column])
+    if any(value is None or isinstance(value, (list, dict)) or isinstance(kind, datasets.ClassLabel) and value < 0
+           for value in values):
+        raise ValueError(f"the label column {label_column!r} has rows without a label, or with several")
+    labels = np.array(values)
     if isinstance(kind, datasets.ClassLabel):
         class_names = kind.names
     else:

@@ -49,7 +49,7 @@ class Run:
     config: dict
     x: dict
     y: np.ndarray
-    samples_per_second: float
+    samples_per_second: float | None
     environment: dict
 
 
@@ -86,12 +86,14 @@ def read_run(folder, metric):
     return Run(str(folder), yaml.safe_load((folder / "config.yaml").read_text()),
                {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
                np.array([point[metric] for point in points], dtype=float),
-               float(np.median(rates)) if rates else float("nan"),
+               float(np.median(rates)) if rates else None,
                json.loads(environment.read_text().splitlines()[-1]) if environment.is_file() else {})
 
 
 def group(runs):
-    """Runs by arm, {label: {seed: run}}. Raises ValueError where two runs have the same settings and seed."""
+    """Runs by arm, {label: {seed: run}}. Raises ValueError for no runs, or two with the same settings and seed."""
+    if not runs:
+        raise ValueError("no run folders were given")
     keys = sorted({key for run in runs for key in run.config} - NOT_THE_ARM)
     varied = [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
     arms = {}
@@ -163,7 +165,7 @@ def compare(arms, options):
             row = {"target": target, "arm": name}
             for axis in ("step", "seconds"):
                 times = {seed: time_to_target(run.x[axis], run.y, target, options.goal) for seed, run in runs.items()}
-                row[axis] = {"per_seed": times, "mean": None if None in times.values() else float(np.mean(list(times.values())))}
+                row[axis] = {"per_seed": times, "mean": mean(list(times.values()))}
                 pairs = {seed: speedup(arms[reference][seed], run, target, axis, options.goal)
                          for seed, run in runs.items() if seed in arms[reference]}
                 row[f"{axis}_speedup"] = {"per_seed": {seed: {"ratio": ratio, "bound": bound}
@@ -171,7 +173,7 @@ def compare(arms, options):
             rows.append(row)
     summary = {name: {"seeds": sorted(runs), "last": float(np.mean([run.y[-1] for run in runs.values()])),
                       "best": float(np.mean([best(run.y) for run in runs.values()])),
-                      "samples_per_second": float(np.mean([run.samples_per_second for run in runs.values()])),
+                      "samples_per_second": mean([run.samples_per_second for run in runs.values()]),
                       "last_step": max(int(run.x["step"][-1]) for run in runs.values()),
                       "folders": [run.folder for run in runs.values()],
                       "encoder": sorted({run.config.get("encoder", "") for run in runs.values()})}
@@ -182,10 +184,15 @@ def compare(arms, options):
             "targets": rows, "environments": [json.loads(machine) for machine in sorted(machines)]}
 
 
+def mean(values):
+    """None where one of the values is."""
+    return None if None in values else float(np.mean(values))
+
+
 def default_targets(runs, goal):
     """The best mean value over seeds that the reference had seen by each share of its run."""
-    steps, mean, _, _ = mean_curve(list(runs), "step")
-    so_far = (np.minimum if goal == "min" else np.maximum).accumulate(mean)
+    steps, values, _, _ = mean_curve(list(runs), "step")
+    so_far = (np.minimum if goal == "min" else np.maximum).accumulate(values)
     chosen = [so_far[max(0, np.searchsorted(steps, share * steps[-1], side="right") - 1)] for share in TARGETS_AT]
     return tuple(dict.fromkeys(float(value) for value in chosen))
 
@@ -206,17 +213,16 @@ def markdown(result):
     lines = [f"| arm | seeds | last `{metric}` | best | at step | images/s |", "| --- | --- | --- | --- | --- | --- |"]
     for name, arm in result["arms"].items():
         seeds = ", ".join(map(str, arm["seeds"]))
-        lines.append(f"| {name} | {seeds} | {arm['last']:.4g} | {arm['best']:.4g} | {arm['last_step']} | "
-                     f"{arm['samples_per_second']:.0f} |")
+        speed = "–" if arm["samples_per_second"] is None else f"{arm['samples_per_second']:.0f}"
+        lines.append(f"| {name} | {seeds} | {arm['last']:.4g} | {arm['best']:.4g} | {arm['last_step']} | {speed} |")
     lines += ["", f"Speedups over **{result['reference']}** (above 1: sooner; mean [lowest, highest] over seeds):", "",
               f"| `{metric}` reaches | arm | steps | speedup | seconds | speedup in time |",
               "| --- | --- | --- | --- | --- | --- |"]
     for row in result["targets"]:
         cells = [f"{row['target']:.4g}", row["arm"]]
         for axis in ("step", "seconds"):
-            mean = row[axis]["mean"]
             missed = sum(time is None for time in row[axis]["per_seed"].values())
-            cells.append(f"{mean:.0f}" if mean is not None else f"not reached by {missed} of {len(row[axis]['per_seed'])}")
+            cells.append(f"{row[axis]['mean']:.0f}" if not missed else f"not reached by {missed} of {len(row[axis]['per_seed'])}")
             cells.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
         lines.append("| " + " | ".join(cells) + " |")
     encoders = sorted({encoder for arm in result["arms"].values() for encoder in arm["encoder"]})
@@ -245,8 +251,8 @@ def plot(arms, options, path):
     figure, panels = plt.subplots(1, len(options.x), figsize=(5.2 * len(options.x), 3.8), squeeze=False, sharey=True)
     for panel, axis in zip(panels[0], options.x):
         for name, runs in arms.items():
-            x, mean, low, high = mean_curve(list(runs.values()), axis)
-            line, = panel.plot(x, mean, marker="o", markersize=3, label=f"{name} ({len(runs)})" if len(runs) > 1 else name)
+            x, y, low, high = mean_curve(list(runs.values()), axis)
+            line, = panel.plot(x, y, marker="o", markersize=3, label=f"{name} ({len(runs)})" if len(runs) > 1 else name)
             if len(runs) > 1:
                 panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         values = np.concatenate([run.y for runs in arms.values() for run in runs.values()])

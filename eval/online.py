@@ -35,7 +35,7 @@ class OnlineEvaluation:
         self.reference = self._reference(data)
 
     def __call__(self, model):
-        """Returns the distance and a grid (3, H', W') uint8 of the first samples, ordered by label."""
+        """Returns the distance and a grid (3, H', W') uint8 of the first samples, ordered by label; None where idle."""
         statistics = FeatureStatistics(self.encoder.dim, self.ranks.device)
         shown = []
         for indices in self._batches(self.config.eval_samples):
@@ -44,7 +44,7 @@ class OnlineEvaluation:
             shown.append(images[:max(0, GRID - sum(map(len, shown)))].cpu())
         self.ranks.sum(statistics.sums)
         distance = frechet_distance(*statistics.mean_and_covariance(), *self.reference)
-        return distance, self._grid(torch.cat(shown))
+        return distance, self._grid(torch.cat(shown)) if shown else None
 
     def sample(self, model, indices):
         """The samples with these indices, uint8 (B, 3, H, W)."""
@@ -63,7 +63,7 @@ class OnlineEvaluation:
     def _batches(self, count):
         """This process's share of range(count), in ranges of at most eval_batch_size."""
         rank, world, size = self.ranks.rank, self.ranks.world, self.config.eval_batch_size
-        start, stop = rank * count // world, (rank + 1) * count // world
+        start, stop = -(-rank * count // world), -(-(rank + 1) * count // world)      # the main process is never idle
         return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
 
     def _pooled(self, images):

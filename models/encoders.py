@@ -32,16 +32,20 @@ class FrozenEncoder(nn.Module):
         if not local_folder and name.split(".")[0] not in timm.list_models():
             raise ValueError(f"encoder {name!r} is neither a timm model nor a folder with timm's config.json")
         timm_name = f"local-dir:{name}" if local_folder else name
-        with torch.device("meta"):                                         # no memory, no download: only the patch size
-            embed = getattr(timm.create_model(timm_name, num_classes=0), "patch_embed", None)
-        patch = getattr(embed, "patch_size", None)
-        if not patch or patch[0] != patch[1]:
+        try:
+            with torch.device("meta"):                                     # no memory, no download: only its structure
+                plain = timm.create_model(timm_name, num_classes=0)
+        except Exception as error:                                         # a tag or a config.json unknown to timm
+            raise ValueError(f"encoder {name!r} is none that timm can build ({type(error).__name__}: {error})") from None
+        patch = getattr(getattr(plain, "patch_embed", None), "patch_size", None)
+        if not patch or patch[0] != patch[1] or not hasattr(plain, "num_prefix_tokens"):
             raise ValueError(f"encoder {name!r} has no square patches; a plain vision transformer is needed")
 
         self.name, self.size = name, grid * patch[0]
         overlay = {"pretrained_cfg_overlay": {"file": weights}} if weights else {}
         try:
-            self.model = timm.create_model(timm_name, pretrained=True, num_classes=0, img_size=self.size, **overlay)
+            self.model = timm.create_model(timm_name, pretrained=True, img_size=self.size, **overlay)
+            self.model.reset_classifier(0)         # only now: timm compares all names if the head is its own
         except Exception as error:                                         # timm and the hub raise many kinds
             raise ValueError(f"the weights of encoder {name!r} could not be loaded ({type(error).__name__}: {error}); "
                              "without network, give a local file with --encoder-weights, or a folder as --encoder"
@@ -64,7 +68,7 @@ class FrozenEncoder(nn.Module):
 
     def _fingerprint(self):
         """Twelve hexadecimal digits that change with any weight, the normalisation or the grid."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(tuple(self.grid)).encode())
         for name, tensor in self.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

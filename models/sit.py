@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
-from models.dar import DepthRouter
+from models.dar import FINAL_AGGREGATORS, QUERIES, DepthRouter
 from models.projector import Projector
 
 ROUTINGS = ("residual", "dar")
@@ -44,8 +44,10 @@ class SiT(nn.Module):
             raise ValueError(f"input_size = {input_size} is not a multiple of patch_size = {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size = {hidden_size} must be a multiple of num_heads = {num_heads} and of 4")
-        if routing not in ROUTINGS:
-            raise ValueError(f"routing {routing!r} is unknown; choose one of {', '.join(ROUTINGS)}")
+        for name, value, known in (("routing", routing, ROUTINGS), ("query", query, QUERIES),
+                                   ("final_aggregator", final_aggregator, ("auto", *FINAL_AGGREGATORS))):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob = {class_dropout_prob} is not in [0, 1)")
         align_depth = (align_depth,) if isinstance(align_depth, int) else tuple(sorted(align_depth))
@@ -140,7 +142,7 @@ class Block(nn.Module):
     def __init__(self, width, num_heads, mlp_ratio, qk_norm):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm)
+        self.attn = Attention(width, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))

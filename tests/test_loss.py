@@ -110,7 +110,7 @@ def test_denoising_loss_is_the_mean_square_error():
 
 @pytest.mark.parametrize("dtype, value", [(torch.float16, 300.0), (torch.bfloat16, 300.0)], ids=str)
 def test_denoising_loss_is_float32(dtype, value):
-    """300^2 overflows float16, and bf16 cannot tell 1 + 1/512 from 1."""
+    """300^2 overflows float16, and bf16 keeps two or three digits of it."""
     velocity, target = torch.full((2, 1, 2, 2), value, dtype=dtype), torch.zeros(2, 1, 2, 2)
     velocity[0] = 1
     loss = denoising_loss(velocity, target)
