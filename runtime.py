@@ -179,7 +179,8 @@ def load_file(path, device="cpu"):
             return torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{str(path)!r} is not a weights file, or holds code, which is never executed: {reason}") from None
+        raise ValueError(f"{str(path)!r} is not a weights file, or holds code, which is never executed: "
+                         f"{reason}") from None
 
 
 def load_weights(path):
@@ -190,7 +191,7 @@ def load_weights(path):
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    weights = {name.removeprefix("module."): value for name, value in content.items()}
+    weights = {str(name).removeprefix("module."): value for name, value in content.items()}
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{str(path)!r} holds no state dict, neither bare nor under 'ema', 'model' or 'state_dict'")
     return weights

@@ -112,7 +112,8 @@ class Trainer:
                 missing, unused = load_published(model, load_weights(config.init_from))
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
-            self.say(f"initial weights from {config.init_from}; not in it: {missing or 'none'}; not used: {unused or 'none'}")
+            self.say(f"initial weights from {config.init_from}; "
+                     f"not in it: {missing or 'none'}; not used: {unused or 'none'}")
         return model
 
     # ---- the run folder ----
@@ -295,9 +296,10 @@ class Trainer:
                  f"in {self.share // self.micro} accumulated parts of {self.micro}")
         self.say(f"run        {self.folder} ({'resumed at' if self.step else 'from'} step {self.step} "
                  f"of {config.max_steps})\n"
-                 f"data       {len(self.data)} images of {self.data.resolution} pixels, {self.data.num_classes} classes\n"
-                 f"model      {config.model}, {len(self.model.blocks)} blocks, {parameters / 1e6:.2f} M parameters with "
-                 f"projectors, {self.model.x_embedder.num_patches} tokens, routing {config.routing}\n"
+                 f"data       {len(self.data)} images of {self.data.resolution} pixels, "
+                 f"{self.data.num_classes} classes\n"
+                 f"model      {config.model}, {len(self.model.blocks)} blocks, {parameters / 1e6:.2f} M parameters "
+                 f"with projectors, {self.model.x_embedder.num_patches} tokens, routing {config.routing}\n"
                  f"encoder    {self.encoder.name if self.encoder else 'none'}, alignment {config.alignment}\n"
                  f"batch      {batch}\n"
                  f"device     {self.device}, {'bf16 autocast' if self.bf16 else 'fp32'}, torch {torch.__version__}")
@@ -327,7 +329,10 @@ class Tally:
         state["longest"] = torch.maximum(state["longest"], state["in_row"])
 
     def read(self):
-        """Means over the interval ({} if every step was skipped), steps skipped in all, longest row; starts a new interval."""
+        """Means over the interval ({} if every step was skipped), steps skipped in all, and the longest row of them.
+
+        Starts a new interval.
+        """
         count, skipped, longest = (int(self.state[name]) for name in ("counted", "skipped", "longest"))
         means = dict(zip(self.NAMES, (self.state["sums"] / count).tolist())) if count else {}
         self.state["sums"].zero_()

@@ -30,8 +30,8 @@ class PreparedImages:
         self.autoencoder, self.listing = meta["autoencoder"], meta["listing"]
         self.tokens_file = self.folder / "features" / features / "tokens.npy" if features else None
         if features and not self.tokens_file.with_name("meta.json").is_file():
-            raise ValueError(f"{folder} holds no finished features of encoder {features}; run `python -m dataset.prepare` "
-                             "again with --encoder, or use --encoder-features online")
+            raise ValueError(f"{folder} holds no finished features of encoder {features}; run "
+                             "`python -m dataset.prepare` again with --encoder, or use --encoder-features online")
         labels = np.load(self.folder / "labels.npy")
         self.rows = np.flatnonzero(labels >= 0)                    # prepare marks damaged images by -1
         self.labels = torch.from_numpy(labels[self.rows])

@@ -199,7 +199,8 @@ class ResumableArray:
 def open_source(options):
     if options.source == "digits":
         images, labels = load_digits()
-        return Source([f"digit {i}" for i in range(len(images))], labels, [str(k) for k in range(10)], images.__getitem__)
+        names = [f"digit {i}" for i in range(len(images))]
+        return Source(names, labels, [str(k) for k in range(10)], images.__getitem__)
     path = Path(options.source)
     parquet = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
     if path.is_dir() and not parquet:

@@ -80,9 +80,10 @@ def train(options):
     held_out = torch.arange(len(data)) % HELD_OUT == 0
     kept = (~held_out).nonzero().flatten()
     # Its own pretrained_cfg carries this normalisation to whoever loads the folder.
-    model.pretrained_cfg = {"architecture": ARCHITECTURE, "tag": "standin", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic",
-                            "input_size": (3, data.resolution, data.resolution), "first_conv": "patch_embed.proj",
-                            "classifier": "head", "num_classes": data.num_classes}
+    model.pretrained_cfg = {"architecture": ARCHITECTURE, "tag": "standin", "num_classes": data.num_classes,
+                            "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic",
+                            "input_size": (3, data.resolution, data.resolution),
+                            "first_conv": "patch_embed.proj", "classifier": "head"}
 
     def batch(rows):
         images = everything["images"][rows].to(device) / 127.5 - 1

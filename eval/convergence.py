@@ -35,7 +35,7 @@ class Options:
     reference: str = ""
     """Arm that the others are compared with; the first run's if not given."""
     targets: tuple[float, ...] = ()
-    """Values to reach; if not given, the best that the reference had at a quarter, half, three quarters and all of its run."""
+    """Values to reach; if not given, the best that the reference had by each quarter of its run."""
     goal: Literal["min", "max"] = "min"
     """Whether the metric is better when small or when large."""
     out: str = "convergence"
@@ -56,6 +56,8 @@ class Run:
 def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="python -m eval.convergence", description=__doc__)
     try:
+        if not options.x:
+            raise ValueError(f"x is empty; choose from {', '.join(AXES)}")
         arms = group([read_run(folder, options.metric) for folder in options.runs])
         result = compare(arms, options)
         table = markdown(result)
@@ -123,7 +125,8 @@ def label(config, varied):
 def time_to_target(x, y, target, goal="min"):
     """Where the curve first reaches the target, interpolated on the line between two points.
 
-    x, y: (points). Returns the first x if the curve starts beyond the target, None if it never gets there.
+    x, y: (points). Returns x[0] if the curve starts at or beyond the target, so that the true place may be earlier
+    (see `starts_beyond`), and None if it never gets there.
     """
     gap = (y - target) * (1 if goal == "min" else -1)         # above 0 until the target is reached
     reached = np.flatnonzero(gap <= 0)
@@ -135,21 +138,27 @@ def time_to_target(x, y, target, goal="min"):
     return float(x[i - 1] + (x[i] - x[i - 1]) * gap[i - 1] / (gap[i - 1] - gap[i]))
 
 
+def starts_beyond(y, target, goal="min"):
+    """Whether the first point has passed the target already, somewhere that was not measured."""
+    return bool(y[0] < target if goal == "min" else y[0] > target)
+
+
 def speedup(reference, other, target, axis, goal="min"):
     """How many times sooner `other` reaches the target than `reference`, two runs of one seed.
 
-    Returns (ratio, bound): bound is "" for a measured ratio, ">" where the reference never arrives (its whole run is
-    taken instead), "<" where the other never does, and (None, "") where neither does.
+    Returns (ratio, bound). The bound is "" for a measured ratio; ">" where the reference never arrives (its whole run
+    is taken instead) or the other had arrived before its first point; "<" where it is the other way round. The ratio is
+    None where that leaves nothing to say: neither arrives, or both had before their first points.
     """
     a = time_to_target(reference.x[axis], reference.y, target, goal)
     b = time_to_target(other.x[axis], other.y, target, goal)
-    if a is None and b is None:
+    above = a is None or starts_beyond(other.y, target, goal)             # the true ratio is larger
+    below = b is None or starts_beyond(reference.y, target, goal)         # the true ratio is smaller
+    if above and below:
         return None, ""
-    if a is None:
-        return float(reference.x[axis][-1] / b), ">"
-    if b is None:
-        return float(a / other.x[axis][-1]), "<"
-    return a / b, ""
+    a = float(reference.x[axis][-1]) if a is None else a
+    b = float(other.x[axis][-1]) if b is None else b
+    return a / b, ">" if above else "<" if below else ""
 
 
 def compare(arms, options):
@@ -178,8 +187,9 @@ def compare(arms, options):
                       "folders": [run.folder for run in runs.values()],
                       "encoder": sorted({run.config.get("encoder", "") for run in runs.values()})}
                for name, runs in arms.items()}
-    machines = {json.dumps({key: value for key, value in run.environment.items() if key not in ("command", "from_step")}, sort_keys=True)
-                for runs in arms.values() for run in runs.values()}
+    of_one_start = {"command", "from_step"}
+    machines = {json.dumps({key: value for key, value in run.environment.items() if key not in of_one_start},
+                           sort_keys=True) for runs in arms.values() for run in runs.values()}
     return {"metric": options.metric, "goal": options.goal, "reference": reference, "arms": summary,
             "targets": rows, "environments": [json.loads(machine) for machine in sorted(machines)]}
 
@@ -222,7 +232,8 @@ def markdown(result):
         cells = [f"{row['target']:.4g}", row["arm"]]
         for axis in ("step", "seconds"):
             missed = sum(time is None for time in row[axis]["per_seed"].values())
-            cells.append(f"{row[axis]['mean']:.0f}" if not missed else f"not reached by {missed} of {len(row[axis]['per_seed'])}")
+            cells.append(f"not reached by {missed} of {len(row[axis]['per_seed'])}" if missed else
+                         f"{row[axis]['mean']:.0f}")
             cells.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
         lines.append("| " + " | ".join(cells) + " |")
     encoders = sorted({encoder for arm in result["arms"].values() for encoder in arm["encoder"]})
@@ -236,7 +247,7 @@ def markdown(result):
 def ratio_text(cell):
     known = [(entry["ratio"], entry["bound"]) for entry in cell["per_seed"].values() if entry["ratio"] is not None]
     if not known:
-        return "no seed in common" if not cell["per_seed"] else "neither reached"
+        return "no seed in common" if not cell["per_seed"] else "not comparable"
     ratios, bounds = [ratio for ratio, _ in known], {bound for _, bound in known}
     if bounds == {""} and len(known) == len(cell["per_seed"]):
         spread = f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(ratios) > 1 else ""

@@ -33,7 +33,8 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)   (Heusel et al. 2017, Eq. 6).
 
     Square roots by eigenvalues, so that rank-deficient covariances (fewer samples than dimensions) are exact too.
-    Means (dim), covariances (dim, dim). Returns a float. Raises ValueError where shapes differ or a value is not finite.
+    Means (dim), covariances (dim, dim). Returns a float.
+    Raises ValueError where shapes differ or a value is not finite.
     """
     parts = [part.double().cpu() for part in (mean_a, covariance_a, mean_b, covariance_b)]
     mean_a, covariance_a, mean_b, covariance_b = parts

@@ -46,7 +46,8 @@ def _check_shapes(sources, query, norm_weight):
         raise ValueError(f"sources must be (B, T, D); source 0 is {tuple(shape)}")
     for i, v in enumerate(sources):
         if v.shape != shape:
-            raise ValueError(f"all sources must have one shape; source 0 is {tuple(shape)}, source {i} {tuple(v.shape)}")
+            raise ValueError(f"all sources must have one shape; source 0 is {tuple(shape)}, "
+                             f"source {i} {tuple(v.shape)}")
     batch, tokens, width = shape
     if tuple(query.shape) not in {(width,), (batch, width), (batch, tokens, width)}:
         raise ValueError(f"query is {tuple(query.shape)}; sources {tuple(shape)} need ({width},), "

@@ -20,7 +20,7 @@ class FrozenEncoder(nn.Module):
     grid:    patches along one side. Images are resized to grid * patch size and timm resamples the position
              embedding, so that the encoder has one token for each of SiT's.
     weights: local weights file for a timm name; empty lets timm download them.
-    Raises ValueError where there is no such encoder, where its weights cannot be had, or where it cannot give that grid.
+    Raises ValueError where there is no such encoder, its weights cannot be had, or it cannot give that grid.
     """
 
     def __init__(self, name, grid, weights=""):
@@ -36,7 +36,8 @@ class FrozenEncoder(nn.Module):
             with torch.device("meta"):                                     # no memory, no download: only its structure
                 plain = timm.create_model(timm_name, num_classes=0)
         except Exception as error:                                         # a tag or a config.json unknown to timm
-            raise ValueError(f"encoder {name!r} is none that timm can build ({type(error).__name__}: {error})") from None
+            raise ValueError(f"encoder {name!r} is none that timm can build "
+                             f"({type(error).__name__}: {error})") from None
         patch = getattr(getattr(plain, "patch_embed", None), "patch_size", None)
         if not patch or patch[0] != patch[1] or not hasattr(plain, "num_prefix_tokens"):
             raise ValueError(f"encoder {name!r} has no square patches; a plain vision transformer is needed")

@@ -51,14 +51,14 @@ class SiT(nn.Module):
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob = {class_dropout_prob} is not in [0, 1)")
         align_depth = (align_depth,) if isinstance(align_depth, int) else tuple(sorted(align_depth))
-        if len(set(align_depth)) < len(align_depth) or not all(1 <= k <= depth for k in align_depth):
-            raise ValueError(f"align_depth = {align_depth} must name different blocks between 1 and depth = {depth}")
-        if align_dims and not align_depth:
-            raise ValueError(f"align_dims = {tuple(align_dims)} asks for projectors, but align_depth is empty")
+        if align_dims and (not align_depth or len(set(align_depth)) < len(align_depth)
+                           or not all(1 <= k <= depth for k in align_depth)):
+            raise ValueError(f"align_depth = {align_depth} must name different blocks between 1 and depth = {depth}, "
+                             f"for the projectors of align_dims = {tuple(align_dims)}")
 
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes = num_classes
-        self.align_depth, self.num_encoders = align_depth, len(align_dims)
+        self.align_depth, self.num_encoders = align_depth, len(align_dims)      # without encoders nothing is projected
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -111,7 +111,7 @@ class SiT(nn.Module):
 
     def projectors_after(self, k):
         """The projectors that read the state after block k, one per encoder; [] where nothing is aligned."""
-        if not self.num_encoders or k not in self.align_depth:
+        if k not in self.align_depth:
             return []
         first = self.align_depth.index(k) * self.num_encoders
         return self.projectors[first:first + self.num_encoders]

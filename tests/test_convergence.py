@@ -145,6 +145,19 @@ def test_bounds_where_an_arm_never_arrives():
     assert speedup(slow, fast, -1, "step") == (None, "")
 
 
+def test_bounds_where_an_arm_had_arrived_before_its_first_point():
+    slow, fast = curve(line(0.05)), curve(line(0.1))
+    # 92: the fast one is at 90 by its first point, step 100; the slow one arrives at step 160.
+    assert speedup(slow, fast, 92, "step") == (pytest.approx(1.6), ">")
+    assert speedup(fast, slow, 92, "step") == (pytest.approx(1 / 1.6), "<")
+    assert speedup(slow, fast, 90, "step") == (pytest.approx(2.0), "")          # the first point itself is a measurement
+    assert speedup(slow, fast, 97, "step") == (None, "")                        # both had
+    # One had arrived before its first point and the other never does: the bound holds all the more.
+    never = curve([(step, 95) for step in STEPS])
+    assert speedup(never, fast, 92, "step") == (pytest.approx(10.0), ">")
+    assert speedup(fast, never, 92, "step") == (pytest.approx(0.1), "<")
+
+
 def test_speedup_towards_a_large_value():
     slow, fast = curve([(step, step * 0.05) for step in STEPS]), curve([(step, step * 0.1) for step in STEPS])
     assert speedup(slow, fast, 30, "step", "max") == (pytest.approx(2.0), "")
@@ -187,7 +200,7 @@ def test_arms_without_a_common_seed():
 
 @pytest.mark.parametrize("entries, text", [
     ([(2.0, "")], "2.00"), ([(2.0, ""), (3.0, "")], "2.50 [2.00, 3.00]"), ([(1.25, ">")], ">1.25"),
-    ([(0.8, "<")], "<0.80"), ([(None, "")], "neither reached"), ([(None, ""), (None, "")], "neither reached"),
+    ([(0.8, "<")], "<0.80"), ([(None, "")], "not comparable"), ([(None, ""), (None, "")], "not comparable"),
     ([(2.0, ""), (1.25, ">")], "2.00; >1.25"), ([(1.25, ">"), (1.5, ">")], ">1.25; >1.50"), ([], "no seed in common"),
 ])
 def test_ratio_in_the_table(entries, text):
@@ -288,6 +301,7 @@ def test_default_targets_are_the_best_by_each_quarter():
     points = list(zip(range(100, 801, 100), [9.0, 8.0, 7.0, 9.5, 5.0, 6.0, 4.0, 4.5]))
     assert default_targets([curve(points)], "min") == (8.0, 7.0, 5.0, 4.0)
     assert default_targets([curve([(step, -value) for step, value in points])], "max") == (-8.0, -7.0, -5.0, -4.0)
+    assert default_targets([curve([(step, 100 - step) for step in range(1, 101)])], "min") == (75, 50, 25, 0)
     # A value that is not improved on is one target, and the mean over seeds is what counts.
     assert default_targets([curve(points)], "max") == (9.0, 9.5)
     assert default_targets([curve(points), curve([(step, value + 2) for step, value in points])], "min") == (9, 8, 6, 5)
@@ -378,7 +392,7 @@ def test_command_writes_plot_table_and_numbers_that_agree(study, capsys):
         ["residual", "not reached by 2 of 2", "reference", "not reached by 2 of 2", "reference"],
         ["DAR", "871", ">1.05; >1.26", "697", ">0.66; >0.79"],
         ["residual", "not reached by 2 of 2", "reference", "not reached by 2 of 2", "reference"],
-        ["DAR", "not reached by 2 of 2", "neither reached", "not reached by 2 of 2", "neither reached"],
+        ["DAR", "not reached by 2 of 2", "not comparable", "not reached by 2 of 2", "not comparable"],
     ]
     measured = result["targets"][1]
     assert measured["step_speedup"]["per_seed"]["1"] == {"ratio": pytest.approx(3.0), "bound": ""}

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional as F
 
 from models.sit import SIT_MODELS, SiT, load_published
 from runtime import load_file, load_weights
