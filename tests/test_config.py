@@ -499,3 +499,19 @@ def test_run_folder():
     settings = dataclasses.replace(Config(), data="somewhere/flowers/", routing="dar", alignment="repa", seed=3)
     assert settings.run_folder() == Path("runs/flowers/dar-repa-seed3")
     assert dataclasses.replace(settings, out="elsewhere/x").run_folder() == Path("elsewhere/x")
+
+
+# ---- the README's reference ----
+
+def test_readme_lists_every_option_with_its_meaning():
+    """One row per field, in the words that --help uses, so that the two cannot drift apart."""
+    readme = (ROOT / "README.md").read_text()
+    body = ast.parse((ROOT / "config.py").read_text()).body
+    fields = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == "Config").body
+    listed = 0
+    for field, meaning in zip(fields, fields[1:]):
+        if isinstance(field, ast.AnnAssign):
+            rows = [line for line in readme.splitlines() if line.startswith(f"| `{field.target.id}` |")]
+            assert len(rows) == 1 and meaning.value.value in rows[0], field.target.id
+            listed += 1
+    assert listed == len(dataclasses.fields(Config))
