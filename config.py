@@ -16,8 +16,8 @@ import tyro
 import yaml
 
 PRESETS = Path(__file__).parent / "configs"
-# A run may be continued with other values of these: they change neither the weights nor what is measured.
-FREE_TO_CHANGE = {"out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard"}
+# A run may be continued with other values of these: they change nothing but rounding in the weights and the log.
+FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,11 @@ def save(config, path):
     values = {name: list(value) if isinstance(value, tuple) else value
               for name, value in dataclasses.asdict(config).items()}
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def load_saved(path):
+    """What `save` wrote there, as a dict; {} where there is no such file."""
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 
 def differences(wanted, saved):

@@ -107,7 +107,7 @@ class Trainer:
             final_aggregator=config.final_aggregator,
             align_depth=config.align_depth if aligned else (), align_dims=(self.encoder.dim,) if aligned else (),
             projector_dim=config.projector_dim, **sizes)
-        if config.init_from:
+        if config.init_from and not (config.run_folder() / "last.pt").is_file():
             try:
                 missing, unused = load_published(model, load_weights(config.init_from))
             except ValueError as error:
@@ -124,15 +124,19 @@ class Trainer:
 
     def resume(self):
         """Take up the run that is in the folder, if any. Refuses one with other settings."""
-        self.identity = {**dataclasses.asdict(self.config), "content of data": self.data.listing,
+        options = dataclasses.asdict(self.config)
+        self.identity = {**options, "content of data": self.data.listing,
                          "content of encoder": self.encoder.fingerprint if self.encoder else ""}
         last = self.folder / "last.pt"
-        if last.is_file():
-            checkpoint = load_file(last)
+        checkpoint = load_file(last) if last.is_file() else None
+        if checkpoint:
             changed = configuration.differences(self.identity, checkpoint["config"])
-            if changed:
-                raise ValueError(f"{last} comes from another configuration:\n  " + "\n  ".join(changed) +
-                                 "\ngive another --out, or the settings it was made with")
+        else:                                       # perhaps a run that ended before its first checkpoint
+            changed = configuration.differences(options, configuration.load_saved(self.folder / "config.yaml") or options)
+        if changed:
+            raise ValueError(f"{self.folder} holds a run of another configuration:\n  " + "\n  ".join(changed) +
+                             "\ngive another --out, or the settings it was made with")
+        if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
             self.ema.load_state_dict(checkpoint["emas"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])

@@ -600,3 +600,22 @@ def test_constructor_refuses_bad_values_by_name(change, message):
     SiT(**SMALL)
     with pytest.raises(ValueError, match=message):
         SiT(**{**SMALL, **change})
+
+
+def test_compiles_without_graph_breaks():
+    """What `compile` relies on: the DAR forward and backward are one graph, with the values of the eager ones."""
+    torch.manual_seed(0)
+    model = SiT(**{**SMALL, "routing": "dar", "depth": 2, "align_depth": (1,)})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    size, channels = model.input_size, model.in_channels
+    inputs = (torch.randn(2, channels, size, size), torch.rand(2), torch.randint(0, model.num_classes, (2,)), torch.rand(2))
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        velocity, aligned = run(*inputs)
+        (velocity.square().mean() + sum(tokens.square().mean() for tokens in aligned)).backward()
+        gradients.append([velocity.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(gradients[0]) > 30
+    for eager, compiled in zip(*gradients):
+        torch.testing.assert_close(compiled, eager)

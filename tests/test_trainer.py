@@ -23,7 +23,7 @@ def command(digits, encoder_folder, small_data):
     """Arguments of a run of seconds: 2 blocks, 70 images, so that 33 steps of 8 cross three epoch ends."""
     def build(out, *extra, data=small_data):
         values = {"data": data, "out": out, "encoder": encoder_folder, "depth": 2, "hidden_size": 32, "num_heads": 2,
-                  "align_depth": 1, "projector_dim": 32, "batch_size": 8, "max_steps": STEPS, "log_every": 5,
+                  "align_depth": 1, "projector_dim": 32, "lr": 1e-3, "batch_size": 8, "max_steps": STEPS, "log_every": 5,
                   "checkpoint_every": 10, "eval_every": 15, "eval_samples": 6, "eval_batch_size": 4, "sample_steps": 2,
                   "routing": "dar", "chunk_size": 3, "alignment": "repa", "tensorboard": False}
         arguments = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
@@ -228,9 +228,12 @@ def test_persistent_non_finite_steps_stop_the_run(command, tmp_path, monkeypatch
     assert good["step"] == 10 and all(value.isfinite().all() for value in good["model"].values())
 
 
-def test_another_configuration_is_refused_and_nothing_touched(command, tmp_path):
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_another_configuration_is_refused_and_nothing_touched(command, tmp_path, checkpoint):
     folder = tmp_path / "run"
     run(command(folder, "--max-steps", 5, "--eval-every", 0))
+    if not checkpoint:                          # as if it had been killed before it wrote one
+        (folder / "last.pt").unlink()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(SystemExit, match=r"(?s)lr: 0.001 -> 0.002.*routing: 'dar' -> 'residual'"):
         run(command(folder, "--max-steps", 5, "--eval-every", 0, "--lr", 2e-3, "--routing", "residual"))
