@@ -8,6 +8,7 @@ A preset is a name in configs/ or a path to a YAML file; a value on the command 
 import argparse
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,9 @@ import tyro
 import yaml
 
 PRESETS = Path(__file__).parent / "configs"
-# A run may be continued with other values of these: they change nothing but rounding in the weights and the log.
-FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard"}
+# A run may be continued with other values of these: they change nothing but rounding in its weights.
+FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every",
+                  "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Config:
     num_workers: int = 0
     """Reader processes per training process."""
     max_skipped_steps: int = 20
-    """Consecutive non-finite steps that stop the run; fewer are skipped and counted."""
+    """Consecutive non-finite steps that stop the run at its next log line; fewer are skipped and counted."""
 
     # ---- records ----
     log_every: int = 100
@@ -149,6 +151,8 @@ class Config:
         _require(self.ema_decays and all(0 <= d < 1 for d in self.ema_decays), "ema_decays", self.ema_decays,
                  "needs at least one number, each in [0, 1)")
         _require(len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", self.ema_decays, "repeats a decay")
+        _require(self.cfg_scale == 1 or self.class_dropout_prob > 0, "cfg_scale", self.cfg_scale,
+                 "guidance needs a null class that was trained, so class_dropout_prob above 0")
         low, high = self.guidance_interval
         _require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "must be 0 <= low < high <= 1")
         _require(len(set(self.align_depth)) == len(self.align_depth) and all(k >= 1 for k in self.align_depth),
@@ -172,6 +176,10 @@ def parse(argv=None):
     files.add_argument("--config", default="digits")
     chosen, overrides = files.parse_known_args(argv)
     try:
+        for word in overrides:
+            if word.startswith("--") and not word.startswith(("--help", "--tyro")):
+                option = word.partition("=")[0]
+                _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
         preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
         config = _parse(overrides, preset, prog="train_repa_dar.py")
         config.check()
@@ -192,19 +200,11 @@ def _preset_arguments(name):
     if not path.is_file():
         known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
         raise ValueError(f"--config {name!r} is neither a preset ({', '.join(known)}) nor a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected lines of the form `key: value`")
+    values = _read_yaml(path)
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     arguments = []
     for key, value in values.items():
-        if key not in defaults:
-            near = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0)
-            raise ValueError(f"{path}: unknown key {key!r}; the nearest valid one is {near[0]!r}")
+        _check_key(str(key), f"{path}: unknown key {key!r}")
         several = isinstance(defaults[key], tuple)
         if isinstance(value, dict) or isinstance(value, list) and not several:
             raise ValueError(f"{path}: {key} = {value!r}: must be {'a list' if several else 'one value'}")
@@ -215,16 +215,35 @@ def _preset_arguments(name):
     return arguments
 
 
+def _read_yaml(path):
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines of the form `key: value`")
+    return values
+
+
+def _check_key(key, problem):
+    names = [field.name for field in dataclasses.fields(Config)]
+    if key not in names:
+        raise ValueError(f"{problem}; the nearest valid one is {difflib.get_close_matches(key, names, 1, 0)[0]!r}")
+
+
 def save(config, path):
     """Write the resolved configuration as YAML that `--config` accepts."""
     values = {name: list(value) if isinstance(value, tuple) else value
               for name, value in dataclasses.asdict(config).items()}
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(yaml.safe_dump(values, sort_keys=False))
+    os.replace(unfinished, path)
 
 
 def load_saved(path):
     """What `save` wrote there, as a dict; {} where there is no such file."""
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return _read_yaml(path) if path.is_file() else {}
 
 
 def differences(wanted, saved):

@@ -19,8 +19,6 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-AGREE_EVERY = 10        # steps between two exchanges of the stop flag; each makes the processes wait for one another
-
 
 def derive_seed(*numbers):
     """One 63-bit seed from several integers, such as (run seed, purpose, step)."""
@@ -31,13 +29,16 @@ class Ranks:
     """The processes of a run: all of torchrun's, or this one alone."""
 
     def __init__(self):
-        distributed = "RANK" in os.environ
-        self.rank = int(os.environ["RANK"]) if distributed else 0
-        self.world = int(os.environ["WORLD_SIZE"]) if distributed else 1
+        distributed = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+        self.rank, self.world, self.local_rank = (int(os.environ[name]) if distributed else alone for name, alone in
+                                                  (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.main = self.rank == 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if self.local_rank >= torch.cuda.device_count():
+                raise SystemExit(f"error: process {self.local_rank} of this machine has no GPU; there are "
+                                 f"{torch.cuda.device_count()}, so use --nproc_per_node={torch.cuda.device_count()}")
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         if distributed:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -63,19 +64,20 @@ class Ranks:
             dist.barrier(group=self.host_group)
 
     @contextlib.contextmanager
-    def main_first(self):
-        """The block runs in the main process, then in the others: one downloads, the rest find it in the cache."""
-        if not self.main:
+    def one_first(self):
+        """The block runs in one process of each machine, then in the others, which find downloads in the cache."""
+        if self.local_rank > 0:
             self.barrier()
         yield
-        if self.main:
+        if self.local_rank == 0:
             self.barrier()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        if self.host_group is not None:
+    def __exit__(self, exception, *_):
+        # After an error the others may be waiting in an exchange that never comes; torchrun ends them.
+        if self.host_group is not None and exception is None:
             dist.destroy_process_group()
 
 
@@ -96,10 +98,8 @@ class StopFlag:
     def _set(self, number, frame):
         self.signal = number
 
-    def agreed(self, step):
+    def agreed(self):
         """The signal that all processes stop for after this step, or 0."""
-        if self.ranks.world > 1 and step % AGREE_EVERY:
-            return 0
         return self.ranks.any(self.signal)
 
 
@@ -111,6 +111,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model):
+        """One step of every average; after a skipped optimiser step, towards weights that have not changed."""
         for decay, average in self.models.items():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
@@ -154,11 +155,12 @@ def environment(ranks):
             "command": shlex.join(sys.argv)}
 
 
-def save_checkpoint(checkpoint, path):
-    """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole."""
+@contextlib.contextmanager
+def replaced(path):
+    """A binary file to write, which takes the place of `path` at once when the block ends, and not before."""
     unfinished = path.with_name(path.name + ".unfinished")
     with open(unfinished, "wb") as file:
-        torch.save(checkpoint, file)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
@@ -200,7 +202,7 @@ def load_weights(path):
 class MetricsLog:
     """metrics.jsonl, one JSON object a line, and the same numbers for TensorBoard. Silent but in the main process.
 
-    Opening drops the lines after `step`: the run is about to write them again, bit for bit.
+    Opening drops the lines after `step`: the run is about to write them again.
     """
 
     def __init__(self, folder, step, tensorboard, ranks):
@@ -209,9 +211,8 @@ class MetricsLog:
             return
         path = folder / "metrics.jsonl"
         kept = [line for line in read_lines(path) if line["step"] <= step]
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(unfinished, path)
+        with replaced(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = open(path, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 import time
 
 import torch
@@ -29,7 +30,7 @@ from models.encoders import FrozenEncoder
 from models.sit import SIT_MODELS, load_published
 from eval.online import OnlineEvaluation
 from runtime import (EMA, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file, load_weights,
-                     lock_folder, save_checkpoint)
+                     lock_folder, replaced)
 
 INITIAL_WEIGHTS, TRAINING = 0, 1                    # purposes of random numbers (see derive_seed; 2 is evaluation)
 
@@ -45,11 +46,11 @@ def main(argv=None):
             raise SystemExit(f"error: {error}") from None
         trainer.describe()
         try:
-            signal = trainer.train()
+            stopped_by = trainer.train()
         finally:
             trainer.close()
-    if signal:
-        raise SystemExit(128 + signal)
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
 
 
 class Trainer:
@@ -65,6 +66,8 @@ class Trainer:
 
         self.data = PreparedImages(config.data)
         self.autoencoder = load_autoencoder(self.data.autoencoder)
+        self.size = self.data.resolution // self.autoencoder.downsampling
+        self.patch_size = patch_size(config.model, self.size)
         self.encoder = self.build_encoder()
         if config.alignment == "repa" and config.encoder_features == "prepared":
             self.data = PreparedImages(config.data, features=self.encoder.fingerprint)
@@ -85,14 +88,11 @@ class Trainer:
 
     def build_encoder(self):
         config = self.config
-        if config.model not in SIT_MODELS:
-            raise ValueError(f"model = {config.model!r} is unknown; choose one of {', '.join(SIT_MODELS)}")
         if config.alignment == "none" and not config.eval_every:
             return None
-        patch_size = int(config.model.rpartition("/")[2])
-        grid = self.data.resolution // self.autoencoder.downsampling // patch_size
-        with self.ranks.main_first():
-            return FrozenEncoder(config.encoder, grid, config.encoder_weights).to(self.device)
+        with self.ranks.one_first():
+            encoder = FrozenEncoder(config.encoder, self.size // self.patch_size, config.encoder_weights)
+        return encoder.to(self.device)
 
     def build_model(self):
         config = self.config
@@ -101,7 +101,7 @@ class Trainer:
         aligned = config.alignment == "repa"
         torch.manual_seed(derive_seed(config.seed, INITIAL_WEIGHTS))
         model = SIT_MODELS[config.model](
-            input_size=self.data.resolution // self.autoencoder.downsampling, in_channels=self.autoencoder.channels,
+            input_size=self.size, in_channels=self.autoencoder.channels,
             num_classes=self.data.num_classes, class_dropout_prob=config.class_dropout_prob, qk_norm=config.qk_norm,
             routing=config.routing, query=config.query, chunk_size=config.chunk_size,
             final_aggregator=config.final_aggregator,
@@ -125,14 +125,17 @@ class Trainer:
     def resume(self):
         """Take up the run that is in the folder, if any. Refuses one with other settings."""
         options = dataclasses.asdict(self.config)
-        self.identity = {**options, "content of data": self.data.listing,
+        self.identity = {**options, "content of data": self.data.content,
                          "content of encoder": self.encoder.fingerprint if self.encoder else ""}
         last = self.folder / "last.pt"
         checkpoint = load_file(last) if last.is_file() else None
+        if checkpoint and not {"config", "model", "emas", "optimizer", "tally", "step"} <= checkpoint.keys():
+            raise ValueError(f"{last} is no checkpoint of this trainer; give another --out, or --init-from {last}")
         if checkpoint:
             changed = configuration.differences(self.identity, checkpoint["config"])
         else:                                       # perhaps a run that ended before its first checkpoint
-            changed = configuration.differences(options, configuration.load_saved(self.folder / "config.yaml") or options)
+            saved = configuration.load_saved(self.folder / "config.yaml")
+            changed = configuration.differences(options, saved) if saved else []
         if changed:
             raise ValueError(f"{self.folder} holds a run of another configuration:\n  " + "\n  ".join(changed) +
                              "\ngive another --out, or the settings it was made with")
@@ -143,7 +146,7 @@ class Trainer:
             self.tally.load_state_dict(checkpoint["tally"])
             self.step, self.seconds, self.logged = (checkpoint[key] for key in ("step", "seconds", "logged"))
         self.ranks.barrier()                        # nobody writes before all have read
-        if self.ranks.main:
+        if self.ranks.main and self.step < self.config.max_steps:
             configuration.save(self.config, self.folder / "config.yaml")
             with open(self.folder / "environment.jsonl", "a") as file:
                 file.write(json.dumps({"from_step": self.step, **environment(self.ranks)}) + "\n")
@@ -160,16 +163,19 @@ class Trainer:
             checkpoint = {"config": self.identity, "step": self.step, "seconds": self.seconds, "logged": self.logged,
                           "model": self.model.state_dict(), "ema": next(iter(emas.values())), "emas": emas,
                           "optimizer": self.optimizer.state_dict(), "tally": self.tally.state_dict()}
-            save_checkpoint(checkpoint, self.folder / "last.pt")
-            if self.config.snapshot_every and self.step % self.config.snapshot_every == 0:
-                save_checkpoint(checkpoint, self.folder / f"step-{self.step:07d}.pt")
+            names = ["last.pt"]
+            if self.due(self.config.snapshot_every):
+                names.insert(0, f"step-{self.step:07d}.pt")         # first: from last.pt the run would go on without it
+            for name in names:
+                with replaced(self.folder / name) as file:
+                    torch.save(checkpoint, file)
         self.ranks.barrier()
 
     # ---- training ----
 
     def train(self):
         """Train to max_steps. Returns the signal that ended it early, or 0."""
-        config, signal = self.config, 0
+        config, stopped_by = self.config, 0
         evaluate = None
         if config.eval_every and self.step < config.max_steps:
             evaluate = OnlineEvaluation(config, self.data, self.encoder, self.autoencoder, self.ranks, self.autocast)
@@ -180,33 +186,37 @@ class Trainer:
             for batch in bar:
                 self.train_step(batch)
                 self.step += 1
-                signal = stop.agreed(self.step)
-                log_due, eval_due, *save_due = (
-                    self.step == config.max_steps or every and self.step % every == 0
-                    for every in (config.log_every, config.eval_every, config.checkpoint_every, config.snapshot_every))
-                if not (signal or log_due or eval_due or any(save_due)):
+                stopped_by, last = stop.agreed(), self.step == config.max_steps
+                log_due = last or self.due(config.log_every)
+                eval_due = evaluate and (last or self.due(config.eval_every))
+                save_due = last or stopped_by or self.due(config.checkpoint_every) or self.due(config.snapshot_every)
+                if not (log_due or eval_due or save_due):
                     continue
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 self.seconds += time.perf_counter() - clock
                 if log_due:
                     bar.set_postfix(self.write_log())
-                if eval_due and evaluate:
+                if eval_due:
                     bar.set_postfix(self.write_evaluation(evaluate))
-                if signal or any(save_due):
+                if save_due:
                     self.save()
-                if signal:
+                if stopped_by:
                     break
                 clock = time.perf_counter()
         self.say(f"{self.folder}: step {self.step} of {config.max_steps}" +
-                 (", saved; the same command again goes on from here" if signal else ", complete"))
-        return signal
+                 (", saved; the same command again goes on from here" if stopped_by else ", complete"))
+        return stopped_by
+
+    def due(self, every):
+        return every > 0 and self.step % every == 0
 
     def batches(self):
         sampler = ShuffledBatches(len(self.data), self.config.batch_size, self.config.seed, self.step,
                                   self.config.max_steps, self.ranks.rank, self.ranks.world)
         return DataLoader(self.data, batch_sampler=sampler, collate_fn=already_a_batch,
-                          num_workers=self.config.num_workers, pin_memory=self.device.type == "cuda")
+                          num_workers=self.config.num_workers, worker_init_fn=leave_signals_to_the_trainer,
+                          pin_memory=self.device.type == "cuda")
 
     def train_step(self, batch):
         """One optimiser step on this process's share of the global batch, in parts of micro_batch_size."""
@@ -234,9 +244,9 @@ class Trainer:
     def draw(self):
         """This process's share of the step's random numbers, which follow from (seed, step) for the global batch."""
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.config.seed, TRAINING, self.step))
-        batch, side = self.config.batch_size, self.data.resolution // self.autoencoder.downsampling
+        batch = self.config.batch_size
         make = functools.partial(torch.randn, generator=generator, device=self.device)
-        draws = {"noise": make(batch, self.autoencoder.channels, side, side), "time_normal": make(batch)}
+        draws = {"noise": make(batch, self.autoencoder.channels, self.size, self.size), "time_normal": make(batch)}
         for name in ("time_uniform", "label"):
             draws[name] = torch.rand(batch, generator=generator, device=self.device)
         first = self.ranks.rank * self.share
@@ -286,6 +296,8 @@ class Trainer:
         self.log.write({"step": self.step, "images": self.step * self.config.batch_size,
                         "seconds": round(self.seconds, 3), "frechet_distance": distance,
                         "evaluation_seconds": round(time.perf_counter() - began, 3)})
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()    # the log is of training alone
         if self.ranks.main:
             path = self.folder / "samples" / f"{self.step:07d}.png"
             path.parent.mkdir(exist_ok=True)
@@ -354,6 +366,22 @@ class Tally:
 
 def already_a_batch(batch):
     return batch
+
+
+def leave_signals_to_the_trainer(worker):
+    """A signal to the whole process group must not take away the readers before the step is finished and saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def patch_size(model, size):
+    """Patch size of a named model. Raises ValueError on an unknown name, and where it does not divide `size`."""
+    if model not in SIT_MODELS:
+        raise ValueError(f"model = {model!r} is unknown; choose one of {', '.join(SIT_MODELS)}")
+    patch = int(model.rpartition("/")[2])
+    if size % patch:
+        raise ValueError(f"model = {model!r}: the {size} x {size} inputs cannot be cut into patches of {patch}")
+    return patch
 
 
 def split_batch(config, world):

@@ -16,7 +16,7 @@ class PreparedImages:
 
     features: fingerprint of the encoder whose stored tokens are served as well; empty for none.
     Items are counted without the damaged files. Attributes: resolution, num_classes, autoencoder, labels,
-    and listing, a fingerprint of the names and labels it was prepared from.
+    and content, a fingerprint of its images and labels.
     Raises ValueError where the folder is missing, unfinished, or lacks those features.
     """
 
@@ -27,7 +27,7 @@ class PreparedImages:
             raise ValueError(f"data = {str(folder)!r} {state}; run `python -m dataset.prepare SOURCE --out {folder}`")
         meta = json.loads((self.folder / "meta.json").read_text())
         self.resolution, self.num_classes = meta["resolution"], len(meta["class_names"])
-        self.autoencoder, self.listing = meta["autoencoder"], meta["listing"]
+        self.autoencoder, self.content = meta["autoencoder"], meta["content"]
         self.tokens_file = self.folder / "features" / features / "tokens.npy" if features else None
         if features and not self.tokens_file.with_name("meta.json").is_file():
             raise ValueError(f"{folder} holds no finished features of encoder {features}; run "

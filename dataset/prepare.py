@@ -121,7 +121,9 @@ def prepare_images(source, folder, source_name, resolution):
     if len(damaged) == len(source.names):
         raise ValueError(f"none of the {len(source.names)} images of {source_name!r} could be read")
     np.save(folder / "labels.npy", labels)
-    images.finish({**settings, "class_names": source.class_names, "damaged": list(damaged.values())})
+    with open(folder / "images.npy", "rb") as pixels:
+        content = hashlib.sha256(hashlib.file_digest(pixels, "sha256").digest() + labels.tobytes()).hexdigest()
+    images.finish({**settings, "content": content, "class_names": source.class_names, "damaged": list(damaged.values())})
     print(f"{folder}: {len(source.names) - len(damaged)} images, {len(damaged)} damaged and left out, "
           f"{len(source.class_names)} classes")
 

@@ -44,13 +44,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """One metric of one run: `x[axis]` and `y`, both (points), in the order of training."""
+    """One metric of one run: `x[axis]` and `y`, both (points), in the order of training; where each start ran."""
     folder: str
     config: dict
     x: dict
     y: np.ndarray
     samples_per_second: float | None
-    environment: dict
+    environments: list
 
 
 def main(argv=None):
@@ -89,7 +89,7 @@ def read_run(folder, metric):
                {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
                np.array([point[metric] for point in points], dtype=float),
                float(np.median(rates)) if rates else None,
-               json.loads(environment.read_text().splitlines()[-1]) if environment.is_file() else {})
+               [json.loads(line) for line in environment.read_text().splitlines()] if environment.is_file() else [])
 
 
 def group(runs):
@@ -188,8 +188,8 @@ def compare(arms, options):
                       "encoder": sorted({run.config.get("encoder", "") for run in runs.values()})}
                for name, runs in arms.items()}
     of_one_start = {"command", "from_step"}
-    machines = {json.dumps({key: value for key, value in run.environment.items() if key not in of_one_start},
-                           sort_keys=True) for runs in arms.values() for run in runs.values()}
+    machines = {json.dumps({key: value for key, value in start.items() if key not in of_one_start}, sort_keys=True)
+                for runs in arms.values() for run in runs.values() for start in run.environments}
     return {"metric": options.metric, "goal": options.goal, "reference": reference, "arms": summary,
             "targets": rows, "environments": [json.loads(machine) for machine in sorted(machines)]}
 

@@ -6,13 +6,17 @@ it is not FID, and depends on the encoder and on the number of samples.
 Shapes: B batch, C channels, H = W size, T tokens.
 """
 
+import os
+
 import numpy as np
 import torch
+
+import models  # noqa: F401  (before torchvision: see its docstring)
 from torchvision.utils import make_grid
 
 from eval.metrics import FeatureStatistics, frechet_distance
 from eval.samplers import IndexedNoise, sample_ode, sample_sde
-from runtime import derive_seed, load_file, save_checkpoint
+from runtime import derive_seed, load_file
 
 REFERENCE_IMAGES = 50_000       # the distance is to at most so many training images
 GRID = 64                       # samples shown
@@ -22,7 +26,7 @@ PURPOSE = 2                     # keeps this noise apart from the training's (se
 class OnlineEvaluation:
     """Samples from the same noise and labels at every call, shared among the processes by index.
 
-    encoder: FrozenEncoder; autoencoder: decodes what the model makes; autocast: the context that training uses.
+    encoder: FrozenEncoder; autoencoder: decodes what the model makes; autocast: the context that it computes in.
     """
 
     def __init__(self, config, data, encoder, autoencoder, ranks, autocast):
@@ -67,8 +71,8 @@ class OnlineEvaluation:
         return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
 
     def _pooled(self, images):
-        with self.autocast():
-            return self.encoder(images).float().mean(1)                    # (B, T, dim) -> (B, dim)
+        """(B, 3, H, W) -> (B, dim), in float32 whatever the training uses, so that all runs share one reference."""
+        return self.encoder(images).mean(1)
 
     def _reference(self, data):
         """Mean and covariance over the training images; computed once and kept in the data folder."""
@@ -82,10 +86,18 @@ class OnlineEvaluation:
                 statistics.update(self._pooled(data.__getitems__(order[items])["images"].to(self.ranks.device)))
             self.ranks.sum(statistics.sums)
             if self.ranks.main:
-                save_checkpoint({"sums": statistics.sums.cpu()}, path)
+                self._keep(statistics, path)
         else:
             statistics.sums = load_file(path, self.ranks.device)["sums"]
         return statistics.mean_and_covariance()
+
+    def _keep(self, statistics, path):
+        own = path.with_name(f"{path.name}.{os.getpid()}")                 # other runs may be at the same
+        try:
+            torch.save({"sums": statistics.sums.cpu()}, own)
+            os.replace(own, path)
+        except OSError as error:                                           # the data folder may be read-only
+            print(f"not kept for later runs: {path} ({error})")
 
     def _grid(self, images):
         images = images[self.labels[:len(images)].argsort(stable=True)]

@@ -6,8 +6,6 @@
 Shapes: B batch, T tokens, D width, n sources.
 """
 
-import torch
-
 from kernels import reference
 
 BACKENDS = {"torch": reference.route}
@@ -31,10 +29,6 @@ def route(sources, query, norm_weight, eps=1e-6, backend="auto", return_weights=
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(['auto', *BACKENDS])}")
     h, alpha = BACKENDS["torch" if backend == "auto" else backend](sources, query, norm_weight, eps)
-    dtype = sources[0].dtype
-    for v in sources[1:]:
-        dtype = torch.promote_types(dtype, v.dtype)
-    h = h.to(dtype)
     return (h, alpha) if return_weights else h
 
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D width, n sources.
 """
 
+import functools
 import math
 
 import torch
@@ -11,15 +12,16 @@ import torch
 def route(sources, query, norm_weight, eps):
     """h = sum_i a_i v_i with a = softmax_i(q . k_i / sqrt(D)) and k_i = g * RMSNorm(v_i)   (Eq. 5-6).
 
-    Arguments and results are those of `kernels.route`, already validated.
+    Arguments are those of `kernels.route`, already validated. Returns h and the weights.
 
     Each source is read twice, once for its logit and once for the sum. A running softmax would read it once,
     but autograd would then keep n rescaled partial sums (B, T, D); here only the logits, D times smaller than
     the sources, are ever stacked. The norm weight is folded into the query, so that no key is materialised.
     """
     width = sources[0].shape[-1]
+    dtype = functools.reduce(torch.promote_types, (v.dtype for v in sources))
     # Float32 at least: half precision loses the small logit differences that the softmax lives on.
-    compute = torch.promote_types(sources[0].dtype, torch.float32)
+    compute = torch.promote_types(dtype, torch.float32)
     query = query.to(compute) * norm_weight.to(compute) / math.sqrt(width)
     if query.ndim == 2:
         query = query.unsqueeze(1)                                        # (B, D) -> (B, 1, D)
@@ -34,4 +36,4 @@ def route(sources, query, norm_weight, eps):
     h = alpha[0].unsqueeze(-1) * sources[0].to(compute)
     for a, v in zip(alpha[1:], sources[1:]):
         h = torch.addcmul(h, a.unsqueeze(-1), v.to(compute))              # (B, T, D)
-    return h, alpha
+    return h.to(dtype), alpha

@@ -15,13 +15,11 @@ def _torchvision_library_loads():
     spec = importlib.util.find_spec("torchvision")
     if spec is None:
         return True                                       # nothing to mend; the import will say what is missing
-    for library in Path(spec.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(str(library))
-            return True
-        except OSError:
-            return False
-    return False
+    try:
+        torch.ops.load_library(next(Path(spec.origin).parent.glob("_C*.so")))
+        return True
+    except (OSError, StopIteration):
+        return False
 
 
 if not _torchvision_library_loads():

@@ -98,7 +98,8 @@ class SiT(nn.Module):
         def advance(output):
             if self.router is None:
                 return h + output                                          # what DAR replaces
-            v.append(output)                                               # v_l = f_l(h_l; t)
+            # Under autocast outputs are half precision; cast here once, or every aggregator keeps a cast of its own.
+            v.append(output.to(tokens.dtype))                              # v_l = f_l(h_l; t)
             return self.router(v, e)                                       # h_{l+1}, Eq. 5
 
         aligned = []

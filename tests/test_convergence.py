@@ -150,7 +150,7 @@ def test_bounds_where_an_arm_had_arrived_before_its_first_point():
     # 92: the fast one is at 90 by its first point, step 100; the slow one arrives at step 160.
     assert speedup(slow, fast, 92, "step") == (pytest.approx(1.6), ">")
     assert speedup(fast, slow, 92, "step") == (pytest.approx(1 / 1.6), "<")
-    assert speedup(slow, fast, 90, "step") == (pytest.approx(2.0), "")          # the first point itself is a measurement
+    assert speedup(slow, fast, 90, "step") == (pytest.approx(2.0), "")          # the first point is a measurement
     assert speedup(slow, fast, 97, "step") == (None, "")                        # both had
     # One had arrived before its first point and the other never does: the bound holds all the more.
     never = curve([(step, 95) for step in STEPS])

@@ -642,12 +642,12 @@ def test_missing_folder_and_missing_features_say_what_to_run(tmp_path, digits):
         PreparedImages(digits, features="0123456789ab")
 
 
-def test_listing_tells_sources_apart(digits, prepared_photos, tmp_path):
+def test_content_tells_sources_apart(digits, prepared_photos, tmp_path):
     run("digits", tmp_path / "some", "--limit", 3)
     run("digits", tmp_path / "same", "--limit", 3)
     folders = [digits, prepared_photos, tmp_path / "some", tmp_path / "same"]
-    listings = [PreparedImages(folder).listing for folder in folders]
-    assert len(set(listings)) == 3 and listings[2] == listings[3]
+    contents = [PreparedImages(folder).content for folder in folders]
+    assert len(set(contents)) == 3 and contents[2] == contents[3]
 
 
 def test_tokens_served_are_the_encoders(digits, encoder_folder):

@@ -602,6 +602,20 @@ def test_constructor_refuses_bad_values_by_name(change, message):
         SiT(**{**SMALL, **change})
 
 
+def test_half_precision_keeps_no_more_for_backward_than_float32():
+    """Sources are cast once: a cast in each of the aggregators that read them would be kept by autograd."""
+    model = SiT(**{**SMALL, "routing": "dar", "depth": 6, "chunk_size": 4, "align_depth": 1})
+    inputs = torch.randn(2, model.in_channels, model.input_size, model.input_size), torch.rand(2), torch.zeros(2).long()
+    kept = {}
+    for half in (False, True):
+        stored = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: stored.setdefault(x.data_ptr(), x) is None or x, lambda x: x), \
+                torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model(*inputs)
+        kept[half] = sum(x.untyped_storage().nbytes() for x in stored.values())
+    assert kept[True] < 1.1 * kept[False]
+
+
 def test_compiles_without_graph_breaks():
     """What `compile` relies on: the DAR forward and backward are one graph, with the values of the eager ones."""
     torch.manual_seed(0)
@@ -609,7 +623,8 @@ def test_compiles_without_graph_breaks():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     size, channels = model.input_size, model.in_channels
-    inputs = (torch.randn(2, channels, size, size), torch.rand(2), torch.randint(0, model.num_classes, (2,)), torch.rand(2))
+    labels = torch.randint(0, model.num_classes, (2,))
+    inputs = (torch.randn(2, channels, size, size), torch.rand(2), labels, torch.rand(2))
     gradients = []
     for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()

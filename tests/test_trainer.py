@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import train_repa_dar
 from runtime import load_file, read_lines
 
 ROOT = train_repa_dar.__file__.rpartition("/")[0]
-TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}       # the only fields that may differ between repeats
+TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}       # all that may differ between repeats
 STEPS = 33
 
 
@@ -23,8 +24,9 @@ def command(digits, encoder_folder, small_data):
     """Arguments of a run of seconds: 2 blocks, 70 images, so that 33 steps of 8 cross three epoch ends."""
     def build(out, *extra, data=small_data):
         values = {"data": data, "out": out, "encoder": encoder_folder, "depth": 2, "hidden_size": 32, "num_heads": 2,
-                  "align_depth": 1, "projector_dim": 32, "lr": 1e-3, "batch_size": 8, "max_steps": STEPS, "log_every": 5,
-                  "checkpoint_every": 10, "eval_every": 15, "eval_samples": 6, "eval_batch_size": 4, "sample_steps": 2,
+                  "align_depth": 1, "projector_dim": 32, "lr": 1e-3, "batch_size": 8, "max_steps": STEPS,
+                  "log_every": 5, "checkpoint_every": 10,
+                  "eval_every": 15, "eval_samples": 6, "eval_batch_size": 4, "sample_steps": 2,
                   "routing": "dar", "chunk_size": 3, "alignment": "repa", "tensorboard": False}
         arguments = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         return ["--config", "digits", *arguments, *map(str, extra)]
@@ -142,6 +144,55 @@ def test_signal_saves_leaves_and_resumes(command, tmp_path, monkeypatch, number)
     assert load_file(stopped / "last.pt")["step"] == 13
     run(command(stopped))
     assert_same_run(stopped, whole)
+
+
+def test_signal_to_the_whole_process_group_saves_too(command, tmp_path):
+    """As a job scheduler sends it: reader processes get SIGTERM as well and must not die before the trainer has saved."""
+    process = subprocess.Popen([sys.executable, "train_repa_dar.py", *command(tmp_path / "run", "--num-workers", 2),
+                                "--max-steps", "100000", "--eval-every", "0", "--checkpoint-every", "100000"],
+                               cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: records(tmp_path / "run"))
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert load_file(tmp_path / "run" / "last.pt")["step"] >= 5
+
+
+def wait_for(condition):
+    until = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < until, "nothing happened for two minutes"
+        time.sleep(0.05)
+
+
+def test_finished_run_keeps_its_provenance(command, tmp_path):
+    """Starting a complete run again changes nothing: above all not what the convergence table says it was made with."""
+    run(command(tmp_path / "run", "--max-steps", 2, "--eval-every", 0))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
+    run(command(tmp_path / "run", "--max-steps", 2, "--eval-every", 0))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_snapshot_survives_a_kill_before_the_checkpoint(command, tmp_path, monkeypatch):
+    """The snapshot of a step is there whenever the run goes on from that step."""
+    original = torch.save
+
+    def save(checkpoint, file):
+        original(checkpoint, file)
+        if "last.pt" in file.name:
+            raise KeyboardInterrupt                # instead of a kill: last.pt is not in place yet
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(command(tmp_path / "run", "--snapshot-every", 5, "--eval-every", 0))
+    assert [path.name for path in sorted((tmp_path / "run").glob("*.pt"))] == ["step-0000005.pt"]
+
+
+def test_foreign_checkpoint_is_refused(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    torch.save({"ema": {}}, tmp_path / "run" / "last.pt")
+    with pytest.raises(SystemExit, match="last.pt is no checkpoint of this trainer"):
+        run(command(tmp_path / "run"))
 
 
 def test_processes_and_accumulation_do_not_change_the_run(command, tmp_path, small_data):
