@@ -36,7 +36,7 @@ class Config:
 
     # ---- model ----
     model: str = "SiT-B/2"
-    """SiT-{S,B,L,XL}/{2,4,8}: depth, width, heads and patch size."""
+    """SiT-{S,B,L,XL}/{2,4,8}: depth, width, heads, patch size. On the command line it undoes a preset's own sizes."""
     depth: int | None = None
     """Blocks, instead of the named model's."""
     hidden_size: int | None = None
@@ -176,11 +176,13 @@ def parse(argv=None):
     files.add_argument("--config", default="digits")
     chosen, overrides = files.parse_known_args(argv)
     try:
-        for word in overrides:
-            if word.startswith("--") and not word.startswith(("--help", "--tyro")):
-                option = word.partition("=")[0]
-                _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
+        options = [word.partition("=")[0] for word in overrides
+                   if word.startswith("--") and not word.startswith(("--help", "--tyro"))]
+        for option in options:
+            _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
         preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
+        if "--model" in options:
+            preset = dataclasses.replace(preset, depth=None, hidden_size=None, num_heads=None)
         config = _parse(overrides, preset, prog="train_repa_dar.py")
         config.check()
     except ValueError as error:
@@ -209,7 +211,7 @@ def _preset_arguments(name):
         if isinstance(value, dict) or isinstance(value, list) and not several:
             raise ValueError(f"{path}: {key} = {value!r}: must be {'a list' if several else 'one value'}")
         if isinstance(defaults[key], str) and not isinstance(value, str):
-            raise ValueError(f"{path}: {key} = {value!r}: must be text; put it in quotes")
+            raise ValueError(f"{path}: {key} = {value!r}: must be text in quotes, '' for none")
         option = f"--{key.replace('_', '-')}"
         arguments += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
     return arguments
@@ -229,7 +231,8 @@ def _read_yaml(path):
 def _check_key(key, problem):
     names = [field.name for field in dataclasses.fields(Config)]
     if key not in names:
-        raise ValueError(f"{problem}; the nearest valid one is {difflib.get_close_matches(key, names, 1, 0)[0]!r}")
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0)[0]
+        raise ValueError(f"{problem}; the nearest valid one is {near!r} (--{near.replace('_', '-')})")
 
 
 def save(config, path):

@@ -96,6 +96,10 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _set(self, number, frame):
+        if self.signal == number == signal.SIGINT and self.ranks.world == 1:
+            raise KeyboardInterrupt                 # asked twice; torchrun repeats by itself what it is sent
+        if self.ranks.main and not self.signal:
+            os.write(2, b"\nstopping: the run is saved first\n")
         self.signal = number
 
     def agreed(self):
@@ -130,9 +134,9 @@ def lock_folder(folder):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
     except OSError as error:
-        raise ValueError(f"out = {str(folder)!r} cannot be a folder: {error}") from None
-    lock = open(folder / ".lock", "w")
+        raise ValueError(f"out = {str(folder)!r} cannot be written to: {error}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -180,9 +184,8 @@ def load_file(path, device="cpu"):
         with torch.serialization.safe_globals([argparse.Namespace]):        # REPA keeps its arguments in one
             return torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{str(path)!r} is not a weights file, or holds code, which is never executed: "
-                         f"{reason}") from None
+        raise ValueError(f"{str(path)!r} is not a weights file, or holds code, which is never executed "
+                         f"({type(error).__name__})") from None
 
 
 def load_weights(path):
@@ -202,17 +205,18 @@ def load_weights(path):
 class MetricsLog:
     """metrics.jsonl, one JSON object a line, and the same numbers for TensorBoard. Silent but in the main process.
 
-    Opening drops the lines after `step`: the run is about to write them again.
+    Opening keeps the first `lines`, those of the checkpoint at `step`: the run is about to write the others again.
     """
 
-    def __init__(self, folder, step, tensorboard, ranks):
+    def __init__(self, folder, lines, step, tensorboard, ranks):
         self.file = self.board = None
+        self.lines = lines
         if not ranks.main:
             return
         path = folder / "metrics.jsonl"
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        kept = path.read_text().splitlines(keepends=True)[:lines] if path.exists() else []
         with replaced(path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            file.write("".join(kept).encode())
         self.file = open(path, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -223,6 +227,7 @@ class MetricsLog:
             return
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        self.lines += 1
         for name, value in record.items():
             if self.board and name != "step":
                 self.board.add_scalar(name, value, record["step"])

@@ -1,10 +1,10 @@
 """Trains SiT with residual or DAR routing, with or without REPA.
 
-    python -m dataset.prepare digits --out data/digits
     python train_repa_dar.py --config digits --routing dar --alignment repa
     torchrun --nproc_per_node=8 train_repa_dar.py --config cifar10 --routing dar --alignment repa
 
-The same command again resumes the run, bit for bit on a CPU. `--help` lists every option.
+`make quickstart` shows how the data of the first are prepared. The same command again resumes the run, bit for bit on a
+CPU. `--help` lists every option.
 
 Shapes: B batch, C channels, H = W size, T tokens.
 """
@@ -77,12 +77,13 @@ class Trainer:
             self.model.compile()
         self.wrapped = self.model
         if ranks.world > 1:
-            self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.wrapped = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas,
                                            weight_decay=config.weight_decay, fused=True)
         self.tally = Tally(self.device)
         self.step, self.seconds = 0, 0.0            # seconds of training, without evaluation and checkpoints
         self.logged = {"step": 0, "seconds": 0.0}   # where the current interval of the log began
+        self.evaluation_due = False                 # of this step; a checkpoint remembers it if the run is cut short
 
     # ---- building ----
 
@@ -129,12 +130,14 @@ class Trainer:
                          "content of encoder": self.encoder.fingerprint if self.encoder else ""}
         last = self.folder / "last.pt"
         checkpoint = load_file(last) if last.is_file() else None
-        if checkpoint and not {"config", "model", "emas", "optimizer", "tally", "step"} <= checkpoint.keys():
+        if checkpoint and "log_lines" not in checkpoint:
             raise ValueError(f"{last} is no checkpoint of this trainer; give another --out, or --init-from {last}")
         if checkpoint:
             changed = configuration.differences(self.identity, checkpoint["config"])
         else:                                       # perhaps a run that ended before its first checkpoint
             saved = configuration.load_saved(self.folder / "config.yaml")
+            if not saved and (self.folder / "metrics.jsonl").exists():
+                raise ValueError(f"{self.folder} has a metrics.jsonl that is not of this program; give another --out")
             changed = configuration.differences(options, saved) if saved else []
         if changed:
             raise ValueError(f"{self.folder} holds a run of another configuration:\n  " + "\n  ".join(changed) +
@@ -145,12 +148,14 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.tally.load_state_dict(checkpoint["tally"])
             self.step, self.seconds, self.logged = (checkpoint[key] for key in ("step", "seconds", "logged"))
+            self.evaluation_due = checkpoint["evaluation_due"]
         self.ranks.barrier()                        # nobody writes before all have read
-        if self.ranks.main and self.step < self.config.max_steps:
+        if self.ranks.main and (self.step < self.config.max_steps or self.evaluation_due):
             configuration.save(self.config, self.folder / "config.yaml")
             with open(self.folder / "environment.jsonl", "a") as file:
                 file.write(json.dumps({"from_step": self.step, **environment(self.ranks)}) + "\n")
-        self.log = MetricsLog(self.folder, self.step, self.config.tensorboard, self.ranks)
+        self.log = MetricsLog(self.folder, checkpoint["log_lines"] if checkpoint else 0, self.step,
+                              self.config.tensorboard, self.ranks)
 
     def close(self):
         self.log.close()
@@ -161,6 +166,7 @@ class Trainer:
         if self.ranks.main:
             emas = self.ema.state_dict()
             checkpoint = {"config": self.identity, "step": self.step, "seconds": self.seconds, "logged": self.logged,
+                          "evaluation_due": self.evaluation_due, "log_lines": self.log.lines,
                           "model": self.model.state_dict(), "ema": next(iter(emas.values())), "emas": emas,
                           "optimizer": self.optimizer.state_dict(), "tally": self.tally.state_dict()}
             names = ["last.pt"]
@@ -177,30 +183,32 @@ class Trainer:
         """Train to max_steps. Returns the signal that ended it early, or 0."""
         config, stopped_by = self.config, 0
         evaluate = None
-        if config.eval_every and self.step < config.max_steps:
+        if config.eval_every and (self.step < config.max_steps or self.evaluation_due):
             evaluate = OnlineEvaluation(config, self.data, self.encoder, self.autoencoder, self.ranks, self.autocast)
         bar = tqdm(self.batches(), initial=self.step, total=config.max_steps, desc=self.folder.name, unit="step",
                    disable=not self.ranks.main, mininterval=1)
         with StopFlag(self.ranks) as stop:
+            if self.evaluation_due:
+                stopped_by = self.write_evaluation(evaluate, stop, bar)
             clock = time.perf_counter()
-            for batch in bar:
+            for batch in bar if not stopped_by else ():
                 self.train_step(batch)
                 self.step += 1
                 stopped_by, last = stop.agreed(), self.step == config.max_steps
                 log_due = last or self.due(config.log_every)
-                eval_due = evaluate and (last or self.due(config.eval_every))
+                self.evaluation_due = evaluate is not None and (last or self.due(config.eval_every))
                 save_due = last or stopped_by or self.due(config.checkpoint_every) or self.due(config.snapshot_every)
-                if not (log_due or eval_due or save_due):
+                if not (log_due or self.evaluation_due or save_due):
                     continue
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 self.seconds += time.perf_counter() - clock
                 if log_due:
                     bar.set_postfix(self.write_log())
-                if eval_due:
-                    bar.set_postfix(self.write_evaluation(evaluate))
-                if save_due:
+                if save_due:                        # before the evaluation, which may take long
                     self.save()
+                if self.evaluation_due and not stopped_by:
+                    stopped_by = self.write_evaluation(evaluate, stop, bar)
                 if stopped_by:
                     break
                 clock = time.perf_counter()
@@ -290,20 +298,28 @@ class Trainer:
                 f"--init-from {self.folder / 'last.pt'} starts from the last checkpoint, where there is one")
         return {"loss": f"{means['loss']:.4f}"} if means else {"skipped": skipped}
 
-    def write_evaluation(self, evaluate):
+    def write_evaluation(self, evaluate, stop, bar):
+        """Evaluate the first average and record it. Returns the signal that cut it short, after saving, or 0."""
         began = time.perf_counter()
-        distance, grid = evaluate(next(iter(self.ema.models.values())))
+        distance, grid = evaluate(next(iter(self.ema.models.values())), interrupted=stop.agreed)
+        if distance is None:
+            self.save()                             # with the evaluation still due
+            return stop.agreed()
+        self.evaluation_due = False
         self.log.write({"step": self.step, "images": self.step * self.config.batch_size,
                         "seconds": round(self.seconds, 3), "frechet_distance": distance,
                         "evaluation_seconds": round(time.perf_counter() - began, 3)})
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()    # the log is of training alone
         if self.ranks.main:
             path = self.folder / "samples" / f"{self.step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
             self.log.image("samples", grid, self.step)
-        return {"frechet_distance": f"{distance:.3f}"}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()    # the log is of training alone
+        if self.step == self.config.max_steps:
+            self.save()                             # there is no later checkpoint to say that this one was made
+        bar.set_postfix(frechet_distance=f"{distance:.3f}")
+        return 0
 
     def describe(self):
         config = self.config
@@ -390,7 +406,7 @@ def split_batch(config, world):
     micro = share if config.micro_batch_size is None else config.micro_batch_size
     if share * world != config.batch_size or share < 1 or share % micro:
         raise ValueError(f"batch_size = {config.batch_size} cannot be shared evenly among {world} processes "
-                         f"in parts of micro_batch_size = {config.micro_batch_size}")
+                         f"in parts of micro_batch_size = {micro}")
     return share, micro
 
 

@@ -30,8 +30,9 @@ class PreparedImages:
         self.autoencoder, self.content = meta["autoencoder"], meta["content"]
         self.tokens_file = self.folder / "features" / features / "tokens.npy" if features else None
         if features and not self.tokens_file.with_name("meta.json").is_file():
-            raise ValueError(f"{folder} holds no finished features of encoder {features}; run "
-                             "`python -m dataset.prepare` again with --encoder, or use --encoder-features online")
+            raise ValueError(f"{folder} holds no finished features of encoder {features}; run the "
+                             "`python -m dataset.prepare` command that made the folder again, with --encoder added, "
+                             "or use --encoder-features online")
         labels = np.load(self.folder / "labels.npy")
         self.rows = np.flatnonzero(labels >= 0)                    # prepare marks damaged images by -1
         self.labels = torch.from_numpy(labels[self.rows])

@@ -74,8 +74,10 @@ def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="python -m dataset.prepare", description=__doc__)
     try:
         prepare(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command again goes on from here") from None
 
 
 def prepare(options):
@@ -123,7 +125,8 @@ def prepare_images(source, folder, source_name, resolution):
     np.save(folder / "labels.npy", labels)
     with open(folder / "images.npy", "rb") as pixels:
         content = hashlib.sha256(hashlib.file_digest(pixels, "sha256").digest() + labels.tobytes()).hexdigest()
-    images.finish({**settings, "content": content, "class_names": source.class_names, "damaged": list(damaged.values())})
+    images.finish({**settings, "content": content, "class_names": source.class_names,
+                   "damaged": list(damaged.values())})
     print(f"{folder}: {len(source.names) - len(damaged)} images, {len(damaged)} damaged and left out, "
           f"{len(source.class_names)} classes")
 

@@ -49,7 +49,8 @@ class Options:
 
 def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="python -m dataset.standin_encoder", description=__doc__)
-    record = Path(options.out) / "training.json"
+    folder = Path(options.out)
+    record = folder / "training.json"
     if record.is_file():
         trained = json.loads(record.read_text())["options"]
         if trained != asdict(options):
@@ -57,13 +58,22 @@ def main(argv=None):
                              "give another --out, or delete that folder first")
         return print(f"{options.out}: already trained")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
+        for name in ("patch_size", "width", "depth", "epochs", "batch_size", "lr"):
+            if getattr(options, name) <= 0:
+                raise ValueError(f"{name} = {getattr(options, name)}: must be above 0")
         train(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; nothing was written") from None
 
 
 def train(options):
     data = PreparedImages(options.data)
+    if data.resolution % options.patch_size:
+        raise ValueError(f"patch_size = {options.patch_size} does not divide the images' {data.resolution} pixels")
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The final norm stays in front of the pooling, so that patch tokens come out normalised, as DINOv2's do.

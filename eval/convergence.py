@@ -58,7 +58,8 @@ def main(argv=None):
     try:
         if not options.x:
             raise ValueError(f"x is empty; choose from {', '.join(AXES)}")
-        arms = group([read_run(folder, options.metric) for folder in options.runs])
+        # `runs/*` may well name plain files too, such as an earlier plot.
+        arms = group([read_run(folder, options.metric) for folder in options.runs if not folder.is_file()])
         result = compare(arms, options)
         table = markdown(result)
         out = Path(options.out)
@@ -66,7 +67,7 @@ def main(argv=None):
         out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
         out.with_name(out.name + ".md").write_text(table)
         plot(arms, options, out.with_name(out.name + ".png"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(table)
     print(f"written: {out}.png, {out}.md, {out}.json")
@@ -200,22 +201,22 @@ def mean(values):
 
 
 def default_targets(runs, goal):
-    """The best mean value over seeds that the reference had seen by each share of its run."""
-    steps, values, _, _ = mean_curve(list(runs), "step")
-    so_far = (np.minimum if goal == "min" else np.maximum).accumulate(values)
+    """The best value that every seed of the reference had seen by each share of its run."""
+    better, worst = (np.minimum, np.max) if goal == "min" else (np.maximum, np.min)
+    steps, values = common_steps(list(runs))
+    so_far = worst(better.accumulate(values, axis=1), axis=0)
     chosen = [so_far[max(0, np.searchsorted(steps, share * steps[-1], side="right") - 1)] for share in TARGETS_AT]
     return tuple(dict.fromkeys(float(value) for value in chosen))
 
 
-def mean_curve(runs, axis):
-    """x, mean, lowest and highest y over the steps that all runs have; x is the mean over runs."""
+def common_steps(runs, axis="step"):
+    """x (points), the mean over runs, and y (runs, points) at the steps that all runs have."""
     steps = sorted(set.intersection(*(set(run.x["step"]) for run in runs)))
     if not steps:
         raise ValueError(f"{', '.join(run.folder for run in runs)} have no step in common")
     rows = [[int(np.flatnonzero(run.x["step"] == step)[0]) for step in steps] for run in runs]
     x = np.mean([run.x[axis][row] for run, row in zip(runs, rows)], axis=0)
-    y = np.array([run.y[row] for run, row in zip(runs, rows)])
-    return x, y.mean(0), y.min(0), y.max(0)
+    return x, np.array([run.y[row] for run, row in zip(runs, rows)])
 
 
 def markdown(result):
@@ -225,15 +226,17 @@ def markdown(result):
         seeds = ", ".join(map(str, arm["seeds"]))
         speed = "–" if arm["samples_per_second"] is None else f"{arm['samples_per_second']:.0f}"
         lines.append(f"| {name} | {seeds} | {arm['last']:.4g} | {arm['best']:.4g} | {arm['last_step']} | {speed} |")
-    lines += ["", f"Speedups over **{result['reference']}** (above 1: sooner; mean [lowest, highest] over seeds):", "",
+    lines += ["", f"Speedups over **{result['reference']}** (above 1: sooner; mean [lowest, highest] over seeds; "
+              "< and >: a bound for each seed, where an arm never gets there, or got there before its first point):", "",
               f"| `{metric}` reaches | arm | steps | speedup | seconds | speedup in time |",
               "| --- | --- | --- | --- | --- | --- |"]
     for row in result["targets"]:
         cells = [f"{row['target']:.4g}", row["arm"]]
         for axis in ("step", "seconds"):
             missed = sum(time is None for time in row[axis]["per_seed"].values())
+            mean_time = row[axis]["mean"]
             cells.append(f"not reached by {missed} of {len(row[axis]['per_seed'])}" if missed else
-                         f"{row[axis]['mean']:.0f}")
+                         f"{mean_time:.0f}" if mean_time >= 10 else f"{mean_time:.1f}")
             cells.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
         lines.append("| " + " | ".join(cells) + " |")
     encoders = sorted({encoder for arm in result["arms"].values() for encoder in arm["encoder"]})
@@ -262,10 +265,11 @@ def plot(arms, options, path):
     figure, panels = plt.subplots(1, len(options.x), figsize=(5.2 * len(options.x), 3.8), squeeze=False, sharey=True)
     for panel, axis in zip(panels[0], options.x):
         for name, runs in arms.items():
-            x, y, low, high = mean_curve(list(runs.values()), axis)
-            line, = panel.plot(x, y, marker="o", markersize=3, label=f"{name} ({len(runs)})" if len(runs) > 1 else name)
+            x, y = common_steps(list(runs.values()), axis)
+            title = f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name
+            line, = panel.plot(x, y.mean(0), marker="o", markersize=3, label=title)
             if len(runs) > 1:
-                panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+                panel.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         values = np.concatenate([run.y for runs in arms.values() for run in runs.values()])
         if values.min() > 0 and values.max() > 10 * values.min():
             panel.set_yscale("log")

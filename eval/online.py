@@ -38,11 +38,18 @@ class OnlineEvaluation:
         self.labels = data.labels[chosen]
         self.reference = self._reference(data)
 
-    def __call__(self, model):
-        """Returns the distance and a grid (3, H', W') uint8 of the first samples, ordered by label; None where idle."""
+    def __call__(self, model, interrupted=lambda: False):
+        """Returns the distance and a grid (3, H', W') uint8 of the main process's first samples, ordered by label.
+
+        interrupted: asked before each batch, by all processes; once it is true, (None, None) is returned.
+        """
         statistics = FeatureStatistics(self.encoder.dim, self.ranks.device)
         shown = []
         for indices in self._batches(self.config.eval_samples):
+            if interrupted():
+                return None, None
+            if not indices:
+                continue
             images = self.sample(model, indices)
             statistics.update(self._pooled(images))
             shown.append(images[:max(0, GRID - sum(map(len, shown)))].cpu())
@@ -65,10 +72,11 @@ class OnlineEvaluation:
         return self.autoencoder.decode(x)
 
     def _batches(self, count):
-        """This process's share of range(count), in ranges of at most eval_batch_size."""
-        rank, world, size = self.ranks.rank, self.ranks.world, self.config.eval_batch_size
-        start, stop = -(-rank * count // world), -(-(rank + 1) * count // world)      # the main process is never idle
-        return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+        """This process's share of range(count), in ranges of at most eval_batch_size; as many for every process."""
+        size, share = self.config.eval_batch_size, -(-count // self.ranks.world)       # rounded up
+        start = self.ranks.rank * share
+        stop = min(start + share, count)
+        return [range(first, min(first + size, stop)) for first in range(start, start + share, size)]
 
     def _pooled(self, images):
         """(B, 3, H, W) -> (B, dim), in float32 whatever the training uses, so that all runs share one reference."""
@@ -82,7 +90,7 @@ class OnlineEvaluation:
         if self.ranks.any(not found):                                      # all processes go the same way
             count = min(REFERENCE_IMAGES, len(data))
             order = np.random.default_rng(0).permutation(len(data))[:count]
-            for items in self._batches(count):
+            for items in filter(len, self._batches(count)):
                 statistics.update(self._pooled(data.__getitems__(order[items])["images"].to(self.ranks.device)))
             self.ranks.sum(statistics.sums)
             if self.ranks.main:

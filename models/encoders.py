@@ -30,7 +30,8 @@ class FrozenEncoder(nn.Module):
             raise ValueError(f"encoder_weights = {weights!r}: " + ("the encoder is a folder that has its own weights"
                              if local_folder else "there is no such file"))
         if not local_folder and name.split(".")[0] not in timm.list_models():
-            raise ValueError(f"encoder {name!r} is neither a timm model nor a folder with timm's config.json")
+            raise ValueError(f"encoder {name!r} is neither a timm model nor a folder with timm's config.json; "
+                             "`python -m dataset.standin_encoder DATA --out FOLDER` trains a small one into a folder")
         timm_name = f"local-dir:{name}" if local_folder else name
         try:
             with torch.device("meta"):                                     # no memory, no download: only its structure

@@ -181,12 +181,11 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        half = FREQUENCIES // 2
-        self.register_buffer("frequencies", torch.exp(-math.log(MAX_PERIOD) * torch.arange(half) / half),
-                             persistent=False)
 
     def forward(self, t):
-        angles = t[:, None].to(self.frequencies.dtype) * self.frequencies  # (B, 128)
+        t, half = t.to(self.mlp[0].weight.dtype), FREQUENCIES // 2
+        frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+        angles = t[:, None] * frequencies                                  # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 

@@ -21,11 +21,12 @@ GPUS = int(subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda
 def test_run_on_a_gpu(digits, encoder_folder, tmp_path, routing, extra):
     """bf16 autocast, the fused optimiser and online features: the loss falls, the run resumes, nothing is skipped."""
     command = [sys.executable, "train_repa_dar.py", "--config", "digits", "--data", digits, "--encoder", encoder_folder,
-               "--encoder-features", "online", "--alignment", "repa", "--routing", routing, *extra, "--out", tmp_path / "run",
+               "--encoder-features", "online", "--alignment", "repa", "--routing", routing, *extra,
+               "--out", tmp_path / "run",
                "--log-every", 10, "--eval-every", 100, "--checkpoint-every", 50, "--lr", 1e-3]
     for steps in (100, 200):
-        done = subprocess.run([*map(str, command), "--max-steps", str(steps)], cwd=ROOT, env=VISIBLE, capture_output=True,
-                              text=True)
+        done = subprocess.run([*map(str, command), "--max-steps", str(steps)], cwd=ROOT, env=VISIBLE,
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "bf16 autocast" in done.stdout
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")

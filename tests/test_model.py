@@ -609,7 +609,12 @@ def test_half_precision_keeps_no_more_for_backward_than_float32():
     kept = {}
     for half in (False, True):
         stored = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: stored.setdefault(x.data_ptr(), x) is None or x, lambda x: x), \
+
+        def pack(x):
+            stored[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
                 torch.autocast("cpu", torch.bfloat16, enabled=half):
             model(*inputs)
         kept[half] = sum(x.untyped_storage().nbytes() for x in stored.values())

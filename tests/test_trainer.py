@@ -1,4 +1,4 @@
-"""The trainer end to end, on digits and a tiny random encoder: one run, whatever the processes and whatever kills it."""
+"""The trainer end to end, on digits and a tiny random encoder: one run, whatever its processes and whatever kills it."""
 
 import json
 import os
@@ -102,6 +102,12 @@ def save(checkpoint, file, original=torch.save):
     original(checkpoint, file)
 torch.save = save
 """
+KILL_IN_EVALUATION = """
+from eval.online import OnlineEvaluation
+def sample(self, model, indices):
+    os.kill(os.getpid(), 9)
+OnlineEvaluation.sample = sample
+"""
 KILL_IN_LOG = """
 def write(self, record, original=runtime.MetricsLog.write):
     if record["step"] == {step}:
@@ -113,11 +119,11 @@ runtime.MetricsLog.write = write
 
 
 def test_killed_anywhere_and_restarted_is_the_same_run(command, tmp_path):
-    """Killed before the first checkpoint, between two in mid-epoch, inside the writing of one, inside a log line."""
+    """Killed before the first checkpoint, between two, in the writing of one, in a log line, in an evaluation."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_patched(command(whole), "") == 0
     for patch in (KILL_AT_STEP.format(step=7), KILL_AT_STEP.format(step=18), KILL_IN_CHECKPOINT.format(step=20),
-                  KILL_IN_LOG.format(step=25)):
+                  KILL_IN_LOG.format(step=25), KILL_IN_EVALUATION):
         assert run_patched(command(killed), patch) == -signal.SIGKILL
     assert run_patched(command(killed), "") == 0
     assert load_file(killed / "last.pt")["step"] == STEPS
@@ -146,8 +152,30 @@ def test_signal_saves_leaves_and_resumes(command, tmp_path, monkeypatch, number)
     assert_same_run(stopped, whole)
 
 
+def test_signal_during_an_evaluation_saves_and_makes_up_for_it(command, tmp_path, monkeypatch):
+    """Evaluations can take minutes: one is cut short, and made first thing when the run goes on."""
+    from eval.online import OnlineEvaluation
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(command(whole))
+    original = OnlineEvaluation.sample
+
+    def sample(self, model, indices):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, indices)
+
+    for step in (15, 30, STEPS):
+        with monkeypatch.context() as patch:
+            patch.setattr(OnlineEvaluation, "sample", sample)
+            with pytest.raises(SystemExit) as stop:
+                run(command(stopped))
+        assert stop.value.code == 128 + signal.SIGTERM and load_file(stopped / "last.pt")["step"] == step
+        assert records(stopped)[-1]["step"] == step and "frechet_distance" not in records(stopped)[-1]
+        run(command(stopped, "--max-steps", step))
+    assert_same_run(stopped, whole)
+
+
 def test_signal_to_the_whole_process_group_saves_too(command, tmp_path):
-    """As a job scheduler sends it: reader processes get SIGTERM as well and must not die before the trainer has saved."""
+    """As a job scheduler sends it: readers get SIGTERM too, and must not die before the trainer has saved."""
     process = subprocess.Popen([sys.executable, "train_repa_dar.py", *command(tmp_path / "run", "--num-workers", 2),
                                 "--max-steps", "100000", "--eval-every", "0", "--checkpoint-every", "100000"],
                                cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
