@@ -28,7 +28,7 @@ class Config:
     data: str = "data/digits"
     """Folder made by `python -m dataset.prepare`."""
     out: str = ""
-    """Run folder. Empty: runs/<data>/<routing>-<alignment>-seed<seed>. The same command again resumes it."""
+    """Run folder. Empty: runs/{data}/{routing}-{alignment}-seed{seed}. The same command again resumes it."""
     seed: int = 0
     """Decides initial weights, data order, times, noise and dropped labels, whatever the number of processes."""
     init_from: str = ""
