@@ -120,6 +120,7 @@ def train(options):
                  map(batch, held_out.nonzero().flatten().split(256))]
     accuracy = torch.cat(right).float().mean().item()
     save_for_hf(model, options.out, model_args=architecture, safe_serialization=True)
+    (Path(options.out) / "model.safetensors").chmod(0o644)         # written for the owner alone, but runs share encoders
     record = {"options": asdict(options), "held_out_accuracy": accuracy, "held_out_images": int(held_out.sum())}
     (Path(options.out) / "training.json").write_text(json.dumps(record, indent=1))
     print(f"{options.out}: {accuracy:.1%} of {int(held_out.sum())} held-out images classified correctly")
