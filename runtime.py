@@ -9,6 +9,7 @@ import os
 import pickle
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,8 +152,10 @@ def environment(ranks):
     if Path("/proc/cpuinfo").is_file():
         names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
     return {"processes": ranks.world, "cpu": f"{cpu}, {os.cpu_count()} cores",
             "gpu": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "none",
             "python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown",
@@ -241,11 +244,3 @@ class MetricsLog:
         for stream in (self.file, self.board):
             if stream:
                 stream.close()
-
-
-def read_lines(path):
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not Path(path).exists():
-        return []
-    text = Path(path).read_text()
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]

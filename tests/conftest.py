@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # bit-identity is promised on a CPU; tests/test_gpu.py undoes this
 os.environ["OMP_NUM_THREADS"] = "1"                 # shapes are so small that threads only wait for each other
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def save_tiny_encoder(folder, width=24, img_size=8, patch_size=2, seed=0):
     model = timm.create_model("vit_tiny_patch16_224", **architecture)
     save_for_hf(model, str(folder), model_args=architecture, safe_serialization=True)
     return model.eval()
+
+
+def read_lines(path):
+    """The records of a metrics.jsonl that may still be written; [] before it is there."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
 
 
 @pytest.fixture(scope="session")

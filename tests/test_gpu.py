@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from runtime import load_file, read_lines
-from tests.conftest import ROOT
+from runtime import load_file
+from tests.conftest import ROOT, read_lines
 
 # Asked in a process of its own: in this one conftest hides the GPU from torch.
 VISIBLE = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import train_repa_dar
-from runtime import load_file, read_lines
+from runtime import load_file
+from tests.conftest import read_lines
 
 ROOT = train_repa_dar.__file__.rpartition("/")[0]
 TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}       # all that may differ between repeats
