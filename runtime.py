@@ -21,6 +21,10 @@ import torch
 import torch.distributed as dist
 
 
+# What random numbers are for, so that no two uses share a seed (see derive_seed).
+INITIAL_WEIGHTS, TRAINING, EVALUATION = range(3)
+
+
 def derive_seed(*numbers):
     """One 63-bit seed from several integers, such as (run seed, purpose, step)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -31,8 +35,10 @@ class Ranks:
 
     def __init__(self):
         distributed = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
-        self.rank, self.world, self.local_rank = (int(os.environ[name]) if distributed else alone for name, alone in
-                                                  (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.rank, self.world, self.local_rank = 0, 1, 0
+        if distributed:
+            self.rank, self.world, self.local_rank = (int(os.environ[name]) for name in
+                                                      ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         self.main = self.rank == 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():

@@ -29,10 +29,8 @@ from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from models.sit import SIT_MODELS, load_published
 from eval.online import OnlineEvaluation
-from runtime import (EMA, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file, load_weights,
-                     lock_folder, replaced)
-
-INITIAL_WEIGHTS, TRAINING = 0, 1                    # purposes of random numbers (see derive_seed; 2 is evaluation)
+from runtime import (EMA, INITIAL_WEIGHTS, TRAINING, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file,
+                     load_weights, lock_folder, replaced)
 
 
 def main(argv=None):
@@ -129,10 +127,11 @@ class Trainer:
         self.identity = {**options, "content of data": self.data.content,
                          "content of encoder": self.encoder.fingerprint if self.encoder else ""}
         last = self.folder / "last.pt"
-        checkpoint = load_file(last) if last.is_file() else None
-        if checkpoint and "log_lines" not in checkpoint:
-            raise ValueError(f"{last} is no checkpoint of this trainer; give another --out, or --init-from {last}")
-        if checkpoint:
+        checkpoint = None
+        if last.is_file():
+            checkpoint = load_file(last)
+            if not isinstance(checkpoint, dict) or "log_lines" not in checkpoint:
+                raise ValueError(f"{last} is no checkpoint of this trainer; give another --out, or --init-from {last}")
             changed = configuration.differences(self.identity, checkpoint["config"])
         else:                                       # perhaps a run that ended before its first checkpoint
             saved = configuration.load_saved(self.folder / "config.yaml")

@@ -74,11 +74,14 @@ def train(options):
     data = PreparedImages(options.data)
     if data.resolution % options.patch_size:
         raise ValueError(f"patch_size = {options.patch_size} does not divide the images' {data.resolution} pixels")
+    num_heads = max(1, options.width // 32)
+    if options.width % num_heads:
+        raise ValueError(f"width = {options.width}: is not shared evenly by {num_heads} heads; take a multiple of 32")
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The final norm stays in front of the pooling, so that patch tokens come out normalised, as DINOv2's do.
     architecture = dict(img_size=data.resolution, patch_size=options.patch_size, embed_dim=options.width,
-                        depth=options.depth, num_heads=max(1, options.width // 32), num_classes=data.num_classes,
+                        depth=options.depth, num_heads=num_heads, num_classes=data.num_classes,
                         class_token=False, global_pool="avg", fc_norm=False)
     model = timm.create_model(ARCHITECTURE, weight_init="jax", **architecture)
     # timm starts positions at a standard deviation of 0.02, which a small model on few images takes long to outgrow:
@@ -119,10 +122,11 @@ def train(options):
         right = [model(images).argmax(-1) == labels for images, labels in
                  map(batch, held_out.nonzero().flatten().split(256))]
     accuracy = torch.cat(right).float().mean().item()
-    save_for_hf(model, options.out, model_args=architecture, safe_serialization=True)
-    (Path(options.out) / "model.safetensors").chmod(0o644)         # written for the owner alone, but runs share encoders
+    folder = Path(options.out)
+    save_for_hf(model, str(folder), model_args=architecture, safe_serialization=True)
+    (folder / "model.safetensors").chmod(0o644)                    # written for the owner alone, but runs share encoders
     record = {"options": asdict(options), "held_out_accuracy": accuracy, "held_out_images": int(held_out.sum())}
-    (Path(options.out) / "training.json").write_text(json.dumps(record, indent=1))
+    (folder / "training.json").write_text(json.dumps(record, indent=1))
     print(f"{options.out}: {accuracy:.1%} of {int(held_out.sum())} held-out images classified correctly")
 
 

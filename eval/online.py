@@ -16,11 +16,10 @@ from torchvision.utils import make_grid
 
 from eval.metrics import FeatureStatistics, frechet_distance
 from eval.samplers import IndexedNoise, sample_ode, sample_sde
-from runtime import derive_seed, load_file
+from runtime import EVALUATION, derive_seed, load_file
 
 REFERENCE_IMAGES = 50_000       # the distance is to at most so many training images
 GRID = 64                       # samples shown
-PURPOSE = 2                     # keeps this noise apart from the training's (see derive_seed)
 
 
 class OnlineEvaluation:
@@ -34,7 +33,7 @@ class OnlineEvaluation:
         self.ranks, self.autocast = ranks, autocast
         self.shape = (autoencoder.channels, *[data.resolution // autoencoder.downsampling] * 2)
         # Labels as frequent as in the training set, in random order.
-        chosen = np.random.default_rng([config.seed, PURPOSE]).integers(len(data), size=config.eval_samples)
+        chosen = np.random.default_rng([config.seed, EVALUATION]).integers(len(data), size=config.eval_samples)
         self.labels = data.labels[chosen]
         self.reference = self._reference(data)
 
@@ -60,7 +59,7 @@ class OnlineEvaluation:
     def sample(self, model, indices):
         """The samples with these indices, uint8 (B, 3, H, W)."""
         config, device = self.config, self.ranks.device
-        noise = IndexedNoise([derive_seed(config.seed, PURPOSE, i) for i in indices], self.shape, device)
+        noise = IndexedNoise([derive_seed(config.seed, EVALUATION, i) for i in indices], self.shape, device)
         settings = dict(num_steps=config.sample_steps, cfg_scale=config.cfg_scale,
                         guidance_interval=config.guidance_interval, path=config.path)
         y = self.labels[list(indices)].to(device)

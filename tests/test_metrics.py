@@ -22,7 +22,7 @@ from eval.online import OnlineEvaluation
 from eval.samplers import IndexedNoise
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
-from runtime import Ranks, derive_seed
+from runtime import EVALUATION, Ranks, derive_seed
 from tests.conftest import save_tiny_encoder
 
 
@@ -292,7 +292,7 @@ def test_model_that_recalls_the_training_images_has_distance_zero(data, encoder)
     """Each sample is the training image of its index, recognised by its noise: the same set of images."""
     count = len(data)
     judge = evaluation(data, encoder, eval_samples=count, eval_batch_size=16)
-    seeds = [derive_seed(5, online.PURPOSE, i) for i in range(count)]
+    seeds = [derive_seed(5, EVALUATION, i) for i in range(count)]
     index = {value.item(): i for i, value in enumerate(IndexedNoise(seeds, (3, 8, 8), "cpu")()[:, 0, 0, 0])}
     images, asked = all_images(data), {}
 

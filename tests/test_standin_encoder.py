@@ -49,6 +49,7 @@ def test_finished_encoder_is_kept(trained, digits, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--epochs", "0"], "epochs = 0"), (["--width", "-32"], "width = -32"), (["--lr", "0"], "lr = 0"),
+    (["--width", "100"], "width = 100"),
     (["--patch-size", "3"], "patch_size = 3 .* 8 pixels"),
 ])
 def test_wrong_options_are_refused(digits, tmp_path, arguments, message):

@@ -217,9 +217,10 @@ def test_snapshot_survives_a_kill_before_the_checkpoint(command, tmp_path, monke
     assert [path.name for path in sorted((tmp_path / "run").glob("*.pt"))] == ["step-0000005.pt"]
 
 
-def test_foreign_checkpoint_is_refused(command, tmp_path):
+@pytest.mark.parametrize("content", [{"ema": {}}, {}, [1]])
+def test_foreign_checkpoint_is_refused(command, tmp_path, content):
     (tmp_path / "run").mkdir()
-    torch.save({"ema": {}}, tmp_path / "run" / "last.pt")
+    torch.save(content, tmp_path / "run" / "last.pt")
     with pytest.raises(SystemExit, match="last.pt is no checkpoint of this trainer"):
         run(command(tmp_path / "run"))
 
