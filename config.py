@@ -57,6 +57,8 @@ class Config:
     """DAR chunk size S in sublayers (two per block)."""
     final_aggregator: Literal["auto", "dedicated", "shared"] = "auto"
     """DAR state of the head; auto is shared with alignment and dedicated without."""
+    route_backend: Literal["auto", "torch", "triton"] = "auto"
+    """DAR kernels: fused Triton, plain PyTorch, or auto, which is Triton on a GPU."""
 
     # ---- alignment ----
     alignment: Literal["none", "repa"] = "none"
@@ -250,7 +252,13 @@ def load_saved(path):
 
 
 def differences(wanted, saved):
-    """Lines 'key: saved -> wanted' for what keeps a run with settings `saved` from going on with `wanted` (dicts)."""
+    """Lines 'key: saved -> wanted' for what keeps a run with settings `saved` from going on with `wanted` (dicts).
+
+    An option that is younger than the run had, in effect, its default.
+    """
+    defaults = dataclasses.asdict(Config())
+    saved = {**{key: defaults[key] for key in wanted.keys() & defaults.keys()}, **saved}
+
     def plain(value):
         return list(value) if isinstance(value, tuple) else value
     return [f"{key}: {saved.get(key)!r} -> {wanted.get(key)!r}" for key in sorted(wanted.keys() | saved.keys())

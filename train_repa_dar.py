@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import config as configuration
 from dataset.latents import PreparedImages, ShuffledBatches
+from kernels import resolve_backend
 from loss import alignment_loss, denoising_loss, interpolant, sample_times
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
@@ -31,6 +32,8 @@ from models.sit import SIT_MODELS, load_published
 from eval.online import OnlineEvaluation
 from runtime import (EMA, INITIAL_WEIGHTS, TRAINING, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file,
                      load_weights, lock_folder, replaced)
+
+KERNELS = {"torch": "plain PyTorch", "triton": "fused Triton kernels"}
 
 
 def main(argv=None):
@@ -69,6 +72,7 @@ class Trainer:
         self.encoder = self.build_encoder()
         if config.alignment == "repa" and config.encoder_features == "prepared":
             self.data = PreparedImages(config.data, features=self.encoder.fingerprint)
+        resolve_backend(config.route_backend, self.device)          # refuses one that cannot run here
         self.model = self.build_model().to(self.device)
         self.ema = EMA(self.model, config.ema_decays)
         if config.compile:
@@ -103,7 +107,7 @@ class Trainer:
             input_size=self.size, in_channels=self.autoencoder.channels,
             num_classes=self.data.num_classes, class_dropout_prob=config.class_dropout_prob, qk_norm=config.qk_norm,
             routing=config.routing, query=config.query, chunk_size=config.chunk_size,
-            final_aggregator=config.final_aggregator,
+            final_aggregator=config.final_aggregator, route_backend=config.route_backend,
             align_depth=config.align_depth if aligned else (), align_dims=(self.encoder.dim,) if aligned else (),
             projector_dim=config.projector_dim, **sizes)
         if config.init_from and not (config.run_folder() / "last.pt").is_file():
@@ -323,6 +327,9 @@ class Trainer:
     def describe(self):
         config = self.config
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        routing = config.routing
+        if routing == "dar":
+            routing += f" by {KERNELS[resolve_backend(config.route_backend, self.device)]}"
         batch = (f"{config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
                  f"in {self.share // self.micro} accumulated parts of {self.micro}")
         self.say(f"run        {self.folder} ({'resumed at' if self.step else 'from'} step {self.step} "
@@ -330,7 +337,7 @@ class Trainer:
                  f"data       {len(self.data)} images of {self.data.resolution} pixels, "
                  f"{self.data.num_classes} classes\n"
                  f"model      {config.model}, {len(self.model.blocks)} blocks, {parameters / 1e6:.2f} M parameters "
-                 f"with projectors, {self.model.x_embedder.num_patches} tokens, routing {config.routing}\n"
+                 f"with projectors, {self.model.x_embedder.num_patches} tokens, routing {routing}\n"
                  f"encoder    {self.encoder.name if self.encoder else 'none'}, alignment {config.alignment}\n"
                  f"batch      {batch}\n"
                  f"device     {self.device}, {'bf16 autocast' if self.bf16 else 'fp32'}, torch {torch.__version__}")

@@ -1,4 +1,4 @@
-"""The public routing operator and its choice of backend.
+"""The public routing operators and their choice of backend.
 
     from kernels import route
     h = route(sources, query, norm_weight)
@@ -6,9 +6,38 @@
 Shapes: B batch, T tokens, D width, n sources.
 """
 
+import functools
+import importlib.util
+
+import torch
+from torch.nn import functional as F
+
 from kernels import reference
 
-BACKENDS = {"torch": reference.route}
+if importlib.util.find_spec("triton"):                                    # Linux; elsewhere there is PyTorch alone
+    from kernels import route_triton
+else:
+    route_triton = None
+
+BACKENDS = ("auto", "torch", "triton")
+MOST_SOURCES = 128                                                        # whose addresses fit a launch's arguments
+
+
+def resolve_backend(backend, device):
+    """The backend, "torch" or "triton", that serves tensors of this device: "auto" is Triton on CUDA.
+
+    Raises ValueError on an unknown backend, and on "triton" where that does not run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if route_triton and device.type == "cuda" else "torch"
+    if backend == "triton" and route_triton is None:
+        raise ValueError("backend 'triton' needs the package triton, which is not installed; choose 'torch'")
+    if backend == "triton" and device.type != "cuda" and not route_triton.INTERPRETED:
+        raise ValueError(f"backend 'triton' needs a CUDA device, not {device.type!r}, or the environment variable "
+                         "TRITON_INTERPRET=1 (slow, for tests); choose 'torch'")
+    return backend
 
 
 def route(sources, query, norm_weight, eps=1e-6, backend="auto", return_weights=False):
@@ -20,19 +49,48 @@ def route(sources, query, norm_weight, eps=1e-6, backend="auto", return_weights=
     query:       (D) shared, (B, D) one per sample, or (B, T, D) one per token.
     norm_weight: (D).
     eps:         added to the mean square inside the RMSNorm.
-    backend:     "torch" (plain PyTorch, runs anywhere) or "auto" (the fastest that the device has).
+    backend:     "torch" (plain PyTorch, runs anywhere), "triton" (fused: one read of the sources forward, one
+                 backward; no float64, no weights, at most 128 sources) or "auto" (Triton on CUDA where it can).
     Returns h (B, T, D) in the common dtype of the sources; with `return_weights`, also a (n, B, T).
     Normalisation, logits, softmax and sum are float32 (float64 for float64 sources).
-    Raises ValueError on an empty list, on shapes that do not fit together, and on an unknown backend.
+    Raises ValueError on an empty list, on shapes that do not fit together, and on a backend that is unknown or cannot
+    do what is asked.
     """
-    _check_shapes(sources, query, norm_weight)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(['auto', *BACKENDS])}")
-    h, alpha = BACKENDS["torch" if backend == "auto" else backend](sources, query, norm_weight, eps)
+    sources, backend = _checked(sources, query, norm_weight, backend, return_weights)
+    if backend == "triton":
+        return route_triton.route(sources, query, norm_weight, eps)[0]
+    h, alpha = reference.route(sources, query, norm_weight, eps)
     return (h, alpha) if return_weights else h
 
 
-def _check_shapes(sources, query, norm_weight):
+def route_modulate(sources, query, norm_weight, shift, scale, eps=1e-6, norm_eps=1e-6, backend="auto"):
+    """`route`, and what reads its state: LayerNorm without weights, then adaLN's modulation.
+
+        x = LayerNorm(h) * (1 + scale) + shift
+
+    shift, scale: (B, D). norm_eps: of the LayerNorm. The rest as for `route`.
+    Returns x (B, T, D), in autocast's dtype where that is on and otherwise in h's; h (B, T, D); and the sources, which
+    whoever reads one of them next should read in place of those given: Triton's backward then adds up a source's
+    gradients as it makes them, where autograd would write each and add them one by one.
+    """
+    sources, backend = _checked(sources, query, norm_weight, backend)
+    shape, width = tuple(sources[0].shape), sources[0].shape[-1]
+    for name, value in (("shift", shift), ("scale", scale)):
+        if tuple(value.shape) != (shape[0], width):
+            raise ValueError(f"{name} is {tuple(value.shape)}; sources {shape} need ({shape[0]}, {width})")
+    device = sources[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sources[0].dtype
+    if backend == "triton":
+        x, h, *sources = route_triton.RouteModulate.apply(
+            query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources)
+        return x, h, sources
+    h, _ = reference.route(sources, query, norm_weight, eps)
+    x = F.layer_norm(h, (width,), eps=norm_eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return x.to(dtype), h, sources
+
+
+def _checked(sources, query, norm_weight, backend, return_weights=False):
+    """The sources in their common dtype, and the backend."""
     if len(sources) == 0:
         raise ValueError("sources is empty; a state needs at least v_0 to be routed from")
     shape = sources[0].shape
@@ -48,3 +106,12 @@ def _check_shapes(sources, query, norm_weight):
                          f"({batch}, {width}) or ({batch}, {tokens}, {width})")
     if tuple(norm_weight.shape) != (width,):
         raise ValueError(f"norm_weight is {tuple(norm_weight.shape)}; sources {tuple(shape)} need ({width},)")
+    dtype = functools.reduce(torch.promote_types, (v.dtype for v in sources))
+    chosen = resolve_backend(backend, sources[0].device)
+    beyond = ("float64" if dtype == torch.float64 else "return_weights" if return_weights
+              else f"{len(sources)} sources (at most {MOST_SOURCES})" if len(sources) > MOST_SOURCES else "")
+    if chosen == "triton" and beyond:
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' does not do {beyond}; choose 'torch' or 'auto'")
+        chosen = "torch"
+    return [v.to(dtype) for v in sources], chosen

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, D width, n sources.
 """
 
-import functools
 import math
 
 import torch
@@ -12,14 +11,14 @@ import torch
 def route(sources, query, norm_weight, eps):
     """h = sum_i a_i v_i with a = softmax_i(q . k_i / sqrt(D)) and k_i = g * RMSNorm(v_i)   (Eq. 5-6).
 
-    Arguments are those of `kernels.route`, already validated. Returns h and the weights.
+    Arguments are those of `kernels.route`, validated and with sources of one dtype. Returns h and the weights.
 
     Each source is read twice, once for its logit and once for the sum. A running softmax would read it once,
     but autograd would then keep n rescaled partial sums (B, T, D); here only the logits, D times smaller than
     the sources, are ever stacked. The norm weight is folded into the query, so that no key is materialised.
     """
     width = sources[0].shape[-1]
-    dtype = functools.reduce(torch.promote_types, (v.dtype for v in sources))
+    dtype = sources[0].dtype
     # Float32 at least: half precision loses the small logit differences that the softmax lives on.
     compute = torch.promote_types(dtype, torch.float32)
     query = query.to(compute) * norm_weight.to(compute) / math.sqrt(width)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import route
+from kernels import BACKENDS, resolve_backend, route, route_modulate
 
 QUERIES = ("static", "timestep", "dynamic")
 FINAL_AGGREGATORS = ("dedicated", "shared")
@@ -66,14 +66,13 @@ class Aggregator(nn.Module):
         self.query = nn.Parameter(torch.zeros(width, width) if query == "dynamic" else torch.zeros(width))
         self.norm_weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, sources, t_embedding, return_weights=False):
+    def forward(self, newest, t_embedding):
+        """The query. newest: the last source (B, T, D); t_embedding: (B, D)."""
         if self.kind == "static":
-            query = self.query                                    # (D)
-        elif self.kind == "timestep":
-            query = self.query + t_embedding                      # (B, D)
-        else:
-            query = F.linear(sources[-1], self.query)             # (B, T, D)
-        return route(sources, query, self.norm_weight, return_weights=return_weights)
+            return self.query                                     # (D)
+        if self.kind == "timestep":
+            return self.query + t_embedding                       # (B, D)
+        return F.linear(newest, self.query)                       # (B, T, D)
 
 
 class DepthRouter(nn.Module):
@@ -82,15 +81,19 @@ class DepthRouter(nn.Module):
     chunk_size S: 1 and L are both dense, anything between summarises (Eq. 7).
     final_aggregator: "dedicated" gives the head's state its own parameters (L + 1 aggregators); "shared" reuses those
     of the last sublayer (L aggregators; Appendix C.3).
+    backend: "auto", "torch" or "triton" (`kernels.route`).
     """
 
-    def __init__(self, num_sublayers, width, query, chunk_size, final_aggregator):
+    def __init__(self, num_sublayers, width, query, chunk_size, final_aggregator, backend="auto"):
         super().__init__()
         if query not in QUERIES:
             raise ValueError(f"query {query!r} is unknown; choose one of {', '.join(QUERIES)}")
         if final_aggregator not in FINAL_AGGREGATORS:
             raise ValueError(f"final_aggregator {final_aggregator!r} is unknown; "
                              f"choose one of {', '.join(FINAL_AGGREGATORS)}")
+        if backend not in BACKENDS:
+            raise ValueError(f"route_backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        self.backend = backend
         self.plan = source_plan(num_sublayers, chunk_size)
         count = num_sublayers + (final_aggregator == "dedicated")
         self.aggregators = nn.ModuleList(Aggregator(width, query) for _ in range(count))
@@ -102,7 +105,39 @@ class DepthRouter(nn.Module):
         Returns h_l (B, T, D), or the head's state once all L outputs are there; with `return_weights` also the
         weights (n, B, T) of the sources plan[l - 1].
         """
+        read, query, norm_weight = self.aggregation(v, t_embedding)
+        return route([v[i] for i in read], query, norm_weight, backend=self.backend, return_weights=return_weights)
+
+    def aggregation(self, v, t_embedding):
+        """What forms the next state: the indices of its sources, the query and the norm weight."""
         index = len(v) - 1
-        sources = [v[i] for i in self.plan[index]]
         aggregator = self.aggregators[min(index, len(self.aggregators) - 1)]    # a shared head reuses the last
-        return aggregator(sources, t_embedding, return_weights)
+        return self.plan[index], aggregator(v[-1], t_embedding), aggregator.norm_weight
+
+
+class RoutedStream:
+    """The states of one forward pass with DAR: what `ResidualStream` (models/sit.py) is to residual addition.
+
+    tokens: v_0 (B, T, D); t_embedding: (B, D).
+    """
+
+    def __init__(self, router, tokens, t_embedding):
+        # Under autocast the kernels take the half precision that sublayers give. PyTorch would keep a float32 copy for
+        # the backward of every aggregator that reads a source; there one cast for all of them is cheaper.
+        device = tokens.device.type
+        if torch.is_autocast_enabled(device) and resolve_backend(router.backend, tokens.device) == "triton":
+            tokens = tokens.to(torch.get_autocast_dtype(device))
+        self.router, self.v, self.t_embedding = router, [tokens], t_embedding
+
+    def read(self, shift, scale):
+        """LayerNorm and adaLN (shift, scale: (B, D)) of the next state, and that state: both (B, T, D)."""
+        read, query, norm_weight = self.router.aggregation(self.v, self.t_embedding)
+        x, h, sources = route_modulate([self.v[i] for i in read], query, norm_weight, shift, scale,
+                                       backend=self.router.backend)
+        for i, source in zip(read, sources):
+            self.v[i] = source
+        return x, h
+
+    def write(self, output):
+        """v_l, the output of the sublayer that read last."""
+        self.v.append(output.to(self.v[0].dtype))

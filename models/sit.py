@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
+from torch.nn import functional as F
 
-from models.dar import FINAL_AGGREGATORS, QUERIES, DepthRouter
+from models.dar import FINAL_AGGREGATORS, QUERIES, DepthRouter, RoutedStream
 from models.projector import Projector
 
 ROUTINGS = ("residual", "dar")
@@ -29,6 +30,7 @@ class SiT(nn.Module):
     class_dropout_prob: how often training replaces the label by the null class.
     routing: "residual" or "dar"; query, chunk_size and final_aggregator belong to "dar" (models/dar.py).
     final_aggregator: "auto" is "shared" with alignment and "dedicated" without (DAR, Appendix C.3).
+    route_backend: "auto", "torch" or "triton" (`kernels.route`).
     align_depth: 1-based block numbers; the state after block k is projected, which with DAR is z_k, the aggregate
         passed on to block k + 1 (Section 3). align_dims: one width per encoder; () builds no projector.
     projector_dim: hidden width of the projectors.
@@ -37,7 +39,7 @@ class SiT(nn.Module):
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False,
-                 routing="residual", query="timestep", chunk_size=4, final_aggregator="auto",
+                 routing="residual", query="timestep", chunk_size=4, final_aggregator="auto", route_backend="auto",
                  align_depth=(8,), align_dims=(768,), projector_dim=2048):
         super().__init__()
         if input_size % patch_size:
@@ -73,7 +75,8 @@ class SiT(nn.Module):
         if routing == "dar":
             if final_aggregator == "auto":
                 final_aggregator = "shared" if align_dims else "dedicated"
-            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, final_aggregator)
+            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, final_aggregator,
+                                      route_backend)
             if query == "timestep":                          # so that the first aggregation is a plain mean
                 nn.init.zeros_(self.t_embedder.mlp[2].weight)
                 nn.init.zeros_(self.t_embedder.mlp[2].bias)
@@ -92,30 +95,25 @@ class SiT(nn.Module):
         e = self.t_embedder(t)                                             # (B, D)
         c = e + self.y_embedder(y, label_draw)                             # (B, D)
 
-        v = [tokens]                                                       # v_0 = h_0
-        h = tokens if self.router is None else self.router(v, e)           # h_1
-
-        def advance(output):
-            if self.router is None:
-                return h + output                                          # what DAR replaces
-            # Under autocast outputs are half precision; cast here once, or every aggregator keeps a cast of its own.
-            v.append(output.to(tokens.dtype))                              # v_l = f_l(h_l; t)
-            return self.router(v, e)                                       # h_{l+1}, Eq. 5
-
+        stream = RoutedStream(self.router, tokens, e) if self.router else ResidualStream(tokens)
         aligned = []
-        for k, block in enumerate(self.blocks, start=1):
-            attention_modulation, mlp_modulation = block.modulation(c)
-            h = advance(block.attention(h, attention_modulation))
-            h = advance(block.feed_forward(h, mlp_modulation))             # z_k
-            aligned += [project(h) for project in self.projectors_after(k)]
-        return self.unpatchify(self.final_layer(h, c)), aligned
+        for k, block in enumerate(self.blocks):
+            (shift_1, scale_1, gate_1), (shift_2, scale_2, gate_2) = block.modulation(c)
+            x, z = stream.read(shift_1, scale_1)                           # z_k, the state after k blocks
+            aligned += self.project(z, k)
+            stream.write(gate_1 * block.attn(x))
+            x, _ = stream.read(shift_2, scale_2)
+            stream.write(gate_2 * block.mlp(x))
+        x, z = stream.read(*self.final_layer.modulation(c))
+        aligned += self.project(z, len(self.blocks))
+        return self.unpatchify(self.final_layer.linear(x)), aligned
 
-    def projectors_after(self, k):
-        """The projectors that read the state after block k, one per encoder; [] where nothing is aligned."""
+    def project(self, z, k):
+        """The state after block k as the encoders' tokens, one per encoder; [] where nothing is aligned."""
         if k not in self.align_depth:
             return []
         first = self.align_depth.index(k) * self.num_encoders
-        return self.projectors[first:first + self.num_encoders]
+        return [projector(z) for projector in self.projectors[first:first + self.num_encoders]]
 
     def unpatchify(self, x):
         """(B, T, p * p * C) -> (B, C, H, W)."""
@@ -137,42 +135,47 @@ class SiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
 
+class ResidualStream:
+    """The states of one forward pass with residual addition: h_{l+1} = h_l + v_l, and h_1 = v_0."""
+
+    def __init__(self, tokens):
+        self.h = tokens
+
+    def read(self, shift, scale):
+        """LayerNorm and adaLN (shift, scale: (B, D)) of the state, and the state: both (B, T, D)."""
+        x = F.layer_norm(self.h, self.h.shape[-1:], eps=1e-6)
+        return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1), self.h
+
+    def write(self, output):
+        self.h = self.h + output
+
+
 class Block(nn.Module):
-    """The two sublayers of a DiT block. Each returns its output with its adaLN gate, and adds nothing."""
+    """The two sublayers of a DiT block, and the adaLN layer that says how each is read and gated."""
 
     def __init__(self, width, num_heads, mlp_ratio, qk_norm):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def modulation(self, c):
-        """(B, D) -> shift, scale and gate (B, 1, 3D) of the attention, and of the MLP."""
-        return self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-
-    def attention(self, h, modulation):
-        shift, scale, gate = modulation.chunk(3, dim=-1)                   # (B, 1, D) each
-        return gate * self.attn(modulate(self.norm1(h), shift, scale))
-
-    def feed_forward(self, h, modulation):
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        return gate * self.mlp(modulate(self.norm2(h), shift, scale))
+        """c (B, D) -> for attention and for the MLP: shift and scale (B, D), gate (B, 1, D)."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        return (shift_1, scale_1, gate_1.unsqueeze(1)), (shift_2, scale_2, gate_2.unsqueeze(1))
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then a linear map from tokens to patches: (B, T, D) -> (B, T, p * p * C)."""
+    """adaLN of the last state, and a linear map from tokens to patches: (B, T, D) -> (B, T, p * p * C)."""
 
     def __init__(self, width, patch_size, channels):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, h, c):
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(h), shift, scale))
+    def modulation(self, c):
+        """c (B, D) -> shift and scale (B, D)."""
+        return self.adaLN_modulation(c).chunk(2, dim=-1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -202,10 +205,6 @@ class LabelEmbedder(nn.Module):
             draw = torch.rand(labels.shape, device=labels.device) if draw is None else draw
             labels = torch.where(draw < self.dropout_prob, self.num_classes, labels)
         return self.embedding_table(labels)
-
-
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
 
 
 def sincos_positions(width, grid):

@@ -65,6 +65,7 @@ WRONG = {
     "query": {"learned": "'learned'"},
     "chunk_size": {"0": "0", "-4": "-4", **WRONG_INTEGERS},
     "final_aggregator": {"none": "'none'"},
+    "route_backend": {"cuda": "'cuda'"},
     "alignment": {"dinov2": "'dinov2'"},
     "align_depth": {"0": "(0,)", "-1": "(-1,)", "4 4": "(4, 4)", "1.5": "'1.5'", "last": "'last'"},
     "proj_coeff": {"-0.5": "-0.5", **WRONG_FLOATS},
@@ -229,7 +230,7 @@ def choices(*fields):
 
 
 # Those that the model is built from; `compile` costs three seconds and belongs to the trainer's tests.
-@pytest.mark.parametrize("name, value", choices("routing", "query", "final_aggregator", "qk_norm", "alignment",
+@pytest.mark.parametrize("name, value", choices("routing", "query", "final_aggregator", "route_backend", "qk_norm", "alignment",
                                                 "encoder_features", "precision", "tf32"))
 def test_every_choice_builds(tiny, name, value):
     settings = config.parse(command_line({**tiny, "routing": "dar", "alignment": "repa", name: value}))
@@ -493,6 +494,14 @@ def test_differences_of_lists_and_tuples():
 
 def test_differences_of_options_that_one_side_lacks():
     assert config.differences({"lr": 1.0, "new": 2}, {"lr": 1.0, "old": 3}) == ["new: None -> 2", "old: 3 -> None"]
+
+
+def test_an_option_younger_than_the_run_had_its_default():
+    saved = dataclasses.asdict(Config())
+    del saved["route_backend"]
+    assert config.differences(dataclasses.asdict(Config()), saved) == []
+    changed = dataclasses.asdict(dataclasses.replace(Config(), route_backend="torch"))
+    assert config.differences(changed, saved) == ["route_backend: 'auto' -> 'torch'"]
 
 
 def test_run_folder():

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.sit import SIT_MODELS, SiT, load_published
+from models.dar import RoutedStream
+from models.sit import SIT_MODELS, ResidualStream, SiT, load_published
 from runtime import load_file, load_weights
 from tests.test_routing import chain, randomize
 
@@ -254,14 +255,17 @@ def test_qk_norm_normalises_queries_and_keys():
 # ---- alignment ----
 
 def states_between_blocks(model, *inputs):
-    """What each block's first norm, and the head's, received: the state after block k is entry k."""
+    """The states that each block's attention, and the head, read: the state after block k is entry k."""
     received = []
-    norms = [block.norm1 for block in model.blocks] + [model.final_layer.norm_final]
-    hooks = [norm.register_forward_pre_hook(lambda m, arguments: received.append(arguments[0])) for norm in norms]
-    result = model(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return received, result
+    with pytest.MonkeyPatch.context() as patch:
+        for stream in (ResidualStream, RoutedStream):
+            def read(self, shift, scale, original=stream.read):
+                x, h = original(self, shift, scale)
+                received.append(h)
+                return x, h
+            patch.setattr(stream, "read", read)
+        result = model(*inputs)
+    return received[::2], result                                       # every other one is read by an MLP
 
 
 @pytest.mark.parametrize("routing, final", [("residual", "auto"), ("dar", "shared"), ("dar", "dedicated")])

@@ -16,7 +16,7 @@ from torch import nn
 
 from kernels import route
 from loss import alignment_loss, denoising_loss
-from models.dar import DepthRouter, optimal_chunk_size, source_plan
+from models.dar import DepthRouter, RoutedStream, optimal_chunk_size, source_plan
 from models.sit import SIT_MODELS, SiT
 
 QUERIES = ("static", "timestep", "dynamic")
@@ -442,14 +442,18 @@ def routed_states(model, *inputs):
     """v_0 .. v_L, h_1 .. h_{L+1} and the projectors' inputs of one forward pass, and what the model returns."""
     states, outputs, projected = [], [], []
 
-    def after_router(router, arguments, h):
+    def read(stream, shift, scale, original=RoutedStream.read):
+        x, h = original(stream, shift, scale)
         states.append(h)
-        outputs[:] = arguments[0]
+        outputs[:] = stream.v
+        return x, h
 
-    hooks = [model.router.register_forward_hook(after_router)]
+    hooks = []
     for projector in model.projectors:
         hooks.append(projector.register_forward_pre_hook(lambda m, arguments: projected.append(arguments[0])))
-    result = model(*inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoutedStream, "read", read)
+        result = model(*inputs)
     for hook in hooks:
         hook.remove()
     return outputs, states, projected, result

@@ -1,0 +1,436 @@
+"""Fused depth routing in Triton: one read of every source forward, one read backward (kernels/README.md).
+
+Everything here is a PyTorch operator of the namespace `dar`, so that `torch.compile` sees one node where the kernels
+are launched. `kernels.route` and `kernels.route_modulate` check the arguments and choose between this and PyTorch.
+
+One program handles a few tokens of one sample, one after the other, with one warp per 1280 numbers of width: a row
+then lives in registers, and its sums need no shared memory. A row is held in two pieces, HEAD + TAIL, because the
+sizes of Triton's tensors are powers of two: 1152 = 1024 + 128, 768 = 512 + 256, 384 = 256 + 128 waste nothing.
+
+The kernels take the sources' addresses as launch arguments, in tuples padded to 8, 16, 32, ... entries, and keep
+them in registers. So nothing is stacked, no table is copied to the device, CUDA graphs can record the launch, and
+one compiled kernel serves every number of sources up to the padding.
+
+Shapes: B batch, T tokens, D width, n sources, P programs per sample.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
+
+# Tokens per program. More of them share a load of the query and write fewer partial sums; fewer fill the GPU.
+FORWARD_ROWS, BACKWARD_ROWS, MODULATE_ROWS = 2, 4, 8
+STAGES = 3                                          # a source is loaded two iterations before it is used
+WIDTH_PER_WARP = 1280
+FEWEST_SLOTS = 8
+
+
+# ---- rows ----
+
+@triton.jit
+def _load(pointer, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    tail = HEAD + tl.arange(0, TAIL)
+    return (tl.load(pointer + tl.arange(0, HEAD)).to(tl.float32),
+            tl.load(pointer + tail, mask=tail < D, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def _load_if(wanted, pointer, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Zeros, and no traffic, unless `wanted`. A mask and no branch, so that the load can be issued iterations ahead."""
+    head, tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+    return (tl.load(pointer + head, mask=wanted & (head < D), other=0.0).to(tl.float32),
+            tl.load(pointer + tail, mask=wanted & (tail < D), other=0.0).to(tl.float32))
+
+
+@triton.jit
+def _store(pointer, a, b, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    tail = HEAD + tl.arange(0, TAIL)
+    tl.store(pointer + tl.arange(0, HEAD), a.to(pointer.dtype.element_ty))
+    tl.store(pointer + tail, b.to(pointer.dtype.element_ty), mask=tail < D)
+
+
+@triton.jit
+def _dot(a, b, c, d):
+    return tl.sum(a * c) + tl.sum(b * d)
+
+
+# ---- addresses ----
+
+@triton.jit
+def _addresses(tensors):
+    """The addresses of a tuple of tensors as one tensor (slots) in registers."""
+    slots = tl.arange(0, len(tensors))
+    table = tl.zeros([len(tensors)], tl.int64)
+    for i in tl.static_range(len(tensors)):
+        table = tl.where(slots == i, tensors[i].to(tl.int64), table)
+    return table
+
+
+@triton.jit
+def _row_of(table, i, like, offset, ALIGN: tl.constexpr):
+    """Pointer to the row at `offset` of tensor i; `like` is a pointer of the same dtype."""
+    slots = tl.arange(0, table.shape[0])
+    address = tl.sum(tl.where(slots == i, table, 0))
+    return tl.multiple_of(address.to(like.dtype), ALIGN) + offset
+
+
+# ---- kernels ----
+
+UNSPECIALIZED = ["num_sources", "num_known", "tokens"]       # or n = 1 and n = 16 would each be compiled again
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward(sources, num_sources, query, query_sample_stride, query_row_stride, weight, eps,
+             h, lse, x, shift, scale, shift_stride, scale_stride, norm_eps, tokens,
+             MODULATE: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+             D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """h = softmax-weighted sum of the sources (Eq. 5-6); with MODULATE also x = LayerNorm(h) (1 + scale) + shift."""
+    blocks = tl.cdiv(tokens, ROWS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * ROWS
+    table = _addresses(sources)
+    g_a, g_b = _load(weight, D, HEAD, TAIL)
+    for token in range(first, tl.minimum(first + ROWS, tokens)):
+        row = sample * tokens + token
+        q_a, q_b = _load(query + sample * query_sample_stride + row * query_row_stride, D, HEAD, TAIL)
+        q_a, q_b = q_a * g_a * (1 / D ** 0.5), q_b * g_b * (1 / D ** 0.5)
+        largest, total = float("-inf"), 0.0
+        h_a, h_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+        for i in tl.range(0, num_sources, num_stages=STAGES):
+            v_a, v_b = _load(_row_of(table, i, sources[0], row * D, ALIGN), D, HEAD, TAIL)
+            logit = _dot(v_a, v_b, q_a, q_b) * tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
+            new = tl.maximum(largest, logit)
+            shrink, p = tl.exp(largest - new), tl.exp(logit - new)
+            total = total * shrink + p
+            h_a, h_b = h_a * shrink + p * v_a, h_b * shrink + p * v_b
+            largest = new
+        h_a, h_b = h_a / total, h_b / total
+        _store(h + row * D, h_a, h_b, D, HEAD, TAIL)
+        # A single source has all the weight. -inf makes the backward see exactly that, whatever its logit rounds to.
+        tl.store(lse + row, tl.where(num_sources == 1, float("-inf"), largest + tl.log(total)))
+        if MODULATE:
+            n_a, n_b, _ = _normalized(h_a, h_b, norm_eps, D, HEAD, TAIL)
+            s_a, s_b = _load(scale + sample * scale_stride, D, HEAD, TAIL)
+            b_a, b_b = _load(shift + sample * shift_stride, D, HEAD, TAIL)
+            _store(x + row * D, n_a * (1 + s_a) + b_a, n_b * (1 + s_b) + b_b, D, HEAD, TAIL)
+
+
+@triton.jit
+def _normalized(a, b, eps, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """(a, b) without its mean and divided by its deviation, and the reciprocal of that deviation."""
+    mean = (tl.sum(a) + tl.sum(b)) / D
+    a, b = a - mean, tl.where(HEAD + tl.arange(0, TAIL) < D, b - mean, 0.0)
+    inverse = tl.math.rsqrt(_dot(a, b, a, b) / D + eps)
+    return a * inverse, b * inverse, inverse
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward(sources, num_sources, known, num_known, gradients, dh, h, lse,
+              query, query_sample_stride, query_row_stride, weight, eps, dquery, dquery_parts, dweight_parts, tokens,
+              PER_TOKEN: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+              D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Gradients of all sources in one read of them, added to what is `known` of the first num_known.
+
+    With s = r (v . q') / sqrt(D), q' = g * q and r = 1 / rms(v):
+        ds = a (dh . v - dh . h)             as sum_j a_j (dh . v_j) = dh . h, no second pass over the sources
+        dv = a dh + ds (r q' / sqrt(D) - s r^2 v / D)
+        dq' = sum over sources, and tokens where they share a query, of ds r v / sqrt(D)
+    """
+    blocks = tl.cdiv(tokens, ROWS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * ROWS
+    source_table, known_table, gradient_table = _addresses(sources), _addresses(known), _addresses(gradients)
+    query += sample * query_sample_stride
+    dq_a, dq_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+    dg_a, dg_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+    for token in range(first, tl.minimum(first + ROWS, tokens)):
+        row = sample * tokens + token
+        g_a, g_b = _load(weight, D, HEAD, TAIL)
+        q_a, q_b = _load(query + row * query_row_stride, D, HEAD, TAIL)
+        q_a, q_b = q_a * g_a * (1 / D ** 0.5), q_b * g_b * (1 / D ** 0.5)
+        dh_a, dh_b = _load(dh + row * D, D, HEAD, TAIL)
+        h_a, h_b = _load(h + row * D, D, HEAD, TAIL)
+        dh_h = _dot(dh_a, dh_b, h_a, h_b)
+        logsumexp = tl.load(lse + row)
+        if PER_TOKEN:
+            dq_a, dq_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+        for i in tl.range(0, num_sources, num_stages=STAGES):
+            v_a, v_b = _load(_row_of(source_table, i, sources[0], row * D, ALIGN), D, HEAD, TAIL)
+            r = tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
+            logit = r * _dot(v_a, v_b, q_a, q_b)
+            a = tl.minimum(tl.exp(logit - logsumexp), 1.0)
+            ds = tl.where(a < 1.0, a * (_dot(v_a, v_b, dh_a, dh_b) - dh_h), 0.0)
+            along_q, along_v = ds * r, -ds * logit * r * r / D
+            k_a, k_b = _load_if(i < num_known, _row_of(known_table, i, known[0], row * D, ALIGN), D, HEAD, TAIL)
+            dv_a = k_a + a * dh_a + along_q * q_a + along_v * v_a
+            dv_b = k_b + a * dh_b + along_q * q_b + along_v * v_b
+            _store(_row_of(gradient_table, i, gradients[0], row * D, ALIGN), dv_a, dv_b, D, HEAD, TAIL)
+            dq_a, dq_b = dq_a + along_q * v_a, dq_b + along_q * v_b
+        if PER_TOKEN:
+            q_a, q_b = _load(query + row * query_row_stride, D, HEAD, TAIL)
+            g_a, g_b = _load(weight, D, HEAD, TAIL)
+            _store(dquery + row * D, dq_a * g_a / D ** 0.5, dq_b * g_b / D ** 0.5, D, HEAD, TAIL)
+            dg_a, dg_b = dg_a + dq_a * q_a, dg_b + dq_b * q_b
+    part = tl.program_id(0).to(tl.int64) * D
+    if not PER_TOKEN:
+        q_a, q_b = _load(query, D, HEAD, TAIL)
+        g_a, g_b = _load(weight, D, HEAD, TAIL)
+        _store(dquery_parts + part, dq_a * g_a / D ** 0.5, dq_b * g_b / D ** 0.5, D, HEAD, TAIL)
+        dg_a, dg_b = dq_a * q_a, dq_b * q_b
+    _store(dweight_parts + part, dg_a / D ** 0.5, dg_b / D ** 0.5, D, HEAD, TAIL)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _modulate_backward(dx, dh_direct, h, scale, scale_stride, norm_eps, dh, dshift_parts, dscale_parts, tokens,
+                       ROWS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Gradients of x = LayerNorm(h) (1 + scale) + shift; dh_direct, unless None, is what reached h past x."""
+    blocks = tl.cdiv(tokens, ROWS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * ROWS
+    shift_a, shift_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+    scale_a, scale_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+    for token in range(first, tl.minimum(first + ROWS, tokens)):
+        at = (sample * tokens + token) * D
+        dx_a, dx_b = _load(dx + at, D, HEAD, TAIL)
+        n_a, n_b = _load(h + at, D, HEAD, TAIL)
+        n_a, n_b, inverse = _normalized(n_a, n_b, norm_eps, D, HEAD, TAIL)
+        shift_a, shift_b = shift_a + dx_a, shift_b + dx_b
+        scale_a, scale_b = scale_a + dx_a * n_a, scale_b + dx_b * n_b
+        s_a, s_b = _load(scale + sample * scale_stride, D, HEAD, TAIL)
+        dn_a, dn_b = dx_a * (1 + s_a), dx_b * (1 + s_b)
+        mean, along = (tl.sum(dn_a) + tl.sum(dn_b)) / D, _dot(dn_a, dn_b, n_a, n_b) / D
+        dh_a, dh_b = inverse * (dn_a - mean - along * n_a), inverse * (dn_b - mean - along * n_b)
+        if dh_direct is not None:
+            k_a, k_b = _load(dh_direct + at, D, HEAD, TAIL)
+            dh_a, dh_b = dh_a + k_a, dh_b + k_b
+        _store(dh + at, dh_a, dh_b, D, HEAD, TAIL)
+    part = tl.program_id(0).to(tl.int64) * D
+    _store(dshift_parts + part, shift_a, shift_b, D, HEAD, TAIL)
+    _store(dscale_parts + part, scale_a, scale_b, D, HEAD, TAIL)
+
+
+# ---- launches ----
+
+INTERPRETED = not isinstance(_forward, triton.JITFunction)               # TRITON_INTERPRET=1: NumPy on the CPU
+
+
+def _options(width, *tensors):
+    """Launch options that follow from the width, and from the alignment of the addresses in the tuples `tensors`."""
+    head = 1 << max(0, (width - 1).bit_length() - 1)                 # more than half of the row
+    tail = triton.next_power_of_2(max(1, width - head))
+    aligned = all(tensor.data_ptr() % 16 == 0 for padded in tensors for tensor in padded)
+    options = {"D": width, "HEAD": head, "TAIL": tail, "num_warps": warps(width)}
+    return {**options, "ALIGN": 16 if aligned else tensors[0][0].itemsize, "STAGES": STAGES} if tensors else options
+
+
+def warps(width):
+    return min(16, triton.next_power_of_2(triton.cdiv(width, WIDTH_PER_WARP)))
+
+
+def _padded(tensors):
+    slots = max(FEWEST_SLOTS, triton.next_power_of_2(len(tensors)))
+    return (*tensors, *[tensors[-1]] * (slots - len(tensors)))
+
+
+def _strides(query):
+    """The query of a row of (B * T, D) lies at sample * first + row * second."""
+    width = query.shape[-1]
+    return ((0, 0), (width, 0), (0, width))[query.ndim - 1]
+
+
+def _on(device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# ---- operators ----
+
+@torch.library.custom_op("dar::route", mutates_args=())
+def route(sources: Sequence[torch.Tensor], query: torch.Tensor, norm_weight: torch.Tensor,
+          eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.route`: h (B, T, D), and the log-sum-exp of the logits (B, T), -inf where there is one source."""
+    h, lse, _ = _launch_forward(sources, query, norm_weight, eps)
+    return h, lse
+
+
+@torch.library.custom_op("dar::route_modulate", mutates_args=())
+def route_modulate(sources: Sequence[torch.Tensor], query: torch.Tensor, norm_weight: torch.Tensor,
+                   shift: torch.Tensor, scale: torch.Tensor, eps: float, norm_eps: float,
+                   dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`kernels.route_modulate`: x (B, T, D) of `dtype`, h (B, T, D) and the log-sum-exp (B, T)."""
+    h, lse, x = _launch_forward(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype)
+    return x, h, lse
+
+
+def _launch_forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, dtype=None):
+    sources, query, norm_weight = [v.contiguous() for v in sources], query.contiguous(), norm_weight.contiguous()
+    batch, tokens, width = sources[0].shape
+    h = torch.empty_like(sources[0])
+    lse = h.new_empty(batch, tokens, dtype=torch.float32)
+    x, modulation = None, (None, None, 0, 0)
+    if shift is not None:
+        x = torch.empty_like(h, dtype=dtype)
+        shift, scale = (value if value.stride(-1) == 1 else value.contiguous() for value in (shift, scale))
+        modulation = (shift, scale, shift.stride(0), scale.stride(0))
+    padded = _padded(sources)
+    if h.numel():
+        with _on(h.device):
+            _forward[batch * triton.cdiv(tokens, FORWARD_ROWS),](
+                padded, len(sources), query, *_strides(query), norm_weight, eps, h, lse, x, *modulation,
+                norm_eps, tokens, MODULATE=x is not None, ROWS=FORWARD_ROWS, **_options(width, padded))
+    return h, lse, x
+
+
+@torch.library.custom_op("dar::route_backward", mutates_args=())
+def route_backward(dh: torch.Tensor, h: torch.Tensor, lse: torch.Tensor, sources: Sequence[torch.Tensor],
+                   known: Sequence[torch.Tensor], query: torch.Tensor, norm_weight: torch.Tensor,
+                   eps: float) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Gradients of the sources, the query and the norm weight.
+
+    known: gradients that the first len(known) sources have from elsewhere; they are added.
+    """
+    sources, known = [v.contiguous() for v in sources], [g.contiguous() for g in known]
+    dh, query, norm_weight = dh.contiguous(), query.contiguous(), norm_weight.contiguous()
+    batch, tokens, width = h.shape
+    gradients = [torch.empty_like(v) for v in sources]
+    programs = triton.cdiv(tokens, BACKWARD_ROWS)
+    per_token = query.ndim == 3
+    dquery = torch.empty_like(query)
+    # One partial sum per program, added up below in a fixed order: float atomics would change from run to run.
+    dquery_parts = h.new_empty((0 if per_token else batch, programs, width), dtype=torch.float32)
+    dweight_parts = h.new_empty((batch, programs, width), dtype=torch.float32)
+    tuples = [_padded(sources), _padded(known or gradients), _padded(gradients)]
+    if h.numel():
+        with _on(h.device):
+            _backward[batch * programs,](
+                tuples[0], len(sources), tuples[1], len(known), tuples[2], dh, h, lse,
+                query, *_strides(query), norm_weight, eps, dquery, dquery_parts, dweight_parts, tokens,
+                PER_TOKEN=per_token, ROWS=BACKWARD_ROWS, **_options(width, *tuples))
+    if not per_token:
+        dquery = dquery_parts.sum(1 if query.ndim == 2 else (0, 1)).to(query.dtype)
+    return gradients, dquery, dweight_parts.sum((0, 1)).to(norm_weight.dtype)
+
+
+@torch.library.custom_op("dar::modulate_backward", mutates_args=())
+def modulate_backward(dx: torch.Tensor, dh: torch.Tensor | None, h: torch.Tensor, shift: torch.Tensor,
+                      scale: torch.Tensor, norm_eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of h, shift and scale in x = LayerNorm(h) (1 + scale) + shift; dh, if any, is added to the first."""
+    dx, dh = dx.contiguous(), None if dh is None else dh.contiguous()
+    scale = scale if scale.stride(-1) == 1 else scale.contiguous()
+    batch, tokens, width = h.shape
+    total = torch.empty_like(h)
+    parts = h.new_empty((2, batch, triton.cdiv(tokens, MODULATE_ROWS), width), dtype=torch.float32)
+    if h.numel():
+        with _on(h.device):
+            _modulate_backward[batch * parts.shape[2],](
+                dx, dh, h, scale, scale.stride(0), norm_eps, total, parts[0], parts[1], tokens,
+                ROWS=MODULATE_ROWS, **_options(width))
+    return total, parts[0].sum(1).to(shift.dtype), parts[1].sum(1).to(scale.dtype)
+
+
+# ---- what PyTorch must know of them ----
+
+@route.register_fake
+def _(sources, query, norm_weight, eps):
+    return _like(sources[0]), sources[0].new_empty(sources[0].shape[:2], dtype=torch.float32)
+
+
+@route_modulate.register_fake
+def _(sources, query, norm_weight, shift, scale, eps, norm_eps, dtype):
+    h = _like(sources[0])
+    return _like(h, dtype), h, h.new_empty(h.shape[:2], dtype=torch.float32)
+
+
+@route_backward.register_fake
+def _(dh, h, lse, sources, known, query, norm_weight, eps):
+    return [_like(v) for v in sources], _like(query), _like(norm_weight)
+
+
+@modulate_backward.register_fake
+def _(dx, dh, h, shift, scale, norm_eps):
+    return _like(h), shift.new_empty(shift.shape), scale.new_empty(scale.shape)
+
+
+def _like(tensor, dtype=None):
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _setup_route(ctx, inputs, output):
+    sources, query, norm_weight, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, query, norm_weight, *sources)
+
+
+def _backward_of_route(ctx, dh, _):
+    h, lse, query, norm_weight, *sources = ctx.saved_tensors
+    return *route_backward(dh, h, lse, sources, [], query, norm_weight, ctx.eps), None
+
+
+route.register_autograd(_backward_of_route, setup_context=_setup_route)
+
+
+class RouteModulate(torch.autograd.Function):
+    """(x, h, *sources): the sources pass through, so that their gradients come back through here.
+
+    Whoever reads a source next reads the one returned. Autograd then hands its gradient to this backward, which adds
+    its own share in the kernel; no gradient is written only to be read again and added to another (README.md).
+    """
+
+    @staticmethod
+    def forward(ctx, query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources):
+        x, h, lse = route_modulate(sources, query, norm_weight, shift, scale, eps, norm_eps, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, lse, query, norm_weight, shift, scale, *sources)
+        ctx.eps, ctx.norm_eps = eps, norm_eps
+        return x, h, *(v.view_as(v) for v in sources)
+
+    @staticmethod
+    def backward(ctx, dx, dh, *known):
+        h, lse, query, norm_weight, shift, scale, *sources = ctx.saved_tensors
+        dquery = dweight = dshift = dscale = None
+        if dx is not None:
+            dh, dshift, dscale = modulate_backward(dx, dh, h, shift, scale, ctx.norm_eps)
+        gradients = list(known)
+        if dh is not None:
+            order = sorted(range(len(sources)), key=lambda i: known[i] is None)     # those with one come first
+            sums, dquery, dweight = route_backward(dh, h, lse, [sources[i] for i in order],
+                                                   [known[i] for i in order if known[i] is not None],
+                                                   query, norm_weight, ctx.eps)
+            for i, gradient in zip(order, sums):
+                gradients[i] = gradient
+        return dquery, dweight, dshift, dscale, None, None, None, *gradients
+
+
+# Per number of a source: two for its mean square, two for its logit, two for the weighted sum.
+@register_flop_formula(torch.ops.dar.route)
+def _(sources, query, norm_weight, eps, *, out_shape=None, **kwargs):
+    return 6 * len(sources) * math.prod(sources[0])
+
+
+@register_flop_formula(torch.ops.dar.route_modulate)
+def _(sources, query, norm_weight, shift, scale, *args, out_shape=None, **kwargs):
+    return (6 * len(sources) + 8) * math.prod(sources[0])
+
+
+# The three sums above (mean square, logit, dh . v), six for dv and two for the query.
+@register_flop_formula(torch.ops.dar.route_backward)
+def _(dh, h, lse, sources, known, *args, out_shape=None, **kwargs):
+    return (14 * len(sources) + len(known) + 2) * math.prod(h)
+
+
+@register_flop_formula(torch.ops.dar.modulate_backward)
+def _(dx, dh, h, *args, out_shape=None, **kwargs):
+    return 18 * math.prod(h)
+
+
+def forward_bytes(num_sources, numel, itemsize, modulate=False):
+    """Memory traffic of one aggregation, but for queries and sums over tokens, which are small."""
+    return (num_sources + 1 + modulate) * numel * itemsize
+
+
+def backward_bytes(num_sources, numel, itemsize, num_known=0, modulate=False):
+    return (2 * num_sources + num_known + 2 + 3 * modulate) * numel * itemsize
