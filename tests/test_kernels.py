@@ -198,8 +198,13 @@ def guarded(monkeypatch):
     patched = Torch("torch")
     patched.empty_like = lambda tensor, dtype=None: allocate(tensor.shape, dtype or tensor.dtype)
     monkeypatch.setattr(route_triton, "torch", patched)
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, dtype=None: allocate(
-        shape[0] if isinstance(shape[0], (tuple, list)) else shape, dtype or self.dtype))
+
+    def new_empty(self, *shape, original=torch.Tensor.new_empty, **options):
+        if "device" in options:                                        # the interpreter's own
+            return original(self, *shape, **options)
+        return allocate(torch.empty(*shape, device="meta").shape, options.get("dtype", self.dtype))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     yield allocations
     assert allocations, "the operators allocate in a way that this fixture does not see"
     for buffer, size in allocations:
