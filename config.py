@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ import yaml
 PRESETS = Path(__file__).parent / "configs"
 # A run may be continued with other values of these: they change nothing but rounding in its weights.
 FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every",
-                  "tensorboard"}
+                  "tensorboard", "dry_run", "checkpoint_activations"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Config:
     # ---- run ----
     data: str = "data/digits"
     """Folder made by `python -m dataset.prepare`."""
+    autoencoder: str = "pixels"
+    """What is trained on: pixels, or the autoencoder whose latents the data folder holds (its name or folder)."""
+    decoder: str = ""
+    """Decodes the evaluation's samples; taesd is quick for a preview. Empty: the autoencoder itself."""
+    mirror: bool = False
+    """Train on the mirrored images too; latents need `dataset.prepare --mirror`."""
     out: str = ""
     """Run folder. Empty: runs/{data}/{routing}-{alignment}-seed{seed}. The same command again resumes it."""
     seed: int = 0
@@ -36,7 +43,7 @@ class Config:
 
     # ---- model ----
     model: str = "SiT-B/2"
-    """SiT-{S,B,L,XL}/{2,4,8}: depth, width, heads, patch size. On the command line it undoes a preset's own sizes."""
+    """SiT-{S,B,L,XL,Plus}/{2,4,8}: depth, width, heads, patch size. Given by hand it undoes a preset's own sizes."""
     depth: int | None = None
     """Blocks, instead of the named model's."""
     hidden_size: int | None = None
@@ -69,10 +76,10 @@ class Config:
     """Weight of the alignment loss."""
     projector_dim: int = 2048
     """Hidden width of the projectors."""
-    encoder: str = "vit_base_patch14_dinov2.lvd142m"
-    """Frozen encoder of the alignment and of the evaluation: a timm name, or a folder that timm saved."""
-    encoder_weights: str = ""
-    """Local weights of a timm name, for machines without network. Empty: downloaded by timm."""
+    encoder: tuple[str, ...] = ("dinov2-vit-b",)
+    """Frozen encoders to align with, the first also for evaluation: dinov2-vit-b, timm:NAME, hf:REPO or a folder."""
+    encoder_weights: tuple[str, ...] = ()
+    """Local weights of each encoder, for machines without network. Empty: downloaded."""
     encoder_features: Literal["online", "prepared"] = "online"
     """Alignment targets: computed in every step, or read from the data folder."""
 
@@ -86,7 +93,7 @@ class Config:
     batch_size: int = 256
     """Global batch: images per step over all processes and accumulated parts."""
     micro_batch_size: int | None = None
-    """Images that one process takes at a time; smaller values accumulate gradients."""
+    """Most images that one process takes at a time; values below its share accumulate gradients."""
     max_steps: int = 400_000
     """Steps after which the run is complete."""
     lr: float = 1e-4
@@ -105,12 +112,16 @@ class Config:
     """TF32 for what stays float32 on a GPU."""
     compile: bool = False
     """torch.compile the model."""
+    checkpoint_activations: bool = False
+    """Compute the insides of each sublayer again in the backward pass rather than keep them: less memory, more time."""
     num_workers: int = 0
     """Reader processes per training process."""
     max_skipped_steps: int = 20
     """Consecutive non-finite steps that stop the run at its next log line; fewer are skipped and counted."""
 
     # ---- records ----
+    dry_run: bool = False
+    """Say what the run would be and what it would take, and write nothing."""
     log_every: int = 100
     """Steps between two lines of metrics.jsonl; the host waits for the device only then."""
     checkpoint_every: int = 5_000
@@ -161,6 +172,10 @@ class Config:
                  "align_depth", self.align_depth, "must name different blocks, counted from 1")
         _require(self.alignment == "none" or self.align_depth, "align_depth", self.align_depth,
                  "must name a block when alignment = 'repa'")
+        _require(self.encoder and len(set(self.encoder)) == len(self.encoder), "encoder", self.encoder,
+                 "must name at least one encoder, each of them once")
+        _require(len(self.encoder_weights) in (0, len(self.encoder)), "encoder_weights", self.encoder_weights,
+                 f"give one file for each of the {len(self.encoder)} encoders, or none")
 
     def run_folder(self):
         name = f"{self.routing}-{self.alignment}-seed{self.seed}"
@@ -177,6 +192,7 @@ def parse(argv=None):
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", default="digits")
     chosen, overrides = files.parse_known_args(argv)
+    overrides = _switched_on(overrides)
     try:
         options = [word.partition("=")[0] for word in overrides
                    if word.startswith("--") and not word.startswith(("--help", "--tyro"))]
@@ -187,9 +203,19 @@ def parse(argv=None):
             preset = dataclasses.replace(preset, depth=None, hidden_size=None, num_heads=None)
         config = _parse(overrides, preset, prog="train_repa_dar.py")
         config.check()
+        if config.batch_size != preset.batch_size and os.environ.get("RANK", "0") == "0":
+            print(f"note: batch_size = {config.batch_size}, where {chosen.config} has {preset.batch_size}, for which "
+                  f"its learning rate and steps were chosen", file=sys.stderr)
     except ValueError as error:
         raise SystemExit(f"configuration error: {error}") from None
     return config
+
+
+def _switched_on(words):
+    """A switch without a value, such as --dry-run, as `--dry-run=True`."""
+    switches = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config) if field.type is bool}
+    return [f"{word}=True" if word.replace("_", "-") in switches and following[:2] in ("", "--") else word
+            for word, following in zip(words, [*words[1:], ""])]
 
 
 def _parse(arguments, default, prog):

@@ -12,6 +12,7 @@ Shapes: B batch, C channels, H = W size, T tokens.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import signal
 import time
@@ -28,11 +29,15 @@ from kernels import resolve_backend
 from loss import alignment_loss, denoising_loss, interpolant, sample_times
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
-from models.sit import SIT_MODELS, load_published
+from models.sit import SIT_MODELS, flops_per_image, kept_for_backward, load_published, parameters_by_part
 from eval.online import OnlineEvaluation
 from runtime import (EMA, INITIAL_WEIGHTS, TRAINING, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file,
                      load_weights, lock_folder, replaced)
 
+# Dense bf16, with float32 accumulation. The PCIe cards of the same name are slower and come first.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
+              "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12}
 KERNELS = {"torch": "plain PyTorch", "triton": "fused Triton kernels"}
 
 
@@ -41,11 +46,13 @@ def main(argv=None):
     with Ranks() as ranks:
         try:
             trainer = Trainer(config, ranks)
+            trainer.describe()
+            if config.dry_run:
+                return
             trainer.open_folder()
             trainer.resume()
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
-        trainer.describe()
         try:
             stopped_by = trainer.train()
         finally:
@@ -65,18 +72,22 @@ class Trainer:
         self.bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
 
-        self.data = PreparedImages(config.data)
-        self.autoencoder = load_autoencoder(self.data.autoencoder)
-        self.size = self.data.resolution // self.autoencoder.downsampling
+        images = PreparedImages(config.data)
+        with ranks.one_first():
+            self.autoencoder = load_autoencoder(config.autoencoder).to(self.device)
+            self.decoder = load_autoencoder(config.decoder).to(self.device) if config.decoder else self.autoencoder
+        self.size = latent_size(config, images.resolution, self.autoencoder, self.decoder)
         self.patch_size = patch_size(config.model, self.size)
-        self.encoder = self.build_encoder()
-        if config.alignment == "repa" and config.encoder_features == "prepared":
-            self.data = PreparedImages(config.data, features=self.encoder.fingerprint)
+        self.encoders = self.build_encoders()
+        aligned, prepared = config.alignment == "repa", config.encoder_features == "prepared"
+        self.latent = config.autoencoder != "pixels"
+        self.data = PreparedImages(
+            config.data, images=not self.latent or aligned and not prepared, mirror=config.mirror,
+            latents=self.autoencoder.fingerprint if self.latent else "",
+            features=[encoder.fingerprint for encoder in self.encoders] if aligned and prepared else ())
         resolve_backend(config.route_backend, self.device)          # refuses one that cannot run here
         self.model = self.build_model().to(self.device)
         self.ema = EMA(self.model, config.ema_decays)
-        if config.compile:
-            self.model.compile()
         self.wrapped = self.model
         if ranks.world > 1:
             self.wrapped = DistributedDataParallel(self.model)
@@ -89,13 +100,12 @@ class Trainer:
 
     # ---- building ----
 
-    def build_encoder(self):
+    def build_encoders(self):
         config = self.config
-        if config.alignment == "none" and not config.eval_every:
-            return None
+        names = config.encoder if config.alignment == "repa" else config.encoder[:1] if config.eval_every else ()
         with self.ranks.one_first():
-            encoder = FrozenEncoder(config.encoder, self.size // self.patch_size, config.encoder_weights)
-        return encoder.to(self.device)
+            return [FrozenEncoder(name, self.size // self.patch_size, *config.encoder_weights[i:i + 1]).to(self.device)
+                    for i, name in enumerate(names)]
 
     def build_model(self):
         config = self.config
@@ -108,15 +118,16 @@ class Trainer:
             num_classes=self.data.num_classes, class_dropout_prob=config.class_dropout_prob, qk_norm=config.qk_norm,
             routing=config.routing, query=config.query, chunk_size=config.chunk_size,
             final_aggregator=config.final_aggregator, route_backend=config.route_backend,
-            align_depth=config.align_depth if aligned else (), align_dims=(self.encoder.dim,) if aligned else (),
-            projector_dim=config.projector_dim, **sizes)
+            align_depth=config.align_depth if aligned else (),
+            align_dims=[encoder.dim for encoder in self.encoders] if aligned else (),
+            projector_dim=config.projector_dim, checkpoint_activations=config.checkpoint_activations, **sizes)
         if config.init_from and not (config.run_folder() / "last.pt").is_file():
             try:
                 missing, unused = load_published(model, load_weights(config.init_from))
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
-            self.say(f"initial weights from {config.init_from}; "
-                     f"not in it: {missing or 'none'}; not used: {unused or 'none'}")
+            self.say(f"initial weights from {config.init_from}; not in it: {abridged(missing)}; "
+                     f"not used: {abridged(unused)}")
         return model
 
     # ---- the run folder ----
@@ -129,7 +140,8 @@ class Trainer:
         """Take up the run that is in the folder, if any. Refuses one with other settings."""
         options = dataclasses.asdict(self.config)
         self.identity = {**options, "content of data": self.data.content,
-                         "content of encoder": self.encoder.fingerprint if self.encoder else ""}
+                         "content of encoder": [encoder.fingerprint for encoder in self.encoders],
+                         "content of autoencoder": self.autoencoder.fingerprint}
         last = self.folder / "last.pt"
         checkpoint = None
         if last.is_file():
@@ -152,6 +164,7 @@ class Trainer:
             self.tally.load_state_dict(checkpoint["tally"])
             self.step, self.seconds, self.logged = (checkpoint[key] for key in ("step", "seconds", "logged"))
             self.evaluation_due = checkpoint["evaluation_due"]
+            self.say(f"resumed    at step {self.step}")
         self.ranks.barrier()                        # nobody writes before all have read
         if self.ranks.main and (self.step < self.config.max_steps or self.evaluation_due):
             configuration.save(self.config, self.folder / "config.yaml")
@@ -185,11 +198,14 @@ class Trainer:
     def train(self):
         """Train to max_steps. Returns the signal that ended it early, or 0."""
         config, stopped_by = self.config, 0
+        if config.compile:
+            self.model.compile()
         evaluate = None
         if config.eval_every and (self.step < config.max_steps or self.evaluation_due):
-            evaluate = OnlineEvaluation(config, self.data, self.encoder, self.autoencoder, self.ranks, self.autocast)
-        bar = tqdm(self.batches(), initial=self.step, total=config.max_steps, desc=self.folder.name, unit="step",
-                   disable=not self.ranks.main, mininterval=1)
+            evaluate = OnlineEvaluation(config, PreparedImages(config.data), self.encoders[0], self.decoder,
+                                        (self.autoencoder.channels, self.size, self.size), self.ranks, self.autocast)
+        bar = tqdm(on_device(self.batches(), self.device), initial=self.step, total=config.max_steps,
+                   desc=self.folder.name, unit="step", disable=not self.ranks.main, mininterval=1)
         with StopFlag(self.ranks) as stop:
             if self.evaluation_due:
                 stopped_by = self.write_evaluation(evaluate, stop, bar)
@@ -236,7 +252,7 @@ class Trainer:
         losses = torch.zeros(3, device=self.device)
         for part in range(parts):
             rows = slice(part * self.micro, (part + 1) * self.micro)
-            inputs = {name: value[rows].to(self.device, non_blocking=True) for name, value in batch.items()}
+            inputs = {name: value[rows] for name, value in batch.items()}
             last = part == parts - 1
             with contextlib.nullcontext() if last or self.ranks.world == 1 else self.wrapped.no_sync():
                 part_losses = self.losses(inputs, {name: value[rows] for name, value in draws.items()})
@@ -257,26 +273,31 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.config.seed, TRAINING, self.step))
         batch = self.config.batch_size
         make = functools.partial(torch.randn, generator=generator, device=self.device)
-        draws = {"noise": make(batch, self.autoencoder.channels, self.size, self.size), "time_normal": make(batch)}
+        shape = (batch, self.autoencoder.channels, self.size, self.size)
+        draws = {"noise": make(*shape), "time_normal": make(batch)}
         for name in ("time_uniform", "label"):
             draws[name] = torch.rand(batch, generator=generator, device=self.device)
+        if self.latent:
+            draws["posterior"] = make(*shape)
         first = self.ranks.rank * self.share
         return {name: value[first:first + self.share] for name, value in draws.items()}
 
     def losses(self, inputs, draws):
-        """Total, denoising and alignment loss of one part: images uint8 (B, 3, H, W), labels (B), perhaps tokens."""
+        """Total, denoising and alignment loss of one part; inputs as `PreparedImages` serves them."""
         config = self.config
         t = sample_times(draws["time_uniform"], draws["time_normal"], config.time_sampling, config.path)
-        x_t, target = interpolant(self.autoencoder.encode(inputs["images"]), draws["noise"], t, config.path)
+        x = (self.autoencoder.sample(inputs["moments"], draws["posterior"]) if self.latent
+             else self.autoencoder.encode(inputs["images"]))
+        x_t, target = interpolant(x, draws["noise"], t, config.path)
         with self.autocast():
             velocity, aligned = self.wrapped(x_t, t, inputs["labels"], draws["label"])
-            tokens = None
             if config.alignment == "repa":
-                tokens = inputs["tokens"] if "tokens" in inputs else self.encoder(inputs["images"])
+                tokens = [inputs[f"tokens_{i}"] if f"tokens_{i}" in inputs else encoder(inputs["images"])
+                          for i, encoder in enumerate(self.encoders)]
         denoising = denoising_loss(velocity, target)
         if config.alignment == "none":
             return denoising, denoising, torch.zeros_like(denoising)
-        alignment = alignment_loss(aligned, [tokens])
+        alignment = alignment_loss(aligned, tokens)
         return denoising + config.proj_coeff * alignment, denoising, alignment
 
     # ---- records ----
@@ -290,6 +311,8 @@ class Trainer:
         record = {"step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 3),
                   **means, "skipped_steps": skipped,
                   "samples_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9), 2)}
+        if peak := peak_flops(self.device):
+            record["mfu"] = round(self.flops_per_image * record["samples_per_second"] / self.ranks.world / peak, 4)
         if self.device.type == "cuda":
             record["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         self.log.write(record)
@@ -325,22 +348,44 @@ class Trainer:
         return 0
 
     def describe(self):
-        config = self.config
-        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        """Print what the run is and what it takes."""
+        config, model = self.config, self.model
+        parts = parameters_by_part(model)
+        total = sum(parts.values())
+        self.flops_per_image = 3 * flops_per_image(model)          # of a training step: the backward is two forwards
         routing = config.routing
         if routing == "dar":
             routing += f" by {KERNELS[resolve_backend(config.route_backend, self.device)]}"
-        batch = (f"{config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
-                 f"in {self.share // self.micro} accumulated parts of {self.micro}")
-        self.say(f"run        {self.folder} ({'resumed at' if self.step else 'from'} step {self.step} "
-                 f"of {config.max_steps})\n"
-                 f"data       {len(self.data)} images of {self.data.resolution} pixels, "
-                 f"{self.data.num_classes} classes\n"
-                 f"model      {config.model}, {len(self.model.blocks)} blocks, {parameters / 1e6:.2f} M parameters "
-                 f"with projectors, {self.model.x_embedder.num_patches} tokens, routing {routing}\n"
-                 f"encoder    {self.encoder.name if self.encoder else 'none'}, alignment {config.alignment}\n"
-                 f"batch      {batch}\n"
-                 f"device     {self.device}, {'bf16 autocast' if self.bf16 else 'fp32'}, torch {torch.__version__}")
+        encoders = ", ".join(f"{encoder.name} ({encoder.grid[0]} x {encoder.grid[1]} tokens)"
+                             for encoder in self.encoders)
+        frozen = [*self.encoders, *{self.autoencoder, self.decoder}]
+        weights = sum(p.numel() for network in frozen if isinstance(network, torch.nn.Module)
+                      for p in network.parameters())
+        averages = len(config.ema_decays)
+        two, four = self.kept_for(2), self.kept_for(4)             # the difference leaves out what a batch shares
+        memory = 4 * (weights + total * (4 + averages)) + two + (self.micro - 2) * (four - two) / 2
+        self.say(
+            f"run        {config.run_folder()}, {config.max_steps} steps\n"
+            f"data       {len(self.data)} images of {self.data.resolution} pixels, {self.data.num_classes} classes; "
+            f"trained on {config.autoencoder}, {self.autoencoder.channels} x {self.size} x {self.size}\n"
+            f"model      {config.model}, {len(model.blocks)} blocks, {model.x_embedder.num_patches} tokens, "
+            f"routing {routing}\n"
+            f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
+            f"compute    {self.flops_per_image / 1e9:.4g} GFLOP for an image in a training step, encoders excluded\n"
+            f"encoder    {encoders or 'none'}, alignment {config.alignment}\n"
+            f"batch      {config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
+            f"in {self.share // self.micro} accumulated parts of {self.micro}; "
+            f"{len(self.data) / config.batch_size:.4g} steps in an epoch\n"
+            f"memory     about {memory / 2**30:.3g} GiB in each process, before the allocator's own losses\n"
+            f"disk       {4 * total * (3 + averages) / 2**30:.3g} GiB for a checkpoint\n"
+            f"device     {self.device}, {'bf16 autocast' if self.bf16 else 'fp32'}, torch {torch.__version__}")
+
+    def kept_for(self, count):
+        """Bytes that a step keeps for its backward pass when it takes so many images at a time."""
+        x = torch.zeros(count, self.autoencoder.channels, self.size, self.size, device=self.device)
+        zeros = torch.zeros(count, device=self.device)
+        with self.autocast():
+            return kept_for_backward(self.model, x, zeros, zeros.long(), zeros)
 
     def say(self, text):
         if self.ranks.main:
@@ -386,6 +431,35 @@ class Tally:
             value.copy_(state[name])
 
 
+def peak_flops(device):
+    """Dense bf16 operations per second of a GPU, from its data sheet; 0 where that is not known here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), 0)
+
+
+def on_device(batches, device):
+    """The batches on the device. On a GPU each is copied on a stream of its own while the one before is in use."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side, waiting = torch.cuda.Stream(), []
+    for batch in itertools.chain(batches, [None]):
+        if batch is not None:
+            with torch.cuda.stream(side):
+                copied = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            waiting.append((copied, side.record_event()))
+        if len(waiting) == 2 or batch is None and waiting:
+            ready, copy_done = waiting.pop(0)
+            torch.cuda.current_stream().wait_event(copy_done)
+            for value in ready.values():
+                value.record_stream(torch.cuda.current_stream())           # it was allocated on the other one
+            yield ready
+
+
+def abridged(names):
+    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4) or "none"
+
+
 def already_a_batch(batch):
     return batch
 
@@ -394,6 +468,18 @@ def leave_signals_to_the_trainer(worker):
     """A signal to the whole process group must not take away the readers before the step is finished and saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def latent_size(config, resolution, autoencoder, decoder):
+    """Side of what the model sees. Raises ValueError where images, autoencoder and decoder do not fit together."""
+    if resolution % autoencoder.downsampling:
+        raise ValueError(f"data = {config.data!r}: images of {resolution} pixels are not a multiple of the "
+                         f"{autoencoder.downsampling} that one latent of {config.autoencoder!r} stands for")
+    if (decoder.channels, decoder.downsampling) != (autoencoder.channels, autoencoder.downsampling):
+        raise ValueError(f"decoder = {config.decoder!r} takes {decoder.channels} channels and enlarges "
+                         f"{decoder.downsampling} times, autoencoder = {config.autoencoder!r} gives "
+                         f"{autoencoder.channels} and {autoencoder.downsampling}")
+    return resolution // autoencoder.downsampling
 
 
 def patch_size(model, size):
@@ -409,8 +495,8 @@ def patch_size(model, size):
 def split_batch(config, world):
     """Images per process, and per part that it takes at a time. Raises ValueError where they do not come out even."""
     share = config.batch_size // world
-    micro = share if config.micro_batch_size is None else config.micro_batch_size
-    if share * world != config.batch_size or share < 1 or share % micro:
+    micro = min(share, config.micro_batch_size or share)
+    if share < 1 or share * world != config.batch_size or share % micro:
         raise ValueError(f"batch_size = {config.batch_size} cannot be shared evenly among {world} processes "
                          f"in parts of micro_batch_size = {micro}")
     return share, micro

@@ -25,13 +25,13 @@ GRID = 64                       # samples shown
 class OnlineEvaluation:
     """Samples from the same noise and labels at every call, shared among the processes by index.
 
-    encoder: FrozenEncoder; autoencoder: decodes what the model makes; autocast: the context that it computes in.
+    data: PreparedImages; encoder: FrozenEncoder; autoencoder: decodes what the model makes, of this shape (C, H, W);
+    autocast: the context that it computes in.
     """
 
-    def __init__(self, config, data, encoder, autoencoder, ranks, autocast):
+    def __init__(self, config, data, encoder, autoencoder, shape, ranks, autocast):
         self.config, self.encoder, self.autoencoder = config, encoder, autoencoder
-        self.ranks, self.autocast = ranks, autocast
-        self.shape = (autoencoder.channels, *[data.resolution // autoencoder.downsampling] * 2)
+        self.shape, self.ranks, self.autocast = shape, ranks, autocast
         # Labels as frequent as in the training set, in random order.
         chosen = np.random.default_rng([config.seed, EVALUATION]).integers(len(data), size=config.eval_samples)
         self.labels = data.labels[chosen]

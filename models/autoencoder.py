@@ -1,16 +1,36 @@
-"""Between images and what SiT is trained on. The only place that knows the scale of the latter.
+"""Between images and what SiT is trained on: pixels, or latents of diffusers' autoencoders.
 
-Shapes: B batch, C channels, H = W size.
+The only place that knows the scale and the shift of the latter.
+
+Shapes: B batch, C channels of what SiT sees, H, W pixels, h, w latent pixels (H, W over the downsampling).
 """
 
+import hashlib
+import os
+import re
+
 import torch
+from torch import nn
+
+from models.hub import go_offline_if_unreachable
+
+DECODED_AT_ONCE = 8                     # images; so the memory of the decoder does not grow with the batch
+HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
+             "taesd": "madebyollin/taesd"}
+UNDERSTOOD = {"in_channels": 3, "out_channels": 3, "latents_mean": None, "latents_std": None,
+              "upsampling_scaling_factor": 2}
 
 
 class Pixels:
     """No latent space: images scaled to [-1, 1]."""
 
+    name = fingerprint = "pixels"
     channels = 3
     downsampling = 1
+
+    def to(self, device):
+        """Itself: there is nothing to move."""
+        return self
 
     def encode(self, images):
         """uint8 (B, 3, H, W) -> float32 (B, 3, H, W) in [-1, 1]."""
@@ -21,11 +41,108 @@ class Pixels:
         return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-AUTOENCODERS = {"pixels": Pixels}
+class Latents(nn.Module):
+    """What a frozen autoencoder makes of images, shifted and scaled as in latent diffusion (arXiv 2112.10752, D.1).
+
+    name:  as given by the user.
+    model: diffusers' AutoencoderKL, or AutoencoderTiny. The latter has been trained on latents that are scaled
+           already, so that its own config has scale 1 and shift 0, and it has no posterior: a deviation of 0.
+    Attributes: name, channels, downsampling, fingerprint (weights, scale, shift and class; wherever they are kept).
+    Raises ValueError on a config that asks for what is not done here.
+    """
+
+    def __init__(self, name, model):
+        super().__init__()
+        for key, value in UNDERSTOOD.items():
+            if model.config.get(key, value) != value:
+                raise ValueError(f"autoencoder {name!r} has {key} = {model.config[key]}; only {value} is understood")
+        if not model.config.scaling_factor:
+            raise ValueError(f"autoencoder {name!r} has scaling_factor = {model.config.scaling_factor}; "
+                             "write into its config.json by what its latents are to be multiplied")
+        self.name, self.model = name, model
+        self.channels, self.downsampling = model.config.latent_channels, 2 ** (len(model.config.block_out_channels) - 1)
+        self.scale, self.shift = float(model.config.scaling_factor), float(model.config.shift_factor or 0)
+        self.fingerprint = self._fingerprint()
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def moments(self, images):
+        """uint8 (B, 3, H, W) -> float32 (B, 2C, h, w): mean and standard deviation of the posterior, not scaled.
+
+        Raises ValueError where H or W is not a multiple of the downsampling.
+        """
+        height, width = images.shape[-2:]
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(f"autoencoder {self.name!r} cannot encode images of {height} x {width} pixels: "
+                             f"both must be multiples of {self.downsampling}")
+        encoded = self.model.encode(Pixels().encode(images))
+        if "latents" in encoded:
+            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        else:
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        return torch.cat([mean.float(), std.float()], dim=1)
+
+    def sample(self, moments, noise):
+        """One draw from the posterior, as SiT sees it.
+
+        moments: (B, 2C, h, w) of any float type, as `moments` gives them; noise: (B, C, h, w), standard normal.
+        Returns float32 (B, C, h, w).
+        """
+        mean, std = moments.float().chunk(2, dim=1)
+        return (mean + std * noise.float() - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x):
+        """float (B, C, h, w) as SiT sees it -> uint8 (B, 3, H, W), rounded to the nearest level."""
+        x = x.float() / self.scale + self.shift
+        return torch.cat([Pixels().decode(self.model.decode(part).sample.float()) for part in x.split(DECODED_AT_ONCE)])
+
+    def _fingerprint(self):
+        """Twelve hexadecimal digits that change with any weight, the scale, the shift or the class."""
+        digest = hashlib.sha256(repr((type(self.model).__name__, self.scale, self.shift)).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
 
 def load_autoencoder(name):
-    """The autoencoder that a prepared folder names. Raises ValueError on an unknown one."""
-    if name not in AUTOENCODERS:
-        raise ValueError(f"autoencoder {name!r} is unknown; choose one of {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[name]()
+    """The autoencoder that the user or a prepared folder names: Pixels, or frozen Latents on the CPU.
+
+    name: "pixels", one of HUB_NAMES, a folder written by diffusers' `save_pretrained`, or OWNER/NAME on the model hub.
+    Raises ValueError where there is none, it is of another class, or its weights cannot be had or do not fit.
+    """
+    if name == "pixels":
+        return Pixels()
+    is_folder = name not in HUB_NAMES and os.path.isdir(name)
+    repository = HUB_NAMES.get(name, name)
+    if is_folder:
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise ValueError(f"autoencoder {name!r} is a folder without config.json; give one that diffusers' "
+                             "save_pretrained wrote, such as the folder `vae` of a Stable Diffusion pipeline")
+        remedy = "write the folder again with diffusers' save_pretrained"
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
+        remedy = (f"{go_offline_if_unreachable() or 'where the hub cannot be reached'}: run `hf download {repository} "
+                  "--local-dir FOLDER` elsewhere and give the path of that FOLDER as the autoencoder")
+    else:
+        raise ValueError(f"autoencoder {name!r} is unknown; choose one of {', '.join(['pixels', *HUB_NAMES])}, "
+                         "a folder written by diffusers' save_pretrained, or a hub name OWNER/NAME")
+
+    from diffusers import AutoencoderKL, AutoencoderTiny                   # only here: pixels do without
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    try:
+        kind = AutoencoderKL.load_config(repository).get("_class_name")
+        if kind in classes:
+            # Not by way of accelerate, so that whether that is installed makes no difference.
+            model, loaded = classes[kind].from_pretrained(repository, low_cpu_mem_usage=False, output_loading_info=True)
+    except Exception as error:                                             # diffusers and the hub raise many kinds
+        raise ValueError(f"autoencoder {name!r} could not be loaded ({type(error).__name__}: {error}); {remedy}"
+                         ) from error
+    if kind not in classes:
+        raise ValueError(f"autoencoder {name!r} is of class {kind} by its config.json; "
+                         f"only {' and '.join(classes)} are understood")
+    unfit = sorted([*loaded["missing_keys"], *loaded["unexpected_keys"]])
+    if unfit:                                                              # diffusers would go on with random weights
+        raise ValueError(f"the weights of autoencoder {name!r} do not fit its config.json: {len(unfit)} are missing or "
+                         f"unknown, such as {unfit[0]}; {remedy}")
+    return Latents(name, model)

@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.dar import FINAL_AGGREGATORS, QUERIES, DepthRouter, RoutedStream
 from models.projector import Projector
@@ -34,13 +35,15 @@ class SiT(nn.Module):
     align_depth: 1-based block numbers; the state after block k is projected, which with DAR is z_k, the aggregate
         passed on to block k + 1 (Section 3). align_dims: one width per encoder; () builds no projector.
     projector_dim: hidden width of the projectors.
+    checkpoint_activations: recompute every sublayer in the backward pass instead of keeping what it needs. States and
+        sources are kept; values and gradients are the same.
     Raises ValueError on any value outside what is said here.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False,
                  routing="residual", query="timestep", chunk_size=4, final_aggregator="auto", route_backend="auto",
-                 align_depth=(8,), align_dims=(768,), projector_dim=2048):
+                 align_depth=(8,), align_dims=(768,), projector_dim=2048, checkpoint_activations=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size = {input_size} is not a multiple of patch_size = {patch_size}")
@@ -59,7 +62,7 @@ class SiT(nn.Module):
                              f"for the projectors of align_dims = {tuple(align_dims)}")
 
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_classes = num_classes
+        self.num_classes, self.checkpoint_activations = num_classes, checkpoint_activations
         self.align_depth, self.num_encoders = align_depth, len(align_dims)      # without encoders nothing is projected
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -91,7 +94,8 @@ class SiT(nn.Module):
         label_draw: (B) uniform numbers in [0, 1) that decide which labels training drops; drawn here if None.
         Returns the velocity (B, C, H, W) and a list of (B, T, dim), by depth and then by encoder.
         """
-        tokens = self.x_embedder(x) + self.pos_embed                       # (B, T, D)
+        # The convolution leaves D before T in memory, and every state would inherit that.
+        tokens = (self.x_embedder(x) + self.pos_embed).contiguous()        # (B, T, D)
         e = self.t_embedder(t)                                             # (B, D)
         c = e + self.y_embedder(y, label_draw)                             # (B, D)
 
@@ -101,12 +105,22 @@ class SiT(nn.Module):
             (shift_1, scale_1, gate_1), (shift_2, scale_2, gate_2) = block.modulation(c)
             x, z = stream.read(shift_1, scale_1)                           # z_k, the state after k blocks
             aligned += self.project(z, k)
-            stream.write(gate_1 * block.attn(x))
+            stream.write(self.gated(gate_1, block.attn, x))
             x, _ = stream.read(shift_2, scale_2)
-            stream.write(gate_2 * block.mlp(x))
+            stream.write(self.gated(gate_2, block.mlp, x))
         x, z = stream.read(*self.final_layer.modulation(c))
         aligned += self.project(z, len(self.blocks))
         return self.unpatchify(self.final_layer.linear(x)), aligned
+
+    def gated(self, gate, sublayer, x):
+        """gate (B, 1, D) * sublayer(x), (B, T, D): what `checkpoint_activations` recomputes."""
+        def run(gate, x):
+            return gate * sublayer(x)
+
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            # There is no dropout, hence no random state to restore.
+            return checkpoint(run, gate, x, use_reentrant=False, preserve_rng_state=False)
+        return run(gate, x)
 
     def project(self, z, k):
         """The state after block k as the encoders' tokens, one per encoder; [] where nothing is aligned."""
@@ -224,12 +238,14 @@ def _xavier(module):
 
 
 def load_published(model, state_dict):
-    """Load SiT's or REPA's released weights, or our own, into a model of the same size and routing.
+    """Load SiT's or REPA's released weights, or our own, into a model of the same size.
 
-    Two things may differ and are mended: released SiT models predict a variance beside the velocity, of which the
-    velocity half is kept, and projectors that only one side has are left out (the model's keep their initial values).
+    Three things may differ and are mended. Released SiT models predict a variance beside the velocity, of which the
+    velocity half is kept. Projectors that only one side has are left out: the model's keep their initial values.
+    Weights without any router, of residual routing, leave the routers of a DAR model as they are. A timestep query
+    w + e(t) then starts with the e(t) of those weights instead of zero, so that aggregation is no plain mean at first.
     Returns the names of parameters that were not loaded and of weights that were not used.
-    Raises ValueError that names the missing, unknown or differently shaped parameters.
+    Raises ValueError that names the missing, unknown (routers, if the model is residual) or differently shaped ones.
     """
     own = model.state_dict()
     state_dict = dict(state_dict)
@@ -239,7 +255,9 @@ def load_published(model, state_dict):
             state_dict[name] = both[:, 0].flatten(0, 1)                    # (p * p * C, ...)
     missing = sorted(own.keys() - state_dict.keys())
     unused = sorted(state_dict.keys() - own.keys())
-    problems = [f"missing {name}" for name in missing if not name.startswith("projectors.")]
+    routed = any(name.startswith("router.") for name in state_dict)
+    optional = ("projectors.",) if routed else ("projectors.", "router.")
+    problems = [f"missing {name}" for name in missing if not name.startswith(optional)]
     problems += [f"unknown {name}" for name in unused if not name.startswith("projectors.")]
     problems += [f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(own[name].shape)}"
                  for name in sorted(own.keys() & state_dict.keys()) if own[name].shape != state_dict[name].shape]
@@ -250,6 +268,56 @@ def load_published(model, state_dict):
     return missing, unused
 
 
+def parameters_by_part(model):
+    """Trainable parameters of those parts that a SiT has: embedders, blocks, head, router, projectors -> count."""
+    counts = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module = name.partition(".")[0]
+            part = "embedders" if module.endswith("_embedder") else "head" if module == "final_layer" else module
+            counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def flops_per_image(model):
+    """Floating-point operations of one forward pass of a SiT for one image, two per multiply-add.
+
+    Matrix products (dynamic queries and projectors included) and attention. Elementwise work is left out, and with it
+    norms, softmax and the routing's sums over sources. A training step takes about three times as many, or four with
+    `checkpoint_activations`.
+    """
+    def weights(*modules):
+        return sum(w.numel() for module in modules for w in module.parameters() if w.ndim > 1)
+
+    _, tokens, width = model.pos_embed.shape
+    per_image = weights(model.t_embedder, model.final_layer.adaLN_modulation,
+                        *(block.adaLN_modulation for block in model.blocks))
+    per_token = weights(model.x_embedder, model.final_layer.linear, model.projectors,
+                        *(sublayer for block in model.blocks for sublayer in (block.attn, block.mlp)))
+    per_token += len(model.blocks) * 2 * tokens * width                    # scores, and the sum that they weight
+    if model.router and model.router.aggregators[0].kind == "dynamic":
+        per_token += len(model.router.plan) * width * width                # a shared one serves twice
+    return 2 * (per_image + tokens * per_token)
+
+
+def kept_for_backward(model, *inputs):
+    """Bytes that autograd keeps for the backward pass of model(*inputs), without the model's own parameters.
+
+    Each storage counts once and whole. Inputs count where the backward pass needs them, and so do the copies of
+    weights that autocast makes, which do not grow with the batch. Runs the forward pass: in the caller's mode and
+    autocast, and with draws from PyTorch's generator where the model makes any.
+    """
+    kept = set()
+
+    def pack(tensor):
+        kept.add(tensor.untyped_storage())                                 # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(*inputs)
+    return sum(storage.nbytes() for storage in kept - {p.untyped_storage() for p in model.parameters()})
+
+
 def _sized(depth, hidden_size, num_heads, patch_size):
     def build(**kwargs):
         return SiT(**{"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads,
@@ -257,5 +325,6 @@ def _sized(depth, hidden_size, num_heads, patch_size):
     return build
 
 
-SIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # depth, width, heads
+# Depth, width, heads. Plus is the control in DAR's Table 1: XL, widened to the parameters of XL with dynamic queries.
+SIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "Plus": (28, 1216, 16)}
 SIT_MODELS = {f"SiT-{name}/{patch}": _sized(*size, patch) for name, size in SIT_SIZES.items() for patch in (2, 4, 8)}

@@ -60,6 +60,9 @@ WRONG = {
     "hidden_size": {"0": "0", "3": "3", **WRONG_OPTIONAL_INTEGERS},
     "num_heads": {"0": "0", "-1": "-1", **WRONG_OPTIONAL_INTEGERS},
     "qk_norm": WRONG_BOOLEANS,
+    "mirror": WRONG_BOOLEANS,
+    "checkpoint_activations": WRONG_BOOLEANS,
+    "dry_run": WRONG_BOOLEANS,
     "class_dropout_prob": {"-0.1": "-0.1", "1": "1.0", **WRONG_FLOATS},
     "routing": {"dense": "'dense'", "DAR": "'DAR'", "": "''"},
     "query": {"learned": "'learned'"},
@@ -129,15 +132,17 @@ WRONG_FOR_A_RUN = {
     "align_depth": [({"align_depth": (1, 9), "alignment": "repa"}, "align_depth = (1, 9)")],
     "chunk_size": [({"chunk_size": 3, "routing": "dar"}, "chunk_size = 3")],     # one block has two sublayers
     "batch_size": [({"batch_size": 6, "micro_batch_size": 4}, "batch_size = 6")],
-    "micro_batch_size": [({"micro_batch_size": 3}, "micro_batch_size = 3"),
-                         ({"micro_batch_size": 8}, "micro_batch_size = 8")],
+    "micro_batch_size": [({"micro_batch_size": 3}, "micro_batch_size = 3")],
+    "autoencoder": [({"autoencoder": "sd-vae"}, "'sd-vae'"), ({"autoencoder": "{empty}"}, "'{empty}'")],
+    "decoder": [({"decoder": "vqgan"}, "'vqgan'")],
     "encoder": [({"encoder": "no_such_vit"}, "'no_such_vit'"), ({"encoder": "{empty}"}, "'{empty}'"),
                 ({"encoder": "resnet18"}, "'resnet18'"), ({"encoder": ""}, "encoder ''"),
                 ({"encoder": "{broken_encoder}"}, "{broken_encoder}"),
                 ({"encoder": "{unknown_encoder}"}, "{unknown_encoder}"),
                 ({"encoder": "{weightless_encoder}"}, "{weightless_encoder}")],
-    "encoder_weights": [({"encoder": TIMM_NAME, "encoder_weights": "{missing}"}, "encoder_weights = '{missing}'"),
-                        ({"encoder_weights": "{file}"}, "encoder_weights = '{file}'")],
+    "encoder_weights": [({"encoder": TIMM_NAME, "encoder_weights": "{missing}"}, "'{missing}'"),
+                        ({"encoder_weights": "{file}"}, "'{file}'"),
+                        ({"encoder_weights": ("a", "b")}, "encoder_weights = ('a', 'b')")],
     # The features of the fixture are for 16 tokens; this model has 4.
     "encoder_features": [({"encoder_features": "prepared", "alignment": "repa", "model": "SiT-S/4"},
                           "--encoder-features")],
@@ -186,7 +191,7 @@ def paths(tmp_path_factory, encoder_folder):
     for name in ("empty", "unfinished", "broken_encoder", "unknown_encoder", "weightless_encoder"):
         made[name].mkdir()
     made["file"].write_text("not what you think")
-    (made["unfinished"] / "progress.json").write_text('{"done": 0}')
+    (made["unfinished"] / "settings.json").write_text("{}")
     (made["broken_encoder"] / "config.json").write_text("{")
     (made["unknown_encoder"] / "config.json").write_text('{"architecture": "no_such_vit"}')
     (made["weightless_encoder"] / "config.json").write_text((encoder_folder / "config.json").read_text())
@@ -230,8 +235,9 @@ def choices(*fields):
 
 
 # Those that the model is built from; `compile` costs three seconds and belongs to the trainer's tests.
-@pytest.mark.parametrize("name, value", choices("routing", "query", "final_aggregator", "route_backend", "qk_norm", "alignment",
-                                                "encoder_features", "precision", "tf32"))
+@pytest.mark.parametrize("name, value", choices("routing", "query", "final_aggregator", "qk_norm", "alignment",
+                                                "encoder_features", "checkpoint_activations", "mirror", "precision",
+                                                "tf32"))
 def test_every_choice_builds(tiny, name, value):
     settings = config.parse(command_line({**tiny, "routing": "dar", "alignment": "repa", name: value}))
     assert getattr(settings, name) == value
@@ -424,6 +430,8 @@ TEXTS = ["", "data/digits", "with space", "None", "null", "~", "true", "1e-4", "
 
 def random_config(rng):
     def number(kind):
+        if kind is str:
+            return rng.choice(TEXTS) + rng.choice("abcdefgh")
         if kind is int:
             return rng.randint(4, 10 ** rng.randint(1, 9))
         return rng.choice([rng.random(), 10 ** -rng.uniform(1, 9)])
@@ -449,6 +457,7 @@ def random_config(rng):
             values[name] = rng.choice([None, number(int)])
     if values["alignment"] == "none" and rng.random() < 0.5:
         values["align_depth"] = ()
+    values["encoder_weights"] = rng.choice([(), values["encoder"]])
     return Config(**values)
 
 
@@ -474,7 +483,8 @@ def test_saved_file_holds_every_option(tmp_path):
 
 
 # Settings that may change when a run goes on: anything else would change more than rounding.
-FREE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard"}
+FREE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
+        "dry_run", "checkpoint_activations"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -502,6 +512,25 @@ def test_an_option_younger_than_the_run_had_its_default():
     assert config.differences(dataclasses.asdict(Config()), saved) == []
     changed = dataclasses.asdict(dataclasses.replace(Config(), route_backend="torch"))
     assert config.differences(changed, saved) == ["route_backend: 'auto' -> 'torch'"]
+
+
+def test_a_switch_needs_no_value():
+    for typed in (["--dry-run"], ["--dry_run"], ["--dry-run", "True"], ["--dry-run=True"],
+                  ["--dry-run", "--seed", "3"]):
+        assert config.parse(typed).dry_run is True
+    assert config.parse(["--dry-run", "False", "--seed", "3"]).dry_run is False
+    assert config.parse(["--tf32", "--seed", "3", "--compile"]) == dataclasses.replace(
+        config.parse([]), tf32=True, seed=3, compile=True)
+
+
+def test_another_batch_than_the_presets_is_pointed_out(capsys, monkeypatch):
+    config.parse([])
+    assert "note" not in capsys.readouterr().err
+    config.parse(["--batch-size", "32"])
+    assert "batch_size = 32, where digits has 64" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    config.parse(["--batch-size", "32"])
+    assert not capsys.readouterr().err
 
 
 def test_run_folder():

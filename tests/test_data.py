@@ -48,6 +48,18 @@ def meta_of(folder):
     return json.loads((folder / "meta.json").read_text())
 
 
+def stored_images(folder):
+    """All images of a prepared folder (N, H, W, 3), the damaged ones as zeros: their bytes cut and decoded here."""
+    meta, sizes = meta_of(folder), np.load(folder / "sizes.npy")
+    assert len(sizes) == meta["count"]
+    files = {path: path.read_bytes() for path in sorted((folder / "images").glob("*.bin"))}
+    data, images = b"".join(files.values()), []
+    for end, size in zip(sizes.cumsum(), sizes):
+        image = Image.open(io.BytesIO(data[end - size:end])) if size else Image.new("RGB", [meta["resolution"]] * 2)
+        images.append(np.asarray(image))
+    return np.stack(images)
+
+
 def flat(color, size=(SIZE, SIZE), mode="RGB"):
     return Image.new(mode, size, color)
 
@@ -118,14 +130,14 @@ def names_in(photos):
 
 @pytest.mark.parametrize("name", READABLE)
 def test_every_picture_format_becomes_rgb(photos, prepared_photos, name):
-    row = np.load(prepared_photos / "images.npy")[names_in(photos).index(name)]
+    row = stored_images(prepared_photos)[names_in(photos).index(name)]
     assert row.shape == (SIZE, SIZE, 3) and row.dtype == np.uint8
     tolerance = 2 if name.endswith("jpg") else 1                       # JPEG rounds; so does blending
     assert np.abs(row.astype(int) - READABLE[name][1]).max() <= tolerance
 
 
 def test_transparent_palette_entries_become_white(photos, prepared_photos):
-    row = np.load(prepared_photos / "images.npy")[names_in(photos).index("dog/palette.png")]
+    row = stored_images(prepared_photos)[names_in(photos).index("dog/palette.png")]
     assert (row[:, :SIZE // 2] == 255).all()
     assert (row[:, SIZE // 2:] == (40, 50, 60)).all()
 
@@ -151,15 +163,15 @@ def test_damaged_files_are_never_served(photos, prepared_photos):
     data = PreparedImages(prepared_photos)
     assert len(data) == len(good)
     batch = data.__getitems__(range(len(data)))
-    stored = np.load(prepared_photos / "images.npy")[good]
+    stored = stored_images(prepared_photos)[good]
     assert (batch["images"].permute(0, 2, 3, 1).numpy() == stored).all()
     assert batch["labels"].tolist() == [int(names[i].startswith("dog")) for i in good] == data.labels.tolist()
 
 
 def test_tokens_stay_beside_their_images_where_some_are_damaged(prepared_photos, encoder_folder):
     encoder = FrozenEncoder(str(encoder_folder), 4)
-    batch = PreparedImages(prepared_photos, features=encoder.fingerprint).__getitems__([7, 2, 9])
-    torch.testing.assert_close(batch["tokens"].float(), encoder(batch["images"]), rtol=2e-3, atol=2e-4)
+    batch = PreparedImages(prepared_photos, features=[encoder.fingerprint]).__getitems__([7, 2, 9])
+    torch.testing.assert_close(batch["tokens_0"].float(), encoder(batch["images"]), rtol=2e-3, atol=2e-4)
 
 
 def test_source_without_one_readable_image_is_refused(tmp_path):
@@ -180,7 +192,7 @@ def test_embedded_digits():
 def test_prepared_digits_are_the_embedded_ones(digits):
     images, labels = load_digits()
     data = PreparedImages(digits)
-    assert (data.resolution, data.num_classes, data.autoencoder, len(data)) == (8, 10, "pixels", 1797)
+    assert (data.resolution, data.num_classes, len(data)) == (8, 10, 1797)
     batch = data.__getitems__([0, 1000, 1796])
     assert batch["images"].shape == (3, 3, 8, 8) and batch["images"].dtype == torch.uint8
     for served, i in zip(batch["images"], (0, 1000, 1796)):
@@ -284,7 +296,7 @@ COLORS = [(10, 0, 0), (20, 0, 0), (30, 0, 0), (40, 0, 0)]
 
 def reds(folder):
     """The images' red levels, which tell them apart."""
-    return np.load(folder / "images.npy")[:, 0, 0, 0].tolist()
+    return stored_images(folder)[:, 0, 0, 0].tolist()
 
 
 def test_parquet_with_declared_features(tmp_path, table):
@@ -408,23 +420,23 @@ def test_limit_spreads_over_the_source(tmp_path):
     images, labels = load_digits()
     run("digits", tmp_path / "out", "--limit", 7)
     chosen = [0, 256, 513, 770, 1026, 1283, 1540]                      # floor(i * 1797 / 7)
-    assert (np.load(tmp_path / "out" / "images.npy") == np.stack([np.asarray(images[i]) for i in chosen])).all()
+    assert (stored_images(tmp_path / "out") == np.stack([np.asarray(images[i]) for i in chosen])).all()
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == labels[chosen].tolist()
     assert len(meta_of(tmp_path / "out")["class_names"]) == 10
 
 
 def test_limit_above_the_source_takes_all(photos, tmp_path, prepared_photos):
     run(photos, tmp_path / "out", "--resolution", SIZE, "--limit", 1000)
-    assert (tmp_path / "out" / "images.npy").read_bytes() == (prepared_photos / "images.npy").read_bytes()
+    assert (stored_images(tmp_path / "out") == stored_images(prepared_photos)).all()
 
 
 def test_disk_that_is_too_small(tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 8 * 8 * 3 - 1))
+        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 70))      # a PNG needs more
         message = refusal("digits", tmp_path / "out")
-    assert "images.npy needs" in message and "GiB" in message
-    assert not (tmp_path / "out" / "images.npy").exists()
+    assert "needs about" in message and "KiB" in message and "--limit" in message
+    assert not (tmp_path / "out").exists()
     run("digits", tmp_path / "out")                                    # after making room
     assert len(PreparedImages(tmp_path / "out")) == 1797
 
@@ -476,7 +488,7 @@ def test_finished_folder_is_reused(photos, prepared_photos, encoder_folder, caps
     monkeypatch.setattr(FrozenEncoder, "forward", never)
     run(photos, prepared_photos, "--resolution", SIZE, "--encoder", encoder_folder, "--token-grid", 4)
     printed = capsys.readouterr().out
-    assert "13 images are already there" in printed and "features are already there" in printed
+    assert f"{prepared_photos}: images already there" in printed and "tokens already there" in printed
     assert content(prepared_photos) == before
 
 
@@ -519,6 +531,7 @@ def twelve(tmp_path):
 
 def interrupted(patch, owner, name, at, source, out, *arguments):
     """Runs the command until that call of `owner.name`, and checks that it was stopped there, unfinished."""
+    patch.setattr(prepare, "estimate", lambda stages, folder: None)    # which reads some images first
     patch.setattr(owner, name, Interrupt(getattr(owner, name), at))
     with pytest.raises(SystemExit, match="the same command again"):
         run(source, out, *arguments)
@@ -534,15 +547,16 @@ def test_interrupted_images_end_up_the_same(twelve, tmp_path, monkeypatch, small
         PreparedImages(tmp_path / "parts")
     counted = Interrupt(prepare.center_crop, None)
     monkeypatch.setattr(prepare, "center_crop", counted)
+    monkeypatch.setattr(prepare, "estimate", lambda stages, folder: None)
     run(twelve, tmp_path / "parts", "--resolution", 8)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
-    assert set(content(tmp_path / "whole")) >= {"images.npy", "labels.npy", "meta.json"}
+    assert set(content(tmp_path / "whole")) >= {"images/00002.bin", "sizes.npy", "labels.npy", "meta.json"}
     # 11 of the 12 can be read, 3 of them in the first chunk: finished chunks are not read again.
     assert counted.calls == {0: 11, 5: 8, 10: 4}[image]
 
 
-# Every file that says how far the work is: the first record, one after each of three chunks, and meta.json.
-@pytest.mark.parametrize("file", range(5))
+# Every file that is put in place at once: settings.json, images and record of three chunks, and meta.json.
+@pytest.mark.parametrize("file", range(8))
 def test_interruption_before_any_record_is_in_place(twelve, tmp_path, monkeypatch, small_chunks, file):
     run(twelve, tmp_path / "whole", "--resolution", 8)
     with monkeypatch.context() as patch:
@@ -573,14 +587,16 @@ def test_interrupted_features_end_up_the_same(twelve, tmp_path, encoder_folder, 
     parts = tmp_path / "parts"
     run(twelve, parts, "--resolution", 8)
     with monkeypatch.context() as patch:
+        patch.setattr(prepare, "estimate", lambda stages, folder: None)
         patch.setattr(FrozenEncoder, "forward", Interrupt(FrozenEncoder.forward, call))
         with pytest.raises(SystemExit, match="the same command again"):
             run(twelve, parts, *arguments)
     fingerprint, = os.listdir(parts / "features")
-    with pytest.raises(ValueError, match=f"no finished features of encoder {fingerprint}"):
-        PreparedImages(parts, features=fingerprint)
+    with pytest.raises(ValueError, match=f"no finished features {fingerprint}"):
+        PreparedImages(parts, features=[fingerprint])
     counted = Interrupt(FrozenEncoder.forward, None)
     monkeypatch.setattr(FrozenEncoder, "forward", counted)
+    monkeypatch.setattr(prepare, "estimate", lambda stages, folder: None)
     run(twelve, parts, *arguments)
     assert content(parts) == content(tmp_path / "whole")
     assert counted.calls == {0: 6, 3: 4}[call]
@@ -638,8 +654,8 @@ def test_batches_that_span_epochs_drop_nothing():
 def test_missing_folder_and_missing_features_say_what_to_run(tmp_path, digits):
     with pytest.raises(ValueError, match="nowhere.*is not a prepared folder.*python -m dataset.prepare"):
         PreparedImages(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no finished features of encoder 0123456789ab.*--encoder"):
-        PreparedImages(digits, features="0123456789ab")
+    with pytest.raises(ValueError, match="no finished features 0123456789ab.*--encoder"):
+        PreparedImages(digits, features=["0123456789ab"])
 
 
 def test_content_tells_sources_apart(digits, prepared_photos, tmp_path):
@@ -652,12 +668,12 @@ def test_content_tells_sources_apart(digits, prepared_photos, tmp_path):
 
 def test_tokens_served_are_the_encoders(digits, encoder_folder):
     encoder = FrozenEncoder(str(encoder_folder), 4)
-    data = PreparedImages(digits, features=encoder.fingerprint)
+    data = PreparedImages(digits, features=[encoder.fingerprint])
     items = [0, 1796, 5, 900, 901]
     batch = data.__getitems__(items)
-    assert set(batch) == {"images", "labels", "tokens"}
-    assert batch["tokens"].dtype == torch.float16 and batch["tokens"].shape == (5, 16, 24)
-    torch.testing.assert_close(batch["tokens"].float(), encoder(batch["images"]), rtol=2e-3, atol=2e-4)
+    assert set(batch) == {"images", "labels", "tokens_0"}
+    assert batch["tokens_0"].dtype == torch.float16 and batch["tokens_0"].shape == (5, 16, 24)
+    torch.testing.assert_close(batch["tokens_0"].float(), encoder(batch["images"]), rtol=2e-3, atol=2e-4)
     assert set(PreparedImages(digits).__getitems__(items)) == {"images", "labels"}
 
 
@@ -665,12 +681,12 @@ def test_reader_process_serves_the_same_batches(digits, encoder_folder):
     fingerprint, = os.listdir(digits / "features")
 
     def read(num_workers):
-        data = PreparedImages(digits, features=fingerprint)
+        data = PreparedImages(digits, features=[fingerprint])
         sampler = ShuffledBatches(len(data), 6, seed=0, start=298, stop=302)       # crosses the end of an epoch
         return list(DataLoader(data, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=num_workers))
 
     here, there = read(0), read(1)
     assert len(here) == len(there) == 4
     for a, b in zip(here, there):
-        assert a.keys() == b.keys() == {"images", "labels", "tokens"}
+        assert a.keys() == b.keys() == {"images", "labels", "tokens_0"}
         assert all(torch.equal(a[name], b[name]) for name in a)

@@ -1,19 +1,19 @@
 """The fused kernels (kernels/route_triton.py) on a CPU, by Triton's interpreter, against their definition in float64.
 
 The reference at the top is DAR's Eq. 5-6 and adaLN written out with float64 autograd; it shares no code with the
-project. The interpreter runs the kernels' own source, row by row, at about 10 ms per source and token: shapes are
-tiny, and odd, so that no axis fits a power of two or a program's rows. That the kernels also compile for a GPU, with
+project. The interpreter runs the kernels' own source, row by row, at milliseconds per source and token: shapes are
+tiny, and odd, so that few axes fit a power of two or a program's rows. That the kernels also compile for a GPU, with
 wide loads and without spills, is shown at the end.
 
 Shapes: B batch, T tokens, D width, n sources.
 """
 
-import dataclasses
 import json
 import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -48,6 +48,29 @@ def test_the_interpreter_is_on():
     assert route_triton.INTERPRETED, (
         "the kernels are compiled, not interpreted: TRITON_INTERPRET=1 must be in the environment before triton is "
         "imported; tests/conftest.py sets it")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patched_once():
+    """The interpreter patches triton.language for every call of one function by another; once per module and launch
+    is enough, and twice as fast."""
+    from triton.runtime import interpreter
+    patched = set()
+
+    def patch_language(function, original=getattr(interpreter, "_patch_lang", None)):
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
+            return original(function)
+
+    def launch(*args, original=interpreter.GridExecutor.__call__, **kwargs):
+        patched.clear()
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(interpreter, "_patch_lang"):                        # as Triton 3.7 calls it
+            patch.setattr(interpreter, "_patch_lang", patch_language)
+            patch.setattr(interpreter.GridExecutor, "__call__", launch)
+        yield
 
 
 # ---- the independent reference ----
@@ -128,7 +151,8 @@ def evaluate(function, inputs, cotangents):
 def assert_close(actual, expected, tolerance, what):
     assert actual.shape == expected.shape, what
     error, size = (actual.double() - expected).norm().item(), expected.norm().item()
-    assert error <= tolerance * size, f"{what}: error {error:.3g} at size {size:.3g}"       # false for NaN as well
+    # False for NaN as well. Below 1e-37 float32 has nothing.
+    assert error <= max(tolerance * size, 1e-37), f"{what}: error {error:.3g} at size {size:.3g}"
 
 
 def compare(function, definition, inputs, cotangents, forward=None, backward=None, dtypes=None, **options):
@@ -212,27 +236,58 @@ def guarded(monkeypatch):
             f"a kernel wrote outside its output of {size} numbers")
 
 
+@pytest.fixture
+def bounded(monkeypatch):
+    """Every address that a kernel reads or writes must lie in one of the tensors of its launch."""
+    from triton.runtime import interpreter
+    if not all(hasattr(interpreter.InterpreterBuilder, f"create_masked_{way}") for way in ("load", "store")):
+        pytest.skip("this version of Triton has another interpreter")
+    tensors, seen = [], []
+
+    def launch(executor, *arguments, original=interpreter.GridExecutor.__call__, **options):
+        tensors[:] = [tensor for argument in arguments for tensor in
+                      (argument if isinstance(argument, tuple) else (argument,)) if isinstance(tensor, torch.Tensor)]
+        return original(executor, *arguments, **options)
+
+    def watched(name, mask_position):
+        original = getattr(interpreter.InterpreterBuilder, name)
+
+        def access(builder, pointers, *rest):
+            addresses = pointers.data[rest[mask_position].data.astype(bool)].astype(int)
+            seen.append(name)
+            if addresses.size:
+                first, last = addresses.min(), addresses.max() + pointers.get_element_ty().primitive_bitwidth // 8
+                assert any(tensor.data_ptr() <= first and last <= tensor.data_ptr() + tensor.nbytes
+                           for tensor in tensors), f"{name} outside of all tensors"
+            return original(builder, pointers, *rest)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, access)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    watched("create_masked_load", 0)
+    watched("create_masked_store", 1)
+    yield
+    assert {"create_masked_load", "create_masked_store"} == set(seen)
+
+
 # ---- route ----
-
-WIDTHS = (1, 2, 7, 33, 65, 96, 129)
-
 
 def odd_shapes(count, seed):
     generator = random.Random(seed)
-    return [(generator.randint(2, 57), generator.choice((1, 2, 3)), generator.choice((1, 3, 5)),
-             generator.choice(WIDTHS)) for _ in range(count)]
+    return [(generator.randint(2, 57), generator.choice((1, 2)), generator.choice((1, 3)),
+             generator.choice((2, 7, 37, 75, 96, 129))) for _ in range(count)]
 
 
-# T covers one program and several of each kernel's rows; n the padding to 8, 16, 64.
-SHAPES = [(1, 3, 5, 33), (2, 2, 11, 65), (8, 2, 3, 96), (9, 1, 5, 129), (57, 1, 3, 7), (3, 3, 7, 1), (4, 2, 5, 2)]
+# T covers one program and several of each kernel's rows; n the padding to 8, 16, 64; D tails that are full, and not.
+SHAPES = [(1, 3, 5, 37), (2, 2, 11, 75), (8, 2, 3, 96), (9, 1, 5, 129), (57, 1, 1, 7), (3, 3, 7, 1), (4, 2, 5, 2)]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3], ids=["D", "BD", "BTD"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_route_equals_the_definition(guarded, shape, rank):
     inputs = bordered(draw(*shape, rank, seed=sum(shape)))
-    cotangents = {"h": draw_like(inputs["source 0"])}
-    compare(fused_route, defined_route, inputs, cotangents, eps=(1e-6, 0.3)[rank % 2])
+    # Large enough to show where it is added; and without it RMSNorm of one number is constant, its gradient rounding.
+    eps = 0.3 if rank % 2 or shape[-1] == 1 else 1e-6
+    compare(fused_route, defined_route, inputs, {"h": draw_like(inputs["source 0"])}, eps=eps)
 
 
 @pytest.mark.parametrize("shape, rank", [
@@ -245,7 +300,7 @@ def test_route_equals_the_definition_at_other_sizes(guarded, shape, rank):
 
 
 @pytest.mark.parametrize("shape, rank, dtype", [
-    ((2, 2, 3, 33), 1, torch.bfloat16), ((9, 1, 5, 65), 2, torch.bfloat16), ((5, 2, 5, 96), 3, torch.bfloat16),
+    ((3, 2, 3, 37), 1, torch.bfloat16), ((9, 1, 5, 75), 2, torch.bfloat16), ((5, 2, 5, 96), 3, torch.bfloat16),
     ((57, 1, 1, 7), 1, torch.bfloat16), ((6, 2, 3, 129), 3, torch.float16)], ids=str)
 def test_route_equals_the_definition_in_half_precision(guarded, shape, rank, dtype):
     inputs = bordered(draw(*shape, rank, dtype, seed=sum(shape)))
@@ -267,24 +322,55 @@ def test_bf16_inputs_are_computed_in_float32():
     assert lse.item() == pytest.approx(logits.logsumexp(0).item(), rel=1e-6)
 
 
+@pytest.mark.xfail(strict=True, reason="dh . h is taken of the h that was rounded to bf16: the softmax differences no "
+                                       "longer sum to zero, and what the sources have in common does not cancel")
+def test_sources_that_resemble_each_other_give_precise_query_gradients():
+    """Neighbouring outputs have a cosine above 0.9 in trained networks; only their differences move a query."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = draw(4, 2, 3, 135, 1, torch.bfloat16)
+    common = torch.randn(2, 3, 135, generator=generator)
+    for i in range(4):
+        inputs[f"source {i}"] = (common + 0.3 * torch.randn(2, 3, 135, generator=generator)).bfloat16()
+    inputs["query"], inputs["norm_weight"] = torch.randn(135, generator=generator), torch.ones(135)
+    cotangents = {"h": draw_like(inputs["source 0"])}
+    # The float32 reference of kernels/reference.py is within 1e-5 here.
+    compare(fused_route, defined_route, inputs, cotangents)
+
+
+def test_the_log_sum_exp_has_no_gradient():
+    """It is there for the backward; a gradient that flowed into it would be lost in silence."""
+    inputs = {name: value.requires_grad_() for name, value in draw(2, 1, 1, 3, 1).items()}
+    h, lse = OPERATORS.route(listed(inputs), inputs["query"], inputs["norm_weight"], 1e-6)
+    assert h.requires_grad and not lse.requires_grad
+
+
 # ---- route_modulate ----
 
 KNOWN = {"none": (), "some": (1, 3), "all": (0, 1, 2, 3)}
 MODULATIONS = [
-    *((reads, known, 2) for reads in (("x",), ("h",), ("x", "h")) for known in KNOWN),
-    (("x", "h"), "some", 1), (("x", "h"), "some", 3), ((), "some", 2)]
+    *((reads, known, 2, 3) for reads in (("x",), ("h",), ("x", "h")) for known in KNOWN),
+    *((("x", "h"), "some", rank, 9) for rank in (1, 2, 3)), ((), "some", 2, 3)]
 
 
-@pytest.mark.parametrize("reads, known, rank", MODULATIONS, ids=str)
-def test_route_modulate_equals_the_definition(guarded, reads, known, rank):
+@pytest.mark.parametrize("reads, known, rank, T", MODULATIONS, ids=str)
+def test_route_modulate_equals_the_definition(guarded, reads, known, rank, T):
     """For every choice of what the loss sees. `known`: the returned sources that are read again later."""
-    inputs = bordered(draw(4, 2, 9, 33, rank, seed=7, modulate=True))
+    inputs = bordered(draw(4, 2, T, 37, rank, seed=7, modulate=True))
     cotangents = {name: draw_like(inputs["source 0"], seed)
                   for seed, name in enumerate((*reads, *(f"returned {i}" for i in KNOWN[known])))}
     compare(fused_modulate, defined_modulate, inputs, cotangents, eps=0.3, norm_eps=0.05)
 
 
-@pytest.mark.parametrize("shape, rank", [((1, 2, 3, 33), 2), ((3, 1, 17, 7), 3), ((9, 3, 1, 129), 1),
+@pytest.mark.parametrize("rank", [1, 2, 3], ids=["D", "BD", "BTD"])
+@pytest.mark.parametrize("D", [1, 7, 37])
+def test_kernels_stay_within_their_tensors(bounded, rank, D):
+    """Even where what they read is not used: an address past the end may not exist on a GPU."""
+    inputs = {name: value.requires_grad_() for name, value in draw(3, 2, 5, D, rank, modulate=True).items()}
+    cotangents = {name: draw_like(inputs["source 0"], seed) for seed, name in enumerate(("x", "h", "returned 2"))}
+    evaluate(fused_modulate, inputs, cotangents)
+
+
+@pytest.mark.parametrize("shape, rank", [((1, 2, 3, 37), 2), ((2, 1, 17, 7), 3), ((9, 3, 1, 129), 1),
                                          ((2, 1, 2, 1152), 2), ((2, 1, 2, 1281), 2)], ids=str)
 def test_route_modulate_equals_the_definition_at_other_sizes(guarded, shape, rank):
     inputs = bordered(draw(*shape, rank, seed=sum(shape), modulate=True))
@@ -295,14 +381,14 @@ def test_route_modulate_equals_the_definition_at_other_sizes(guarded, shape, ran
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_route_modulate_in_bf16(guarded, autocast):
-    inputs = bordered(draw(5, 2, 9, 65, 2, torch.bfloat16, seed=3, modulate=True))
+    inputs = bordered(draw(5, 2, 3, 75, 2, torch.bfloat16, seed=3, modulate=True))
     cotangents = {name: draw_like(inputs["source 0"], seed) for seed, name in enumerate(("x", "h", "returned 2"))}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         compare(fused_modulate, defined_modulate, inputs, cotangents)
 
 
 def test_under_autocast_x_is_ready_for_the_sublayer_and_h_keeps_its_precision(guarded):
-    inputs = bordered(draw(3, 2, 3, 33, 2, seed=3, modulate=True))
+    inputs = bordered(draw(3, 2, 3, 37, 2, seed=3, modulate=True))
     like = inputs["source 0"]
     with torch.autocast("cpu", torch.bfloat16):
         outputs = fused_modulate(inputs)
@@ -310,6 +396,19 @@ def test_under_autocast_x_is_ready_for_the_sublayer_and_h_keeps_its_precision(gu
                 forward=FORWARD[torch.bfloat16], dtypes={"x": torch.bfloat16})
     assert_close(outputs["h"], defined_modulate({k: v.double() for k, v in inputs.items()})["h"], 2e-6, "h")
     assert fused_modulate(inputs)["x"].dtype == torch.float32          # without autocast x is as precise as h
+
+
+def test_under_autocast_the_backends_return_the_same_dtypes():
+    inputs = draw(2, 1, 2, 5, 2, modulate=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        sources = [v.to(dtype) for v in listed(inputs)]
+        for autocast in (False, True):
+            for backend in ("torch", "triton"):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    x, h, _ = route_modulate(sources, inputs["query"], inputs["norm_weight"], inputs["shift"],
+                                             inputs["scale"], backend=backend)
+                    mixed = route(sources, inputs["query"], inputs["norm_weight"], backend=backend)
+                assert x.dtype == (torch.bfloat16 if autocast else dtype) and h.dtype == mixed.dtype == dtype
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -382,7 +481,7 @@ CHAINS = {                                          # rank of the query, what th
 def test_gradients_add_up_through_a_chain(guarded, case):
     """Sources are shared by several aggregators, whose gradients meet inside the kernels."""
     rank, seen, options = CHAINS[case]
-    B, T, D = 2, 3, 9
+    B, T, D = 2, 2, 9
     generator = torch.Generator().manual_seed(5)
     inputs = {"source 0": torch.randn(B, T, D, generator=generator)}
     for l in range(1, len(PLAN) + 1):
@@ -412,7 +511,7 @@ def test_one_tensor_may_be_several_sources(guarded):
 def test_what_needs_no_gradient_gets_none():
     """A frozen aggregator, or frozen sources, change nothing for the rest."""
     for function, modulate in ((fused_route, False), (fused_modulate, True)):
-        inputs = draw(3, 2, 3, 7, 2, modulate=modulate)
+        inputs = draw(3, 1, 2, 7, 2, modulate=modulate)
         cotangent = draw_like(inputs["source 0"])
         _, whole = evaluate(function, {name: value.clone().requires_grad_() for name, value in inputs.items()},
                             {"h": cotangent})
@@ -442,7 +541,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_one_source_is_returned_and_sends_no_gradient_to_its_weights(guarded, dtype, rank):
     for modulate, function in ((False, fused_route), (True, fused_modulate)):
-        inputs = draw(1, 2, 5, 33, rank, dtype, modulate=modulate)
+        inputs = draw(1, 2, 5, 37, rank, dtype, modulate=modulate)
         inputs["source 0"] = 1000 * inputs["source 0"]
         inputs["query"] = 100 * inputs["query"]                        # a logit that rounds coarsely
         inputs = {name: value.requires_grad_() for name, value in inputs.items()}
@@ -452,11 +551,17 @@ def test_one_source_is_returned_and_sends_no_gradient_to_its_weights(guarded, dt
         assert torch.equal(gradients["source 0"], cotangent)
         for name in ("query", "norm_weight"):
             assert torch.equal(gradients[name], torch.zeros_like(inputs[name])), name
+    # On a GPU the kernels need not round alike. So that it holds there too, the backward does not rely on it:
+    arguments = [inputs["source 0"].detach()], inputs["query"].detach(), inputs["norm_weight"].detach()
+    h, lse = OPERATORS.route(*arguments, 1e-6)
+    assert (lse == -math.inf).all()                                    # nor on the logit
+    (dv,), dquery, dweight = OPERATORS.route_backward(cotangent, 1.01 * h, lse, arguments[0], [], *arguments[1:], 1e-6)
+    assert torch.equal(dv, cotangent) and not dquery.any() and not dweight.any()
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3], ids=["D", "BD", "BTD"])
 def test_repeated_runs_are_bit_identical(rank):
-    inputs = {name: value.requires_grad_() for name, value in draw(5, 2, 9, 33, rank, modulate=True).items()}
+    inputs = {name: value.requires_grad_() for name, value in draw(3, 2, 9, 37, rank, modulate=True).items()}
     cotangents = {name: draw_like(inputs["source 0"], seed) for seed, name in enumerate(("x", "h", "returned 2"))}
     first, second = (evaluate(fused_modulate, inputs, cotangents) for _ in range(2))
     for ours, theirs in zip(first, second):
@@ -470,7 +575,7 @@ def test_sources_of_different_dtypes_meet_in_the_common_one(guarded):
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     for function, definition, modulate in ((fused_route, defined_route, False),
                                            (fused_modulate, defined_modulate, True)):
-        inputs = draw(3, 2, 3, 33, 2, modulate=modulate)
+        inputs = draw(3, 2, 3, 37, 2, modulate=modulate)
         cotangents = {"h": draw_like(inputs["source 0"])}
         inputs |= {f"source {i}": inputs[f"source {i}"].to(dtype) for i, dtype in enumerate(dtypes)}
         names = ("h", "x", "returned 0", "returned 1", "returned 2")
@@ -541,7 +646,7 @@ def test_zero_sources_have_the_finite_gradient_of_rmsnorm_at_zero(guarded):
             inputs[f"source {i}"] = torch.zeros(2, 3, 33)
         cotangent = draw_like(inputs["source 0"])
         _, gradients = compare(function, definition, inputs, {"h": cotangent})
-        assert gradients["source 1"].norm() > 10 * cotangent.norm()    # the gain is really there
+        assert gradients["source 1"].norm() > 5 * cotangent.norm()    # the gain is really there
         inputs["source 0"] = torch.zeros(2, 3, 33)
         outputs, gradients = compare(function, definition, inputs, {"h": cotangent})
         assert not outputs["h"].any() and torch.allclose(gradients["source 0"], cotangent / 4)
@@ -553,7 +658,7 @@ def test_large_sources_do_not_overflow(guarded, dtype):
     inputs = draw(4, 2, 3, 33, 2, seed=1, modulate=True)
     for i in range(4):
         inputs[f"source {i}"] = 1e4 * inputs[f"source {i}"].sign()
-    inputs = {name: value.to(dtype) for name, value in inputs.items()}
+    inputs |= {name: value.to(dtype) for name, value in inputs.items() if name.startswith("source")}
     cotangents = {name: draw_like(inputs["source 0"], seed) for seed, name in enumerate(("x", "h"))}
     compare(fused_modulate, defined_modulate, inputs, cotangents)
 
@@ -565,19 +670,25 @@ def test_large_logits_do_not_overflow(guarded, rank):
     inputs["query"] = 300 * inputs["query"]
     # float32 holds a logit of 1000 to 1e-4 only, and the weights follow.
     compare(fused_route, defined_route, inputs, {"h": draw_like(inputs["source 0"])}, forward=1e-3, backward=1e-2)
-    inputs["query"] = -inputs["norm_weight"].detach() * 1e4            # all logits far below zero
-    for i in range(5):
-        inputs[f"source {i}"] = inputs[f"source {i}"].detach().abs()
-    if rank == 3:
-        inputs["query"] = inputs["query"].expand(2, 5, 65).contiguous()
-    compare(fused_route, defined_route, inputs, {"h": draw_like(inputs["source 0"])}, forward=1e-2, backward=1e-1)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_equal_large_logits_give_a_mean(guarded, sign):
+    """Keys of parallel sources are equal, whatever their lengths; 2000 or -2000 for all must not become 0 / 0."""
+    u, D = torch.linspace(1, 2, 9), 9
+    inputs = {f"source {i}": (i + 1) * u.expand(2, 3, D).contiguous() for i in range(4)}
+    inputs |= {"query": sign * 600 * u, "norm_weight": torch.ones(D)}
+    inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+    outputs, gradients = evaluate(fused_route, inputs, {"h": draw_like(inputs["source 0"])})
+    assert_close(outputs["h"], 2.5 * u.double().expand(2, 3, D), 1e-3, "h")    # logits round by 1e-4
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 # ---- as PyTorch operators ----
 
 def operator_cases(rank):
     """Small arguments for each of the operators; those of `route`, which has a derivative, need gradients."""
-    inputs = draw(3, 2, 3, 5, rank, modulate=True)
+    inputs = draw(2, 2, 3, 5, rank, modulate=True)
     sources, query, g = listed(inputs), inputs["query"], inputs["norm_weight"]
     shift, scale = torch.cat([inputs["shift"], inputs["scale"]], 1).chunk(2, 1)
     h, lse = OPERATORS.route(sources, query, g, 1e-6)
@@ -596,13 +707,12 @@ def operator_cases(rank):
     }
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3], ids=["D", "BD", "BTD"])
-@pytest.mark.parametrize("name", ["route", "route, transposed", "route_modulate", "route_backward",
-                                  "modulate_backward", "modulate_backward, no dh"])
+@pytest.mark.parametrize("name, rank", [
+    *((name, rank) for name in ("route", "route, transposed", "route_modulate", "route_backward")
+      for rank in (1, 2, 3)),
+    ("modulate_backward", 2), ("modulate_backward, no dh", 2)])
 def test_operators_keep_pytorchs_rules(name, rank):
     """Schema, derivative, shapes and strides as promised to torch.compile, symbolic shapes."""
-    if "modulate_backward" in name and rank != 2:
-        pytest.skip("it sees no query")
     operator, arguments = operator_cases(rank)[name]
     torch.library.opcheck(operator, arguments)
 
@@ -619,6 +729,8 @@ def two_sublayers(inputs):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_block_compiles_as_one_graph(backend, tmp_path, monkeypatch):
+    if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        pytest.skip("no C++ compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     inputs = {name: value.requires_grad_() for name, value in draw(2, 2, 3, 8, 2, modulate=True).items()}
@@ -706,7 +818,7 @@ def test_only_aligned_addresses_are_called_aligned(monkeypatch, dtype):
 
 
 def test_kernels_run_with_a_misaligned_source(guarded):
-    inputs = bordered(draw(3, 2, 3, 33, 2, modulate=True), shift=1)
+    inputs = bordered(draw(3, 2, 3, 37, 2, modulate=True), shift=1)
     compare(fused_modulate, defined_modulate, inputs, {"x": draw_like(inputs["source 0"])})
 
 
@@ -788,6 +900,20 @@ def test_resolved_backends(monkeypatch):
             resolve_backend("triton", device)
 
 
+def test_without_triton_there_is_pytorch():
+    """The package imports and routes where Triton cannot be installed."""
+    code = """if True:
+        import importlib.util, torch
+        original = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *more: None if name == "triton" else original(name, *more)
+        import kernels
+        assert kernels.route_triton is None
+        v = torch.ones(1, 1, 3)
+        assert torch.equal(kernels.route([v, 3 * v], torch.zeros(3), torch.ones(3)), 2 * v)
+        """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.fixture
 def no_triton(monkeypatch):
     def refuse(*args):
@@ -844,7 +970,7 @@ def tiny_batch(B=2):
 
 
 def states_and_gradients(model, forward=None):
-    velocity, aligned = (forward or model)(*tiny_batch())
+    velocity, aligned = (model if forward is None else forward)(*tiny_batch())
     loss = sum(output.float().square().mean() for output in (velocity, *aligned))
     gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
     return [velocity.detach(), *(z.detach() for z in aligned), *gradients]
@@ -899,9 +1025,10 @@ def test_the_trainer_trains_alike_with_either_backend(tmp_path, capsys):
     prepare.main(["digits", "--out", str(tmp_path / "data"), "--limit", "12"])
     records = {}
     for backend, name in (("torch", "plain PyTorch"), ("triton", "fused Triton kernels")):
-        values = {"data": tmp_path / "data", "out": tmp_path / backend, "depth": 1, "hidden_size": 8, "num_heads": 2,
-                  "routing": "dar", "chunk_size": 2, "batch_size": 2, "max_steps": 2, "log_every": 1, "eval_every": 0,
-                  "checkpoint_every": 2, "tensorboard": False, "route_backend": backend}
+        values = {"data": tmp_path / "data", "out": tmp_path / backend, "model": "SiT-S/4", "depth": 1,
+                  "hidden_size": 8, "num_heads": 2, "routing": "dar", "chunk_size": 2, "batch_size": 2,
+                  "max_steps": 2, "log_every": 1, "eval_every": 0, "checkpoint_every": 2,
+                  "tensorboard": False, "route_backend": backend}
         arguments = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         train_repa_dar.main(["--config", "digits", *arguments])
         assert f"routing dar by {name}" in capsys.readouterr().out
@@ -926,7 +1053,8 @@ assert not k.INTERPRETED
 options = k._options(1152)
 warps = options.pop("num_warps")
 table = ("*bf16",) * 32
-LOADS = dict(ALIGN=16, STAGES=k.STAGES)
+FORWARD_OPTIONS = dict(ALIGN=16, STAGES=k.STAGES, ROWS=k.FORWARD_ROWS)
+BACKWARD_OPTIONS = dict(ALIGN=16, STAGES=k.STAGES, ROWS=k.BACKWARD_ROWS)
 FORWARD = dict(sources=table, query="*fp32", weight="*fp32", h="*bf16", lse="*fp32", x="*bf16", shift="*bf16",
                scale="*bf16")
 BACKWARD = dict(sources=table, known=table, gradients=table, dh="*bf16", h="*bf16", lse="*fp32", query="*fp32",
@@ -934,10 +1062,10 @@ BACKWARD = dict(sources=table, known=table, gradients=table, dh="*bf16", h="*bf1
 MODULATE = dict(dx="*bf16", dh_direct="*bf16", h="*bf16", scale="*bf16", dh="*bf16", dshift_parts="*fp32",
                 dscale_parts="*fp32")
 CASES = [
-    ("forward", k._forward, FORWARD, dict(MODULATE=False, x=None, shift=None, scale=None, ROWS=k.FORWARD_ROWS, **LOADS)),
-    ("forward, modulated", k._forward, FORWARD, dict(MODULATE=True, ROWS=k.FORWARD_ROWS, **LOADS)),
-    ("backward", k._backward, BACKWARD, dict(PER_TOKEN=False, ROWS=k.BACKWARD_ROWS, **LOADS)),
-    ("backward per token", k._backward, BACKWARD, dict(PER_TOKEN=True, ROWS=k.BACKWARD_ROWS, **LOADS)),
+    ("forward", k._forward, FORWARD, dict(MODULATE=False, x=None, shift=None, scale=None, **FORWARD_OPTIONS)),
+    ("forward, modulated", k._forward, FORWARD, dict(MODULATE=True, **FORWARD_OPTIONS)),
+    ("backward", k._backward, BACKWARD, dict(PER_TOKEN=False, **BACKWARD_OPTIONS)),
+    ("backward per token", k._backward, BACKWARD, dict(PER_TOKEN=True, **BACKWARD_OPTIONS)),
     ("modulate_backward", k._modulate_backward, MODULATE, dict(ROWS=k.MODULATE_ROWS)),
     ("modulate_backward, no dh", k._modulate_backward, MODULATE, dict(dh_direct=None, ROWS=k.MODULATE_ROWS)),
 ]
@@ -961,7 +1089,8 @@ for name, kernel, tensors, constants in CASES:
         with open(path, "wb") as file:
             file.write(compiled.asm["cubin"])
         usage = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found[name] = dict(ttir=compiled.asm["ttir"], ptx=compiled.asm["ptx"], usage=usage)
+    found[name] = dict(ttir=compiled.asm["ttir"], ptx=compiled.asm["ptx"], usage=usage,
+                       fixed=[parameter.name for parameter in kernel.params if not parameter.do_not_specialize])
 print(json.dumps(found))
 """
 KERNELS = ["forward", "forward, modulated", "backward", "backward per token", "modulate_backward",
@@ -987,6 +1116,12 @@ def test_rows_move_sixteen_bytes_at_a_time(compiled, kernel):
     assert loads and stores                                            # query, norm weight, dh; h and gradients
     assert bool(copies) == ("modulate" not in kernel or "forward" in kernel)      # sources, two iterations ahead
     assert not re.search(r"\bld\.global(?:\.\w+)*\.b16\b", ptx)        # nothing is read number by number
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_counts_are_arguments_and_not_constants(compiled, kernel):
+    """Triton compiles again for every integer argument that is 1 or a multiple of 16, unless told not to."""
+    assert not {"num_sources", "num_known", "tokens"} & set(compiled[kernel]["fixed"])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -238,8 +238,8 @@ def data(folder):
 
 def evaluation(data, encoder, ranks=None, **changes):
     settings = dict(seed=5, eval_samples=30, eval_batch_size=7, sampler="euler", sample_steps=1) | changes
-    return OnlineEvaluation(Config(**settings), data, encoder, load_autoencoder("pixels"), ranks or Ranks(),
-                            contextlib.nullcontext)
+    return OnlineEvaluation(Config(**settings), data, encoder, load_autoencoder("pixels"),
+                            (3, data.resolution, data.resolution), ranks or Ranks(), contextlib.nullcontext)
 
 
 def pooled(encoder, images):

@@ -17,9 +17,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import distributed, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 from models.dar import RoutedStream
-from models.sit import SIT_MODELS, ResidualStream, SiT, load_published
+from models.sit import (
+    SIT_MODELS, ResidualStream, SiT, flops_per_image, kept_for_backward, load_published, parameters_by_part,
+)
 from runtime import load_file, load_weights
 from tests.test_routing import chain, randomize
 
@@ -395,7 +402,7 @@ def test_names_and_shapes_are_those_of_published_checkpoints(name, size, dims):
     assert actual == published_shapes(depth, width, patch, 4, 256, 1000, 2048, dims)
 
 
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "Plus": (28, 1216, 16)}
 
 
 def test_every_named_size_has_patches_of_2_4_and_8():
@@ -421,9 +428,6 @@ def test_named_sizes_can_be_overridden():
     x, t, y = batch(2, size=16, channels=1)
     velocity, (aligned,) = model(x, t, y)
     assert velocity.shape == (2, 1, 16, 16) and aligned.shape == (2, 4, 5) and len(model.blocks) == 2
-    with torch.device("meta"):
-        plus = SIT_MODELS["SiT-XL/2"](hidden_size=1216, align_dims=())  # the paper's width-matched control
-    assert round(sum(p.numel() for p in plus.parameters()) / 1e6) == 752
 
 
 def assert_loaded(target, source):
@@ -521,11 +525,32 @@ def test_weights_that_do_not_fit_are_named_and_not_loaded(change, message):
     assert_loaded(target, before)
 
 
-def test_weights_of_the_other_routing_do_not_fit():
-    with pytest.raises(ValueError, match="missing router.aggregators.0.norm_weight"):
-        load_published(build(routing="dar"), build().state_dict())
+@pytest.mark.parametrize("dims", [(), (5, 6)], ids=["plain", "projected"])
+@pytest.mark.parametrize("query", ["static", "timestep", "dynamic"])
+def test_residual_weights_initialise_all_of_a_dar_model_but_its_routers(query, dims):
+    source = build(seed=3, align_dims=dims).state_dict()
+    target = build(randomized=False, routing="dar", query=query)
+    initial = {name: value.clone() for name, value in target.state_dict().items()}
+    unloaded = [name for name in initial if name.startswith("router.") or not dims and name.startswith("projectors.")]
+    assert load_published(target, source) == (sorted(unloaded), [])
+    assert len(unloaded) == 12 + (0 if dims else 24)                   # 6 queries and norm weights; 4 projectors
+    assert_loaded(target, {**{name: initial[name] for name in unloaded}, **source})
+    assert target.t_embedder.mlp[2].weight.any()                       # trained, also where DAR had zeroed it
+
+
+def test_a_router_is_loaded_whole_or_not_at_all():
+    routed, plain = build(seed=3, routing="dar").state_dict(), build(seed=3).state_dict()
+    for weights, message in (
+            (drop("router.aggregators.2.norm_weight")(routed), ": missing router.aggregators.2.norm_weight$"),
+            ({**plain, "router.aggregators.2.query": torch.ones(24)}, ": missing router.aggregators.0.*; .* more"),
+            ({**plain, "router.aggregators.7.query": torch.ones(24)}, ": missing router.aggregators.0.*; .* more"),
+            (drop("pos_embed")(plain), ": missing pos_embed$")):
+        target = build(seed=4, routing="dar")
+        with pytest.raises(ValueError, match=message):
+            load_published(target, weights)
+        assert_loaded(target, build(seed=4, routing="dar").state_dict())
     with pytest.raises(ValueError, match="unknown router.aggregators.0.norm_weight"):
-        load_published(build(), build(routing="dar").state_dict())
+        load_published(build(), routed)
 
 
 class Touch:
@@ -625,10 +650,11 @@ def test_half_precision_keeps_no_more_for_backward_than_float32():
     assert kept[True] < 1.1 * kept[False]
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "checkpoint"])
+def test_compiles_without_graph_breaks(recompute):
     """What `compile` relies on: the DAR forward and backward are one graph, with the values of the eager ones."""
     torch.manual_seed(0)
-    model = SiT(**{**SMALL, "routing": "dar", "depth": 2, "align_depth": (1,)})
+    model = SiT(**{**SMALL, "routing": "dar", "depth": 2, "align_depth": (1,)}, checkpoint_activations=recompute)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     size, channels = model.input_size, model.in_channels
@@ -643,3 +669,201 @@ def test_compiles_without_graph_breaks():
     assert len(gradients[0]) > 30
     for eager, compiled in zip(*gradients):
         torch.testing.assert_close(compiled, eager)
+
+
+# ---- activation checkpointing ----
+
+CHECKPOINTED = [dict(), dict(qk_norm=True, align_dims=()), dict(routing="dar", final_aggregator="shared"),
+                dict(routing="dar", query="dynamic", final_aggregator="dedicated", align_dims=())]
+TRITON = dict(routing="dar", depth=1, align_depth=1, chunk_size=2, input_size=2, route_backend="triton")   # slow here
+
+
+def gradients(model, run, inputs):
+    """Velocity, projections and the gradients of all parameters, for a loss that reads every output."""
+    model.zero_grad()
+    velocity, aligned = run(*inputs)
+    sum(output.float().square().mean() for output in (velocity, *aligned)).backward()
+    return {**{f"output {i}": output.detach() for i, output in enumerate((velocity, *aligned))},
+            **{name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}}
+
+
+@pytest.mark.parametrize("changes, half", [*((changes, half) for changes in CHECKPOINTED for half in (False, True)),
+                                           (TRITON, True)], ids=str)
+def test_checkpointing_recomputes_every_sublayer_and_changes_no_bit(changes, half):
+    if changes.get("route_backend") == "triton" and kernels.route_triton is None:
+        pytest.skip("triton is not installed")
+    inputs = (*batch(size=changes.get("input_size", 8)), torch.tensor([0.05, 0.5, 0.9]))
+    results, calls = {}, {}
+    for recompute in (False, True):
+        model = build(checkpoint_activations=recompute, **changes).train()
+        calls[recompute] = []
+        for block in model.blocks:
+            for sublayer in (block.attn, block.mlp):
+                sublayer.register_forward_pre_hook(lambda module, _, calls=calls[recompute]: calls.append(module))
+        run = torch.autocast("cpu", torch.bfloat16, enabled=half)(model)               # the forward pass only
+        results[recompute] = gradients(model, run, inputs)
+        # With respect to one tensor alone, which a checkpoint of the reentrant kind would refuse.
+        results[recompute]["alone"], = torch.autograd.grad(run(*inputs)[0].float().sum(), model.x_embedder.proj.weight)
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.delattr("models.sit.checkpoint")                     # not needed where nothing is kept
+            model(*inputs)
+    sublayers = 2 * len(model.blocks)
+    assert {recompute: len(made) for recompute, made in calls.items()} == {False: 3 * sublayers, True: 5 * sublayers}
+    assert results[True].keys() == results[False].keys() and len(results[True]) > 20
+    for name, value in results[False].items():
+        assert torch.equal(results[True][name], value), name
+
+
+@pytest.mark.parametrize("routing", ["residual", "dar"])
+def test_checkpointing_keeps_nothing_of_the_insides_of_sublayers(routing):
+    """What is kept does not know how wide the MLP is, or how many heads the attention has; and it is far less."""
+    B, T, D = 3, 16, 24
+
+    def kept(**changes):
+        return kept_for_backward(build(routing=routing, align_dims=(), **changes), *batch(B))
+
+    assert kept(mlp_ratio=4.0) - kept(mlp_ratio=2.0) > 3 * 2 * 4 * B * T * D       # blocks, ratio, bytes
+    assert kept(num_heads=6) > kept(num_heads=3)
+    lean = kept(checkpoint_activations=True)
+    assert lean == kept(checkpoint_activations=True, mlp_ratio=2.0) == kept(checkpoint_activations=True, num_heads=6)
+    assert lean < 0.5 * kept()
+    if routing == "residual":
+        # Per sublayer the state, its LayerNorm with mean and deviation, 1 + scale, and what it reads; per block SiLU(c)
+        # and the modulation. No output: addition does not need it.
+        block = 2 * (3 * T * D + 2 * T + D) + D + 6 * D
+        assert kept(checkpoint_activations=True, depth=4) - lean == 4 * B * block
+
+
+@pytest.mark.parametrize("routing", ["residual", "dar"])
+def test_checkpointing_works_in_distributed_data_parallel(routing):
+    """Every parameter is ready once per pass, also with accumulation; DDP raises where one is not, or is twice."""
+    model = build(checkpoint_activations=True, routing=routing, query="dynamic").train()
+    inputs = (*batch(), torch.tensor([0.05, 0.5, 0.9]))
+    once = gradients(model, model, inputs)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model)
+        for _ in range(2):
+            with wrapped.no_sync():
+                first = gradients(model, wrapped, inputs)
+            velocity, aligned = wrapped(*inputs)
+            sum(output.square().mean() for output in (velocity, *aligned)).backward()
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    assert torch.equal(first[name], once[name]) and torch.equal(p.grad, 2 * once[name]), name
+    finally:
+        distributed.destroy_process_group()
+
+
+# ---- numbers that describe a model ----
+
+def on_meta(name, **changes):
+    with torch.device("meta"):
+        return SIT_MODELS[name](**{"align_dims": (), **changes}).to("meta")            # positions come from NumPy
+
+
+@pytest.mark.parametrize("name, changes, millions", [
+    ("SiT-S/2", {}, 33), ("SiT-B/2", {}, 130), ("SiT-L/2", {}, 458), ("SiT-XL/2", {}, 675), ("SiT-Plus/2", {}, 752),
+    ("SiT-XL/2", dict(routing="dar", query="dynamic", chunk_size=4), 751),
+    ("SiT-XL/2", dict(routing="dar", query="timestep", chunk_size=4), 675)])
+def test_parameter_counts_are_the_papers(name, changes, millions):
+    parts = parameters_by_part(on_meta(name, **changes))
+    assert round(sum(parts.values()) / 1e6) == millions
+
+
+def test_plus_is_the_width_nearest_to_the_papers_count():
+    """Among those that 16 heads share; a deeper XL would be no closer."""
+    off = {width: abs(sum(parameters_by_part(on_meta("SiT-XL/2", hidden_size=width)).values()) - 752e6)
+           for width in (1200, SIZES["Plus"][1], 1232)}
+    assert min(off, key=off.get) == 1216 and off[1216] < 0.5e6
+
+
+@pytest.mark.parametrize("query, final, aggregators", [
+    (None, None, 0), ("timestep", "shared", 6), ("dynamic", "shared", 6), ("dynamic", "dedicated", 7)])
+@pytest.mark.parametrize("dims", [(), (5, 6)])
+def test_parameters_by_part(query, final, aggregators, dims):
+    model = build(align_dims=dims, **(dict(routing="dar", query=query, final_aggregator=final) if query else {}))
+    D, heads = 24, {"x_embedder": "embedders", "t_embedder": "embedders", "y_embedder": "embedders", "blocks": "blocks",
+                    "final_layer": "head", "projectors": "projectors"}
+    expected = {}
+    for name, shape in published_shapes(3, D, 2, 3, 16, 7, 10, 2 * dims).items():      # projectors of two depths
+        if name != "pos_embed":                                        # fixed
+            part = heads[name.split(".")[0]]
+            expected[part] = expected.get(part, 0) + math.prod(shape)
+    if aggregators:
+        expected["router"] = aggregators * ((D * D if query == "dynamic" else D) + D)
+    assert parameters_by_part(model) == expected
+    assert sum(expected.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.blocks.requires_grad_(False)
+    expected.pop("blocks")
+    assert parameters_by_part(model) == expected
+
+
+def counted_flops(model, inputs):
+    """PyTorch's own count. Attention by its definition: the fused one of the CPU has no formula and would count 0."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("changes", [
+    *RESIDUAL, dict(qk_norm=True), dict(input_size=12, hidden_size=40, num_heads=5, depth=2, align_depth=2),
+    dict(input_size=16, patch_size=8, projector_dim=33, align_dims=(4,)),
+    *[dict(routing="dar", query=query, final_aggregator=final, depth=2, align_depth=1)
+      for query in ("static", "timestep", "dynamic") for final in ("dedicated", "shared")]], ids=str)
+def test_flops_are_those_of_a_forward_pass(changes, B):
+    model, settings = build(**changes), {**SMALL, **changes}
+    inputs = batch(B, size=settings["input_size"], channels=settings["in_channels"])
+    assert B * flops_per_image(model) == counted_flops(model, inputs) > 0
+
+
+@pytest.mark.parametrize("name", ["SiT-XL/2", "SiT-Plus/4", "SiT-B/8"])
+def test_flops_of_named_models(name):
+    model = on_meta(name, align_dims=(768,)).eval()
+    inputs = (torch.zeros(2, 4, 32, 32, device="meta"), torch.zeros(2, device="meta"),
+              torch.zeros(2, dtype=torch.long, device="meta"))
+    assert 2 * flops_per_image(model) == counted_flops(model, inputs)
+
+
+def test_flops_are_the_published_ones():
+    """DiT-XL/2 has 118.64 G multiply-adds on 32 x 32 x 4 latents; so the other sizes and patches (arXiv 2212.09748)."""
+    published = {"XL/2": 118.64, "L/2": 80.71, "B/2": 23.01, "S/2": 6.06, "XL/4": 29.05, "XL/8": 7.39}
+    for name, giga in published.items():
+        assert flops_per_image(on_meta(f"SiT-{name}")) == pytest.approx(2e9 * giga, rel=0.01), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("B", [1, 7])
+def test_kept_for_backward_of_a_known_network(B, device):
+    """The input and tanh's output, which two layers need and is one tensor; no weights."""
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        x = torch.zeros(B, 3)
+    assert kept_for_backward(model, x) == 4 * B * (3 + 5)
+    with torch.no_grad():
+        assert kept_for_backward(model, x) == 0
+    if device == "cpu":
+        with torch.autocast(device, torch.bfloat16):                   # a copy of the second layer's weight as well
+            assert kept_for_backward(model, x) == 2 * (B * (3 + 5) + 5 * 2)
+
+
+def test_kept_for_backward_counts_storages_whole():
+    """A product needs its other factor: here a column, which keeps the table that it is a view of."""
+    class Column(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, table):
+            return self.scale * table[:, 0] + self.scale * table[:, 1]
+
+    assert kept_for_backward(Column(), torch.zeros(6, 10)) == 4 * 6 * 10
+
+
+@pytest.mark.parametrize("changes", CHECKPOINTED, ids=str)
+def test_kept_for_backward_grows_with_the_batch(changes):
+    for recompute in (False, True):
+        model = build(checkpoint_activations=recompute, **changes)
+        two, four, six = (kept_for_backward(model, *batch(B)) for B in (2, 4, 6))
+        assert four == 2 * two and six == 3 * two > 0

@@ -18,7 +18,10 @@ MAY_IMPORT = [
     ("dataset/__init__.py", []),
     ("dataset/latents.py", []),
     ("dataset/digits.py", []),
-    ("dataset/prepare.py", ["models.autoencoder.*", "models.encoders.*", "dataset.digits.*"]),
+    ("dataset/sources.py", ["dataset.digits.*", "models.hub.*"]),
+    ("dataset/prepare.py", ["models.autoencoder.*", "models.encoders.*", "dataset.latents.*", "dataset.sources.*",
+                            "runtime.Ranks"]),
+    ("dataset/bench.py", ["dataset.latents.*"]),
     ("dataset/standin_encoder.py", ["dataset.latents.*", "models"]),
     ("kernels/bench.py", ["kernels.*", "models.*"]),         # it times whole training steps
     ("kernels/*.py", ["kernels.*"]),

@@ -264,7 +264,7 @@ def test_each_image_meets_the_same_noise_whatever_the_processes(command, tmp_pat
         return {key: torch.stack(values) for key, values in seen.items()}
 
     whole, first, second = given(0, 1), given(0, 2), given(1, 2)
-    assert whole.keys() == {"images", "labels", "tokens", "noise", "time_normal", "time_uniform", "label"}
+    assert whole.keys() == {"images", "labels", "tokens_0", "noise", "time_normal", "time_uniform", "label"}
     for key, value in whole.items():
         assert torch.equal(value, torch.cat([first[key], second[key]], dim=1)), key
     assert len(whole["noise"].unique()) > 0.99 * whole["noise"].numel()         # new in each step and for each image
