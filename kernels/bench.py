@@ -400,7 +400,7 @@ def markdown(result):
              f"{versions}, CUDA {result['cuda']}, commit {result['commit']}.",
              f"One aggregation: B, T = {result['batch_and_tokens']}, bf16. A copy moves {copy:.0f} GB/s, read and",
              "write counted. Times are medians in milliseconds with 20 and 80 % quantiles; bandwidth counts each",
-             "tensor that has to be read or written once; the last column is the peak of memory in MiB above the start."]
+             "tensor that has to be read or written once; then the peak of memory in MiB above that before."]
     lines += _table(["goal", "measured"], [[goal, "not measured" if value is None else f"{value:.2f}"]
                                            for goal, value in result["goals"]])
     for part in ("operators", "stacks", "steps"):

@@ -322,8 +322,6 @@ def test_bf16_inputs_are_computed_in_float32():
     assert lse.item() == pytest.approx(logits.logsumexp(0).item(), rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="dh . h is taken of the h that was rounded to bf16: the softmax differences no "
-                                       "longer sum to zero, and what the sources have in common does not cancel")
 def test_sources_that_resemble_each_other_give_precise_query_gradients():
     """Neighbouring outputs have a cosine above 0.9 in trained networks; only their differences move a query."""
     generator = torch.Generator().manual_seed(0)
@@ -757,9 +755,9 @@ def test_floating_point_operations_are_counted(modulate):
                  {name: draw_like(inputs["source 0"]) for name in names})
     counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     if modulate:
-        expected = {"dar.route_modulate": 6 * n + 8, "dar.route_backward": 14 * n + 2 + 2, "dar.modulate_backward": 18}
+        expected = {"dar.route_modulate": 6 * n + 8, "dar.route_backward": 16 * n + 2 + 2, "dar.modulate_backward": 18}
     else:
-        expected = {"dar.route": 6 * n, "dar.route_backward": 14 * n + 2}
+        expected = {"dar.route": 6 * n, "dar.route_backward": 16 * n + 2}
     assert counts == {operator: count * B * T * D for operator, count in expected.items()}
 
 
@@ -1130,7 +1128,8 @@ def test_registers_are_not_spilled(compiled, kernel):
     if usage is None:
         pytest.skip("this build of Triton comes without cuobjdump")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    assert registers <= 255 and stack == local == 0, usage
+    # Per token, the sum for the norm weight waits in memory while a row's sources are read: not in that loop.
+    assert registers <= 255 and local == 0 and stack <= (128 if kernel == "backward per token" else 0), usage
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
