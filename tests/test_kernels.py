@@ -664,8 +664,9 @@ def test_large_sources_do_not_overflow(guarded, dtype):
 @pytest.mark.parametrize("rank", [1, 3], ids=["D", "BTD"])
 def test_large_logits_do_not_overflow(guarded, rank):
     """Hundreds, of either sign: exp of them is infinite or zero."""
-    inputs = draw(5, 2, 5, 65, rank, seed=2)
-    inputs["query"] = 300 * inputs["query"]
+    # Not so large that the gradients fall below 1e-16 of the terms that they are made of: float64 has nothing there.
+    inputs = draw(5, 2, 5, 65, rank, seed=4)
+    inputs["query"] = 100 * inputs["query"]
     # float32 holds a logit of 1000 to 1e-4 only, and the weights follow.
     compare(fused_route, defined_route, inputs, {"h": draw_like(inputs["source 0"])}, forward=1e-3, backward=1e-2)
 
