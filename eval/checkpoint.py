@@ -3,9 +3,7 @@
 import math
 from pathlib import Path
 
-import torch
-
-from models.sit import FREQUENCIES, MAX_PERIOD, SIT_MODELS, load_published
+from models.sit import SIT_MODELS, load_published
 from runtime import load_file, load_weights
 
 
@@ -14,8 +12,7 @@ def load_trained(path, average="", name="", route_backend="auto"):
 
     average: which moving average of ours, by its decay as text; empty is the first one, "none" the weights themselves.
     name:    the model's name (SiT-XL/2) for released weights, which do not say it.
-    The weights of a run tell all other sizes; released ones must have those of the named model. SiT's released ones,
-    known by the variance that they predict beside the velocity, count time from noise to data, and are turned round.
+    The weights of a run tell all other sizes; released ones must have those of the named model.
     To the options of ours are added `step` and the resolved `average`.
     Raises ValueError where there is no such checkpoint, average or model.
     """
@@ -42,8 +39,6 @@ def load_trained(path, average="", name="", route_backend="auto"):
     try:
         model = SIT_MODELS[name](**_sizes(weights, name, options), route_backend=route_backend)
         load_published(model, weights)
-        if len(weights["final_layer.linear.bias"]) > len(model.final_layer.linear.bias):
-            _reverse_time(model)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not fit {name}: {error}") from None
     return model.eval().requires_grad_(False), options
@@ -67,15 +62,3 @@ def _sizes(weights, name, options):
     if not options:                                 # nor do they tell the heads, so the name has to be right
         del sizes["hidden_size"], sizes["depth"]
     return {**chosen, **sizes}
-
-
-@torch.no_grad()
-def _reverse_time(model):
-    """v(x, t) becomes -v(x, 1 - t), by cos f(1 - t) = cos f cos ft + sin f sin ft, sin f(1 - t) = sin f cos ft - ..."""
-    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(0, 1, 2 / FREQUENCIES, dtype=torch.float64))
-    embedding, head = model.t_embedder.mlp[0].weight, model.final_layer.linear
-    of_cos, of_sin = embedding.double().chunk(2, dim=1)                    # (D, 128) each
-    cos, sin = frequencies.cos(), frequencies.sin()
-    embedding.copy_(torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1))
-    head.weight.neg_()
-    head.bias.neg_()

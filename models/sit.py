@@ -241,7 +241,7 @@ def load_published(model, state_dict):
     """Load SiT's or REPA's released weights, or our own, into a model of the same size.
 
     Three things may differ and are mended. Released SiT models predict a variance beside the velocity, of which the
-    velocity half is kept. Projectors that only one side has are left out: the model's keep their initial values.
+    velocity half is kept, and by which they are known: their time runs from noise to data and is turned round. Projectors that only one side has are left out: the model's keep their initial values.
     Weights without any router, of residual routing, leave the routers of a DAR model as they are. A timestep query
     w + e(t) then starts with the e(t) of those weights instead of zero, so that aggregation is no plain mean at first.
     Returns the names of parameters that were not loaded and of weights that were not used.
@@ -249,6 +249,7 @@ def load_published(model, state_dict):
     """
     own = model.state_dict()
     state_dict = dict(state_dict)
+    reverse = len(state_dict.get("final_layer.linear.bias", ())) == 2 * len(own["final_layer.linear.bias"])
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if name in state_dict and len(state_dict[name]) == 2 * len(own[name]):
             both = state_dict[name].unflatten(0, (model.patch_size ** 2, 2, model.in_channels))
@@ -265,7 +266,21 @@ def load_published(model, state_dict):
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}")
     model.load_state_dict(state_dict, strict=False)
+    if reverse:
+        _reverse_time(model)
     return missing, unused
+
+
+@torch.no_grad()
+def _reverse_time(model):
+    """v(x, t) becomes -v(x, 1 - t), by cos f(1 - t) = cos f cos ft + sin f sin ft, sin f(1 - t) = sin f cos ft - ..."""
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(0, 1, 2 / FREQUENCIES, dtype=torch.float64))
+    embedding, head = model.t_embedder.mlp[0].weight, model.final_layer.linear
+    of_cos, of_sin = embedding.double().chunk(2, dim=1)                    # (D, 128) each
+    cos, sin = frequencies.cos(), frequencies.sin()
+    embedding.copy_(torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1))
+    head.weight.neg_()
+    head.bias.neg_()
 
 
 def parameters_by_part(model):

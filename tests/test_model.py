@@ -474,7 +474,10 @@ def test_safetensors_load(tmp_path):
 
 
 def test_learn_sigma_checkpoint_keeps_the_velocity_half():
-    """Released SiT predicts (velocity, variance), 2C channels per pixel in (p, p, 2C) order; the first C are kept."""
+    """Released SiT predicts (velocity, variance), 2C channels per pixel in (p, p, 2C) order; the first C are kept.
+
+    Its time runs from noise to data: x_t = t x + (1 - t) eps with velocity x - eps.
+    """
     target = build(seed=3).double()
     source = {**build(seed=4).double().state_dict()}
     torch.manual_seed(0)
@@ -482,11 +485,11 @@ def test_learn_sigma_checkpoint_keeps_the_velocity_half():
     source["final_layer.linear.weight"] = 0.3 * torch.randn(rows, 24, dtype=torch.float64)
     source["final_layer.linear.bias"] = torch.randn(rows, dtype=torch.float64)
     x, t, y = batch(dtype=torch.float64)
-    both, _ = reference(source, x, t, y, **SMALL)
+    both, _ = reference(source, x, 1 - t, y, **SMALL)
     assert both.shape == (3, 6, 8, 8)
     before = {name: value.clone() for name, value in source.items()}
     assert load_published(target, source) == ([], [])
-    assert_near(target(x, t, y)[0], both[:, :3], "velocity half")
+    assert_near(target(x, t, y)[0], -both[:, :3], "velocity half")
     assert all(torch.equal(source[name], before[name]) for name in before)              # the caller's weights stay
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = [
     ("models/*.py", ["kernels.BACKENDS", "kernels.resolve_backend", "kernels.route", "kernels.route_modulate",
                      "models.*"]),
     ("eval/__init__.py", []),
-    ("eval/metrics.py", []),
+    ("eval/diagnose.py", ["models.*", "eval.*", "config.*", "runtime.*", "dataset.*", "loss.*"]),
     ("eval/samplers.py", ["loss.*"]),
     ("eval/*.py", ["models.*", "eval.*", "config.*", "runtime.*", "dataset.*"]),
     ("train_repa_dar.py", ["config.*", "dataset.*", "eval.*", "kernels.*", "loss.*", "models.*", "runtime.*"]),

@@ -419,3 +419,24 @@ def test_stored_and_computed_tokens_train_alike(command, tmp_path):
         run(command(tmp_path / features, "--encoder-features", features, "--eval-every", 0, "--max-steps", 5))
     stored, computed = (records(tmp_path / features)[-1] for features in ("prepared", "online"))
     assert stored["alignment_loss"] == pytest.approx(computed["alignment_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name, tera", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+                                        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
+                                        ("NVIDIA GeForce RTX 4090", 165), ("Some other card", 0)])
+def test_peak_of_known_gpus(monkeypatch, name, tera):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert train_repa_dar.peak_flops(torch.device("cuda")) == tera * 1e12
+    assert train_repa_dar.peak_flops(torch.device("cpu")) == 0
+
+
+def test_a_residual_checkpoint_starts_a_dar_run(command, tmp_path, capsys):
+    """Everything but the routers, which is said."""
+    train_repa_dar.main(command(tmp_path / "residual", "--eval-every", 0, "--max-steps", 2, "--routing", "residual"))
+    capsys.readouterr()
+    train_repa_dar.main(command(tmp_path / "dar", "--eval-every", 0, "--max-steps", 1, "--routing", "dar",
+                                "--init-from", tmp_path / "residual" / "last.pt", "--lr", "1e-12"))
+    printed = capsys.readouterr().out
+    assert "not in it: router.aggregators.0.norm_weight, " in printed and " more; not used: none" in printed
+    before, after = (load_file(tmp_path / arm / "last.pt") for arm in ("residual", "dar"))
+    torch.testing.assert_close(after["model"]["blocks.0.mlp.fc1.weight"], before["ema"]["blocks.0.mlp.fc1.weight"])

@@ -1,0 +1,488 @@
+"""Drawing images from checkpoints: the same ones whatever the processes, the batch and what kills the command."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_repa_dar
+from eval import sample as sampling
+from eval.checkpoint import load_trained
+from eval.samplers import IndexedNoise, sample_ode, sample_sde
+from models.autoencoder import Pixels
+from models.sit import SIT_MODELS
+from runtime import EVALUATION, Ranks, derive_seed, load_file, lock_folder
+from tests.conftest import ROOT
+from tests.test_autoencoder import save_kl
+
+COUNT = 150                                                            # two whole chunks, and part of a third
+FEW = ["--sampler", "sde", "--steps", "4", "--cfg-scale", "1.5"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits, encoder_folder, tmp_path_factory):
+    """A step of the trainer, and then weights that make images depend on noise, label and time."""
+    path = tmp_path_factory.mktemp("runs") / "tiny" / "last.pt"
+    values = {"data": digits, "out": path.parent, "encoder": encoder_folder, "depth": 2, "hidden_size": 32,
+              "num_heads": 2, "align_depth": 1, "projector_dim": 16, "batch_size": 8, "max_steps": 1, "eval_every": 0,
+              "tensorboard": False, "routing": "dar", "alignment": "repa", "query": "dynamic", "ema_decays": 0.99}
+    train_repa_dar.main(["--config", "digits", *(word for key, value in values.items()
+                                                 for word in (f"--{key.replace('_', '-')}", str(value)))])
+    content = load_file(path)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in content["emas"]["0.99"].items():
+        if name != "pos_embed":
+            value.copy_(torch.randn(value.shape, generator=generator) * (1 if "y_embedder" in name else 0.15))
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory):
+    """All images, by one process in whole chunks."""
+    folder = tmp_path_factory.mktemp("samples") / "drawn"
+    sampling.main(arguments(checkpoint, folder))
+    return folder
+
+
+def arguments(checkpoint, folder, *extra):
+    return [str(checkpoint), "--out", str(folder), *FEW, "--num-samples", str(COUNT), *map(str, extra)]
+
+
+def npz(folder):
+    return np.load(folder / f"{folder.name}.npz")
+
+
+def torchrun(words):
+    """The command in two processes of its own."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval.sample"]
+    done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def killed(words, name, patched):
+    """The command in a child that `patched`, in the place of sampling's `name`, kills. Returns the exit status."""
+    def run():
+        setattr(sampling, name, functools.partial(patched, getattr(sampling, name)))
+        sampling.main(words)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(120)
+    return child.exitcode
+
+
+def settings(**changes):
+    values = {"weights": "w", "autoencoder": "pixels", "sampler": "euler", "steps": 3, "cfg_scale": 1.0,
+              "guidance_interval": (0.0, 1.0), "path": "linear", "precision": "fp32", "num_samples": 20, "seed": 5,
+              "classes": ()}
+    return sampling.Settings(**{**values, **changes})
+
+
+@functools.cache
+def small_model():
+    torch.manual_seed(0)
+    model = SIT_MODELS["SiT-S/2"](input_size=8, in_channels=3, hidden_size=32, num_heads=2, depth=1, num_classes=4,
+                                  align_dims=())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+# ---- the same images ----
+
+def test_two_processes_and_another_batch_change_only_rounding(checkpoint, whole, tmp_path):
+    torchrun(arguments(checkpoint, tmp_path / "two", "--batch-size", 23))
+    one, two = npz(whole), npz(tmp_path / "two")
+    assert np.array_equal(one["arr_1"], two["arr_1"])
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    assert one["arr_0"].std(0).mean() > 20                             # the images do differ from each other
+    starts = json.loads((tmp_path / "two" / "settings.json").read_text())["starts"]
+    assert [(start["processes"], start["batch_size"]) for start in starts] == [(2, 23)]
+
+
+@pytest.mark.parametrize("sampler", ["sde", "euler"])
+def test_noise_and_labels_of_an_index_do_not_depend_on_the_batch(monkeypatch, sampler):
+    seen = {}
+
+    def recorded(solver):
+        def solve(model, noise, y, step_noise=None, **options):
+            draws = [noise] + [step_noise() for _ in range(2) if step_noise]
+            for row, index in enumerate(seen["indices"]):
+                seen["drawn"][index] = torch.stack([draw[row] for draw in draws]), y[row]
+            return solver(model, noise, y, **options)
+        return solve
+
+    for name, solver in (("sample_ode", sample_ode), ("sample_sde", sample_sde)):
+        monkeypatch.setattr(sampling, name, recorded(solver))
+    drawn = {}
+    for size in (20, 7, 1):
+        seen["drawn"] = drawn[size] = {}
+        for first in range(0, 20, size):
+            seen["indices"] = range(first, min(first + size, 20))
+            sampling.sample_images(small_model(), Pixels(), settings(sampler=sampler), seen["indices"], CPU)
+    for size in (7, 1):
+        for index, (noise, label) in drawn[20].items():
+            assert torch.equal(drawn[size][index][0], noise) and drawn[size][index][1] == label
+            assert noise.dtype == torch.float32
+    assert len({noise[0, 0, 0, 0].item() for noise, _ in drawn[20].values()}) == 20
+
+
+def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
+    """In the second chunk, in the writing of the third, and in that of the npz; then by another number of processes."""
+    def in_second_chunk(original, model, autoencoder, settings, indices, device):
+        if indices[0] >= 64:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(model, autoencoder, settings, indices, device)
+
+    @contextlib.contextmanager
+    def in_third_write(original, path):
+        with original(path) as file:
+            yield file
+            if path.name == "00002.npy":
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def in_npz(original, archive, name):
+        if name == "arr_1.npy":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(archive, name)
+
+    folder = tmp_path / "killed" / whole.name
+    words = arguments(checkpoint, folder)
+    for name, patched, chunks in (("sample_images", in_second_chunk, 1), ("replaced", in_third_write, 2),
+                                  ("member", in_npz, 3)):
+        assert killed(words, name, patched) == -signal.SIGKILL
+        assert len(list((folder / "samples").glob("*.npy"))) == chunks and not list(folder.glob("*.npz"))
+    (folder / "samples" / "00001.npy").unlink()
+    torchrun(words)
+    for name in ("drawn.npz", "grid.png"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert len(json.loads((folder / "settings.json").read_text())["starts"]) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_say_that_the_same_command_goes_on(checkpoint, whole, tmp_path, number, capfd, monkeypatch):
+    folder = tmp_path / whole.name
+
+    def draw(model, autoencoder, settings, indices, device, original=sampling.sample_images):
+        if indices[0] >= 64:
+            os.kill(os.getpid(), number)
+        return original(model, autoencoder, settings, indices, device)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sampling, "sample_images", draw)
+        sampling.main(arguments(checkpoint, folder))
+    assert stop.value.code == 128 + number and "the same command again goes on from here" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL          # and the test process has its own again
+    sampling.main(arguments(checkpoint, folder))
+    assert f"{COUNT - 64} of {COUNT} images" in capfd.readouterr().out
+    assert (folder / "drawn.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
+
+
+def test_images_are_those_of_the_samplers():
+    """By hand, from the noise of each index: ODE, SDE, guidance with its interval, path."""
+    model, indices = small_model(), [3, 17, 4]
+    seeds = [derive_seed(5, EVALUATION, i) for i in indices]
+    y = sampling.labels_of(settings(), indices, 4)
+    for chosen in (settings(), settings(sampler="heun", path="cosine"),
+                   settings(sampler="sde", cfg_scale=2.0, guidance_interval=(0.3, 0.8))):
+        noise = IndexedNoise(seeds, (3, 8, 8), "cpu")
+        common = dict(num_steps=3, cfg_scale=chosen.cfg_scale, guidance_interval=chosen.guidance_interval,
+                      path=chosen.path)
+        x = (sample_sde(model, noise(), y, step_noise=noise, **common) if chosen.sampler == "sde" else
+             sample_ode(model, noise(), y, solver=chosen.sampler, **common))
+        got = sampling.sample_images(model, Pixels(), chosen, indices, CPU)
+        assert got.dtype == torch.uint8 and torch.equal(got, Pixels().decode(x))
+
+
+def test_precision_is_that_of_the_network_and_leaves_no_trace():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    types = []
+    with small_model().final_layer.linear.register_forward_hook(lambda module, x, out: types.append(out.dtype)):
+        for precision in ("fp32", "bf16"):
+            sampling.sample_images(small_model(), Pixels(), settings(steps=1, precision=precision), [0], CPU)
+    assert types == [torch.float32, torch.bfloat16]
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_samples_that_are_not_finite_are_refused(checkpoint, tmp_path):
+    content = load_file(checkpoint)
+    content["emas"]["0.99"]["final_layer.linear.bias"][0] = float("inf")
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match="error: samples 0 to 63 are not finite with precision = 'fp32'"):
+        sampling.main(arguments(tmp_path / "last.pt", tmp_path / "out"))
+    assert not list((tmp_path / "out" / "samples").iterdir())
+
+
+# ---- labels ----
+
+def test_labels_are_balanced_shuffled_and_of_the_index_alone():
+    drawn = sampling.labels_of(settings(num_samples=50_000), range(50_000), 1000)
+    assert drawn.dtype == torch.int64
+    assert (drawn.bincount(minlength=1000) == 50).all()
+    assert all((part.bincount(minlength=1000) == 5).all() for part in drawn.view(10, -1))   # the splits of IS
+    assert (drawn[1:] > drawn[:-1]).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(drawn[:1000], drawn[1000:2000])
+    scattered = [49_999, 3, 1000, 17]
+    assert sampling.labels_of(settings(num_samples=7), scattered, 1000).tolist() == drawn[scattered].tolist()
+    assert not torch.equal(sampling.labels_of(settings(seed=6), range(1000), 1000), drawn[:1000])
+
+
+def test_chosen_classes():
+    drawn = sampling.labels_of(settings(classes=(7, 2, 5)), range(10), 9)
+    assert all(sorted(drawn[first:first + 3].tolist()) == [2, 5, 7] for first in (0, 3, 6))
+
+
+# ---- settings ----
+
+def resolved(**changes):
+    options = sampling.Options(**{"checkpoint": Path("runs/x/last.pt"), **changes})
+    return sampling.resolve(options, {"model": "SiT-S/2", "path": "cosine"}, small_model(), Pixels(), CPU)
+
+
+@pytest.mark.parametrize("preset, sampler, steps, scale, evaluations", [
+    ("repa-sde-250", "sde", 250, 1.0, 250), ("sit-ode-250", "heun", 125, 1.0, 249),
+    ("paper-cfg-1.5", "sde", 250, 1.5, 250), ("fast-ode-50", "euler", 50, 1.0, 50)])
+def test_presets_and_what_wins_over_them(preset, sampler, steps, scale, evaluations):
+    got = resolved(preset=preset)
+    assert (got.sampler, got.steps, got.cfg_scale, got.guidance_interval) == (sampler, steps, scale, (0.0, 1.0))
+    assert got.evaluations() == evaluations and got.path == "cosine" and got.precision == "fp32"
+    got = resolved(preset=preset, sampler="euler", steps=7, cfg_scale=3, guidance_interval=(0.0, 0.7), path="linear")
+    assert (got.sampler, got.steps, got.cfg_scale, got.guidance_interval, got.path) == \
+        ("euler", 7, 3.0, (0.0, 0.7), "linear")
+
+
+@pytest.mark.parametrize("preset", sampling.PRESETS)
+def test_the_evaluations_that_are_stated_are_those_that_happen(preset):
+    calls, model = [], small_model()
+    with model.register_forward_hook(lambda module, inputs, out: calls.append(len(inputs[0]))):
+        sampling.sample_images(model, Pixels(), resolved(preset=preset), [0], CPU)
+    assert len(calls) == resolved(preset=preset).evaluations()
+    assert set(calls) == {2 if preset == "paper-cfg-1.5" else 1}
+
+
+def test_every_setting_changes_the_hash():
+    base = {"cfg_scale": 1.5}
+    changes = [{}, {"preset": "sit-ode-250"}, {"sampler": "euler"}, {"steps": 249}, {"cfg_scale": 1.4},
+               {"guidance_interval": (0.0, 0.7)}, {"path": "linear"}, {"precision": "bf16"}, {"num_samples": 10},
+               {"seed": 1}, {"classes": (1, 2)}]
+    digits = [resolved(**{**base, **change}).digits() for change in changes]
+    assert len(set(digits)) == len(digits)
+    for field in ("weights", "autoencoder"):
+        assert settings(**{field: "other"}).digits() != settings().digits()
+    # And nothing else does.
+    for same in ({"batch_size": 3}, {"out": "x"}, {"npz": False}, {"checkpoint": Path("y.pt")}, {"steps": 250}):
+        assert resolved(**base, **same).digits() == digits[0]
+    assert resolved(cfg_scale=2).digits() == resolved(cfg_scale=2.0).digits()
+
+
+def test_the_fingerprint_is_of_weights_and_architecture():
+    model = small_model()
+    before = sampling.fingerprint(model, ["SiT-S/2", 2])
+    assert before == sampling.fingerprint(model, ["SiT-S/2", 2]) != sampling.fingerprint(model, ["SiT-S/2", 4])
+    weight = model.final_layer.linear.bias
+    kept = weight[0].item()
+    weight[0] += 1e-6
+    assert sampling.fingerprint(model, ["SiT-S/2", 2]) != before
+    weight[0] = kept
+
+
+@pytest.mark.parametrize("preset, changes, name", [
+    ("repa-sde-250", {}, "x-300-repa-sde-250"),
+    ("fast-ode-50", {"steps": 50}, "x-300-fast-ode-50"),
+    ("fast-ode-50", {"steps": 20}, "x-300-euler-20"),
+    ("fast-ode-50", {"cfg_scale": 1.25}, "x-300-euler-50-cfg-1.25"),
+    ("paper-cfg-1.5", {"guidance_interval": (0.0, 0.7)}, "x-300-sde-250-cfg-1.5-0-0.7")])
+def test_the_name_of_the_folder(preset, changes, name):
+    options = sampling.Options(Path("runs/x/last.pt"), preset=preset, **changes)
+    chosen = resolved(preset=preset, **changes)
+    assert sampling.folder_name(options, chosen, {"step": 300}) == f"{name}-{chosen.digits()}"
+    assert sampling.folder_name(options, chosen, {"step": None}).startswith("x-last-")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"steps": 0, "sampler": "euler"}, "steps = 0: must be at least 1 for euler"),
+    ({"steps": 1}, "steps = 1: must be at least 2 for sde"),
+    ({"cfg_scale": -1.0}, "cfg_scale = -1.0: must be at least 0, and finite"),
+    ({"cfg_scale": float("nan")}, "cfg_scale = nan"),
+    ({"cfg_scale": 2.0, "guidance_interval": (0.7, 0.2)}, r"guidance_interval = \(0.7, 0.2\): must be 0 <= low"),
+    ({"guidance_interval": (0.0, 0.7)}, r"guidance_interval = .* has no effect without guidance; give --cfg-scale"),
+    ({"num_samples": 0}, "num_samples = 0: must be at least 1"),
+    ({"seed": -1}, "seed = -1: must be at least 0"),
+    ({"classes": (1, 4)}, r"classes = \(1, 4\): the model's are 0 to 3"),
+    ({"classes": (1, 1)}, "repeats a label"),
+    ({"precision": "tf32"}, "precision = 'tf32': needs a GPU; give fp32"),
+])
+def test_bad_numbers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        resolved(**changes)
+
+
+def test_guidance_needs_a_null_class_that_was_trained():
+    options = sampling.Options(Path("x.pt"), cfg_scale=1.5)
+    with pytest.raises(ValueError, match="cfg_scale = 1.5: x.pt was trained without a null class"):
+        sampling.resolve(options, {"model": "SiT-S/2", "class_dropout_prob": 0.0}, small_model(), Pixels(), CPU)
+
+
+# ---- the folder ----
+
+def test_the_npz_is_in_the_layout_of_adm(whole, checkpoint):
+    path = whole / "drawn.npz"
+    with zipfile.ZipFile(path) as archive:
+        assert [(entry.filename, entry.date_time[0]) for entry in archive.infolist()] == \
+            [("arr_0.npy", 1980), ("arr_1.npy", 1980)]
+        assert archive.testzip() is None
+    images, labels = npz(whole)["arr_0"], npz(whole)["arr_1"]
+    assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.shape == (COUNT,) and labels.dtype == np.int64 and (np.bincount(labels) == 15).all()
+    with Ranks() as ranks:
+        options = sampling.Options(checkpoint, sampler="sde", steps=4, cfg_scale=1.5, num_samples=COUNT)
+        model, autoencoder, chosen, _ = sampling.load(options, ranks)
+    drawn = sampling.sample_images(model, autoencoder, chosen, range(128, COUNT), CPU)    # (B, 3, H, W)
+    assert np.array_equal(images[128:], drawn.numpy().transpose(0, 2, 3, 1))
+    chunks = [np.load(chunk) for chunk in sorted((whole / "samples").iterdir())]
+    assert [len(chunk) for chunk in chunks] == [64, 64, 22] and np.array_equal(np.concatenate(chunks), images)
+
+
+def test_the_grid_shows_the_first_by_label(whole):
+    grid = np.asarray(Image.open(whole / "grid.png"))
+    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3)                   # magnified to 32 pixels, 2 between them
+    order = npz(whole)["arr_1"][:64].argsort(kind="stable")
+    for place in (0, 9, 63):
+        row, column = 2 + 34 * (place // 8), 2 + 34 * (place % 8)
+        assert np.array_equal(grid[row:row + 32:4, column:column + 32:4], npz(whole)["arr_0"][order[place]])
+
+
+def test_settings_say_what_was_drawn_and_where(whole, checkpoint):
+    content = json.loads((whole / "settings.json").read_text())
+    fields = {field.name for field in dataclasses.fields(sampling.Settings)}
+    assert content["settings"].keys() == fields
+    assert content["settings"]["cfg_scale"] == 1.5 and content["settings"]["seed"] == 0
+    assert content["function_evaluations"] == 4 and content["uint8"] == "round to nearest, (x + 1) * 127.5"
+    (start,) = content["starts"]
+    assert start["checkpoint"] == str(checkpoint) and (start["step"], start["average"]) == (1, "0.99")
+    assert start["autoencoder"] == "pixels" and start["processes"] == 1 and start["batch_size"] == 64
+    assert {"cpu", "gpu", "torch", "python", "commit", "command"} <= start.keys()
+
+
+def test_a_finished_folder_stays_as_it_is(whole, checkpoint, capsys):
+    def state():
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in whole.rglob("*")
+                if path.is_file() and path.name != ".lock"}
+    before = state()
+    sampling.main(arguments(checkpoint, whole))
+    sampling.main(arguments(checkpoint, whole, "--no-npz", "--batch-size", 3))
+    assert state() == before and "150 images, complete" in capsys.readouterr().out
+
+
+def test_chunks_may_go_once_the_npz_is_there(whole, checkpoint, tmp_path):
+    folder = tmp_path / "out"
+    sampling.main(arguments(checkpoint, folder, "--no-npz"))
+    assert not list(folder.glob("*.npz")) and (folder / "grid.png").is_file()
+    sampling.main(arguments(checkpoint, folder))                       # makes it of the chunks
+    assert (folder / "out.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
+    for chunk in (folder / "samples").iterdir():
+        chunk.unlink()
+    sampling.main(arguments(checkpoint, folder))
+    assert not list((folder / "samples").iterdir())
+
+
+def test_the_default_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sampling.main([str(checkpoint), "--preset", "fast-ode-50", "--num-samples", "3", "--classes", "8"])
+    (folder,) = (tmp_path / "samples").iterdir()
+    assert folder.name.startswith("tiny-1-fast-ode-50-") and (npz(folder)["arr_1"] == 8).all()
+    assert folder.name.endswith(json.loads((folder / "settings.json").read_text())["hash"])
+
+
+def test_folders_that_are_not_ours_are_refused(whole, checkpoint, tmp_path):
+    with pytest.raises(SystemExit, match="error: .*drawn holds samples of other .*seed: 0 -> 1.*another --out"):
+        sampling.main(arguments(checkpoint, whole, "--seed", 1))
+    lock = lock_folder(whole)
+    with pytest.raises(SystemExit, match="error: .* is in use by another run"):
+        sampling.main(arguments(checkpoint, whole))
+    lock.close()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("dear")
+    with pytest.raises(SystemExit, match="error: .*foreign is not empty and was not made by this program"):
+        sampling.main(arguments(checkpoint, foreign))
+    with pytest.raises(SystemExit, match="error: .*letter.txt is not empty and was not made by this program"):
+        sampling.main(arguments(checkpoint, foreign / "letter.txt"))
+    assert [path.name for path in foreign.iterdir()] == ["letter.txt"]
+    (foreign / "letter.txt").unlink()
+    for content in ('{"other": 1}', "[]", "not json"):
+        (foreign / "settings.json").write_text(content)
+        with pytest.raises(SystemExit, match="error: .*settings.json was not made by this program"):
+            sampling.main(arguments(checkpoint, foreign))
+
+
+def test_damaged_chunks_and_small_disks_are_named(whole, checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    sampling.main(arguments(checkpoint, folder, "--no-npz"))
+    np.save(folder / "samples" / "00001.npy", np.zeros((64, 8, 8, 3)))
+    with pytest.raises(SystemExit, match="error: .*00001.npy holds float64 .* delete it and give the same command"):
+        sampling.main(arguments(checkpoint, folder))
+    (folder / "samples" / "00001.npy").unlink()
+    monkeypatch.setattr(sampling.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
+    with pytest.raises(SystemExit, match="error: .*out needs .* GiB more, the disk has .*--num-samples, or --no-npz"):
+        sampling.main(arguments(checkpoint, folder))
+
+
+def test_batch_size_and_checkpoint_are_checked_first(checkpoint, tmp_path):
+    for words, message in ((["--batch-size", 0], "batch_size = 0: must be at least 1"),
+                           (["--average", "0.5"], "no average '0.5'; choose one of none, 0.99")):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            sampling.main(arguments(checkpoint, tmp_path / "out", *words))
+    with pytest.raises(SystemExit, match="error: there is no checkpoint"):
+        sampling.main(arguments(tmp_path / "none.pt", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- autoencoders and released weights ----
+
+def test_released_weights_with_an_autoencoder(tmp_path):
+    save_kl(tmp_path / "vae")
+    torch.manual_seed(0)
+    model = SIT_MODELS["SiT-S/2"](input_size=4, num_classes=3, align_dims=())
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    torch.save({"ema": model.state_dict()}, tmp_path / "repa.pt")
+    words = [str(tmp_path / "repa.pt"), "--model", "SiT-S/2", "--preset", "fast-ode-50", "--steps", "2",
+             "--num-samples", "3", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="error: autoencoder = '': say what decodes the samples of .*repa.pt"):
+        sampling.main(words)
+    with pytest.raises(SystemExit, match="error: autoencoder = 'pixels' has 3 channels and .*repa.pt has 4"):
+        sampling.main([*words, "--autoencoder", "pixels"])
+    sampling.main([*words, "--autoencoder", str(tmp_path / "vae")])
+    assert npz(tmp_path / "out")["arr_0"].shape == (3, 8, 8, 3)        # latents of 4, downsampled by 2
+    content = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert content["settings"]["path"] == "linear" and len(content["settings"]["autoencoder"]) == 12
+    assert content["starts"][0]["step"] is None
+
+
+def test_another_autoencoder_in_the_place_of_the_runs_is_noticed(checkpoint, tmp_path):
+    content = load_file(checkpoint)
+    content["config"]["content of autoencoder"] = "0123456789ab"
+    torch.save(content, tmp_path / "last.pt")
+    options = sampling.Options(tmp_path / "last.pt")
+    with Ranks() as ranks:
+        with pytest.raises(ValueError, match="trained with another autoencoder than the present 'pixels'"):
+            sampling.load(options, ranks)
+        model, autoencoder, _, origin = sampling.load(dataclasses.replace(options, autoencoder="pixels"), ranks)
+    assert autoencoder.name == origin["autoencoder"] == "pixels"
+    assert model(torch.zeros(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))[1] == []
+    assert load_trained(checkpoint)[0].align_depth == (1,)             # only here nobody reads the projections
