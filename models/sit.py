@@ -241,7 +241,8 @@ def load_published(model, state_dict):
     """Load SiT's or REPA's released weights, or our own, into a model of the same size.
 
     Three things may differ and are mended. Released SiT models predict a variance beside the velocity, of which the
-    velocity half is kept, and by which they are known: their time runs from noise to data and is turned round. Projectors that only one side has are left out: the model's keep their initial values.
+    velocity half is kept, and by which they are known: their time runs from noise to data and is turned round.
+    Projectors that only one side has are left out: the model's keep their initial values.
     Weights without any router, of residual routing, leave the routers of a DAR model as they are. A timestep query
     w + e(t) then starts with the e(t) of those weights instead of zero, so that aggregation is no plain mean at first.
     Returns the names of parameters that were not loaded and of weights that were not used.

@@ -1,29 +1,35 @@
-"""Fréchet distance and its statistics against numpy, scipy and closed forms; the evaluation that runs during training.
+"""The metrics against numpy, scipy and closed forms; the evaluation that runs during training.
 
 Several processes are played by threads that add up their numbers as torch.distributed would.
 """
 
 import contextlib
+import json
 import math
+import os
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 
 from config import Config
 from dataset import prepare
 from dataset.latents import PreparedImages
-from eval import online
-from eval.metrics import FeatureStatistics, frechet_distance
+from eval import inception, metrics, online
+from eval.metrics import FeatureStatistics, Reference, SampleFeatures, StreamingFID, frechet_distance, measure
 from eval.online import OnlineEvaluation
 from eval.samplers import IndexedNoise
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import EVALUATION, Ranks, derive_seed
-from tests.conftest import save_tiny_encoder
+from tests.conftest import ROOT, save_tiny_encoder
 
 
 def features(count, dim, seed=0):
@@ -150,6 +156,318 @@ def test_distance_rejects_what_it_cannot_compare():
             parts[position].view(-1)[1] = value
             with pytest.raises(ValueError, match="not finite"):
                 frechet_distance(*parts)
+
+
+# ---- the definitions ----
+
+def test_distance_is_the_library_s():
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    a, b = features(50, 6), features(40, 6, seed=1)
+    expected = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)
+    found = frechet_distance(*statistics_of(a).mean_and_covariance(), *statistics_of(b).mean_and_covariance())
+    assert found == pytest.approx(expected["frechet_inception_distance"], rel=1e-9)
+
+
+@pytest.mark.parametrize("chunk, chunks", [(100, 1), (20, 2), (15, 3)])
+def test_inception_score_against_numpy(monkeypatch, chunk, chunks):
+    monkeypatch.setattr(metrics, "IS_CHUNK", chunk)
+    logits = 3 * features(48, 9).float()
+    exponentials = np.exp(logits.double().numpy())
+    p = exponentials / exponentials.sum(1, keepdims=True)
+    expected = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in np.split(p, chunks)]
+    assert metrics.inception_score(logits) == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-9)
+
+
+def nearest(x, others, k=3):
+    """Squared distances of `others` from x's rows, and the radius of each row: its k-th neighbour's but itself."""
+    own = np.square(x[:, None] - x[None]).sum(-1)
+    radii = np.sort(own + np.diag(np.full(len(x), np.inf)), 1)[:, k - 1]
+    return np.square(others[:, None] - x[None]).sum(-1), radii
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_precision_and_recall_against_numpy(seed):
+    rng = np.random.default_rng(seed)
+    generated, real = 1.2 * rng.normal(size=(60, 5)) + 1, rng.normal(size=(45, 5))
+    inside = [(distances <= radii).any(1).mean() for distances, radii in (nearest(real, generated),
+                                                                          nearest(generated, real))]
+    found = metrics.precision_and_recall(torch.from_numpy(generated), torch.from_numpy(real))
+    assert found == pytest.approx(inside, abs=1e-6)
+    assert 0.1 < min(inside) and max(inside) < 1
+
+
+def test_precision_and_recall_know_collapse_and_noise():
+    rng = np.random.default_rng(0)
+    real = torch.from_numpy(rng.normal(size=(80, 4)))
+    assert metrics.precision_and_recall(real, real) == (1, 1)
+    collapsed = real[:1] + 1e-3 * torch.from_numpy(rng.normal(size=(80, 4)))
+    precision, recall = metrics.precision_and_recall(collapsed, real)
+    assert precision == 1 and recall < 1.5 / 80
+    precision, recall = metrics.precision_and_recall(20 * torch.from_numpy(rng.normal(size=(80, 4))), real)
+    assert precision < 0.1 and recall > 0.9
+
+
+@pytest.mark.parametrize("classes", [2, 10, 500])
+def test_order_of_classes_is_noticed(classes):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=2000)
+    assert metrics.class_ordered(np.sort(labels))
+    blocks = np.concatenate([np.flatnonzero(labels == kind) for kind in rng.permutation(classes)])
+    assert metrics.class_ordered(labels[blocks])                       # grouped, in another order
+    noisy = np.where(rng.random(2000) < 0.5, labels, np.sort(labels))  # as a classifier would see them
+    assert metrics.class_ordered(torch.from_numpy(noisy))
+    for seed in range(20):
+        assert not metrics.class_ordered(np.random.default_rng(seed).permutation(labels))
+    assert not metrics.class_ordered(np.resize(np.arange(classes), 2000))
+    assert not metrics.class_ordered(np.zeros(2000)) and not metrics.class_ordered(np.zeros(0))
+
+
+# ---- from images to numbers ----
+
+class NarrowInception(torch.nn.Module):
+    """In place of the network: a few numbers of each image, computed as fast as it takes to read them."""
+
+    dims, dim = {"pool3": 7, "spatial": 5, "logits": 4}, 7
+    file, sha256, fingerprint, is_published = ROOT / "none", "0" * 64, "0" * 12, False
+
+    def __init__(self, weights=""):
+        super().__init__()
+
+    def forward(self, images):
+        x = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)          # (B, 12)
+        return {"pool3": x[:, :7].tanh() + x[:, :7] / 9, "spatial": x[:, 3:8] / 7, "logits": x[:, :4] / 50}
+
+
+def some_images(count, seed=0, size=6):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size=(count, 3, size, size), dtype=np.uint8))
+
+
+def save_images(path, images, **others):
+    np.savez(path, images.permute(0, 2, 3, 1).numpy(), **others)
+    return path
+
+
+def narrow(group, samples, reference, labels=None, batch_size=4):
+    """`measure` in all processes of a group; the numbers of the main one."""
+    def judge(ranks):
+        networks = [NarrowInception()]
+
+        def batches(images):
+            return (images[list(part)] if part else None for part in metrics.shares(len(images), batch_size, ranks))
+
+        against = Reference({}, batches(reference), len(reference), networks, ranks, batch_size)
+        return measure(batches(samples), against, networks, ranks, batch_size, labels)
+    return group.run(judge)[0]
+
+
+def test_measure_against_numpy():
+    samples, reference = some_images(30), some_images(25, seed=1)
+    found, warnings = narrow(Group(1), samples, reference)
+    network, expected = NarrowInception(), {}
+    a, b = network(samples), network(reference)
+    for name, metric in (("pool3", "fid"), ("spatial", "sfid")):
+        x, y = a[name].double().numpy(), b[name].double().numpy()
+        cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+        root = scipy.linalg.sqrtm(cx @ cy).real
+        expected[metric] = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cx + cy - 2 * root)
+    expected["inception_score"], expected["inception_score_std"] = metrics.inception_score(a["logits"])
+    expected["precision"], expected["recall"] = metrics.precision_and_recall(a["pool3"], b["pool3"])
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert [warning.split(":")[0] for warning in warnings] == [
+        "30 samples", "the inception score is of one chunk of 30 samples instead of 5000",
+        "precision and recall are against 25 images instead of 10000"]
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_processes_measure_what_one_does(monkeypatch, world):
+    monkeypatch.setattr(metrics, "IS_CHUNK", 7)                        # so that the order matters
+    samples, reference = some_images(30), some_images(21, seed=1)
+    assert narrow(Group(world), samples, reference) == narrow(Group(1), samples, reference)
+
+
+def test_precision_and_recall_look_at_part_of_a_large_reference(monkeypatch):
+    monkeypatch.setattr(metrics, "REFERENCE_ROWS", 10)
+    images = some_images(45)
+    for world in (1, 2):
+        def load(ranks):
+            mine = (images[list(part)] if part else None for part in metrics.shares(45, 4, ranks))
+            return Reference({}, mine, 45, [NarrowInception()], ranks, 4)
+        reference, *others = Group(world).run(load)
+        assert len(set(reference.chosen)) == 10 and reference.chosen[9] > 20          # from all over it
+        assert torch.equal(reference.pool3, NarrowInception()(images[reference.chosen])["pool3"])
+        assert all(len(other.pool3) == 0 for other in others)
+
+
+def test_class_ordered_samples_are_warned_about(monkeypatch):
+    monkeypatch.setattr(metrics, "IS_CHUNK", 12)
+    samples, reference, labels = some_images(48), some_images(10, seed=1), np.arange(48) // 12
+    assert "by their labels" in narrow(Group(1), samples, reference, labels)[1][-1]
+    assert not any("ordered" in text for text in narrow(Group(1), samples, reference, labels[::-1] * 0)[1])
+    # Without labels, by what the network takes the samples for.
+    order = NarrowInception()(samples)["logits"].argmax(1).argsort()
+    assert not any("ordered" in text for text in narrow(Group(1), samples, reference)[1])
+    assert "by their predicted classes" in narrow(Group(1), samples[order], reference)[1][-1]
+
+
+def test_too_few_images_and_too_large_batches():
+    with pytest.raises(ValueError, match="3 samples.*4 at least"):
+        narrow(Group(1), some_images(3), some_images(9))
+    with pytest.raises(ValueError, match="3 images of the reference"):
+        narrow(Group(2), some_images(9), some_images(3))
+    with pytest.raises(ValueError, match="5 images at a time.*batch_size = 4"):
+        SampleFeatures([NarrowInception()], Group(1).ranks[0], 4).update(some_images(5))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_streaming_fid(world):
+    samples, reference = some_images(20), NarrowInception()(some_images(30, seed=1))["pool3"]
+    against = statistics_of(reference).mean_and_covariance()
+
+    def judge(ranks):
+        fid, distances = StreamingFID(against, NarrowInception(), ranks), []
+        for batches in ([samples[:3], samples[3:9]], [samples[9:]]):   # in any batches, and unequally shared
+            for images in batches if ranks.main else []:
+                fid.update(images)
+            distances.append(fid.distance())
+        return distances
+
+    expected = [frechet_distance(*statistics_of(NarrowInception()(samples[:count])["pool3"]).mean_and_covariance(),
+                                 *against) for count in (9, 20)]
+    assert Group(world).run(judge) == [pytest.approx(expected, rel=1e-9)] * world
+
+
+@pytest.fixture
+def narrowed(monkeypatch):
+    monkeypatch.setattr(inception, "InceptionFeatures", NarrowInception)
+
+
+def command(samples, reference, *options):
+    metrics.main([str(samples), "--reference", str(reference), "--num-workers", "0", *map(str, options)])
+    target = samples.with_name(samples.name + ".metrics.json")
+    return json.loads(target.read_text())
+
+
+@pytest.fixture
+def adm(tmp_path):
+    """A reference like ADM's, as wide as the narrow network."""
+    images = some_images(12, seed=2)
+    parts = {name: statistics_of(value).mean_and_covariance() for name, value in NarrowInception()(images).items()}
+    arrays = {key: part.float().numpy() for name, keys in metrics.STATISTICS.items()
+              for key, part in zip(keys, parts[name])}
+    return {"arr_0": images.permute(0, 2, 3, 1).numpy(), **arrays}
+
+
+def test_all_kinds_of_samples_give_the_same(folder, adm, narrowed, tmp_path):
+    """The prepared digits, once from their folder, once as png, once in an npz, compressed or not, in any batches."""
+    np.savez(tmp_path / "adm.npz", **adm)
+    images = all_images(PreparedImages(folder))
+    save_images(tmp_path / "plain.npz", images)
+    np.savez_compressed(tmp_path / "packed.npz", images.permute(0, 2, 3, 1).numpy())
+    (tmp_path / "png").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "png" / f"{i:03}.png")
+    results = [command(samples, tmp_path / "adm.npz", *options) for samples, *options in [
+        (tmp_path / "plain.npz", "--batch-size", 7), (tmp_path / "packed.npz",), (tmp_path / "png",), (folder,),
+        (tmp_path / "plain.npz", "--num-workers", 2)]]
+    for result in results:
+        assert result["metrics"] == pytest.approx(results[0]["metrics"], rel=1e-9)
+        assert result["reference"]["statistics"] == "of the file"
+        assert result["samples"]["count"] == 90 and result["environment"]["processes"] == 1
+        assert any("8 x 8 pixels, the reference's images 6 x 6" in warning for warning in result["warnings"])
+    assert results[0]["samples"]["uint8_conversion"].startswith("unknown")
+    assert results[3]["samples"]["uint8_conversion"].startswith("none")
+    # Beside an npz of eval.sample is what it was drawn with.
+    (tmp_path / "settings.json").write_text(json.dumps({"uint8": "rounded", "settings": {"seed": 3}}))
+    drawn = command(tmp_path / "plain.npz", tmp_path / "adm.npz")["samples"]
+    assert drawn["uint8_conversion"] == "rounded" and drawn["settings"] == {"seed": 3}
+    # Against itself, samples are perfect.
+    perfect = command(folder, tmp_path / "plain.npz")["metrics"]
+    assert perfect["fid"] == pytest.approx(0, abs=1e-4) and perfect["precision"] == perfect["recall"] == 1
+
+
+def test_images_of_an_npz_are_mapped_not_loaded(tmp_path):
+    images = some_images(9)
+    source = metrics.open_images(save_images(tmp_path / "images.npz", images, arr_1=np.arange(9)))
+    assert isinstance(source.array, np.memmap) and "array" not in source.__getstate__()
+    assert torch.equal(source.__getitems__([3, 0]), images[[3, 0]]) and source.labels.tolist() == list(range(9))
+
+
+def test_folder_of_images(tmp_path):
+    for i, (kind, mode) in enumerate([("b", "RGB"), ("a", "L"), ("a", "RGB")]):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        Image.new(mode, (5, 4), i).save(tmp_path / kind / f"{i}.{'JPG' if i == 2 else 'png'}")
+    source = metrics.open_images(tmp_path)
+    assert len(source) == 3 and source.size == (4, 5) and source.labels.tolist() == [0, 0, 1]
+    assert source.__getitems__([0, 1, 2]).shape == (3, 3, 4, 5) and "1 images are JPEG" in source.warnings[0]
+    Image.new("RGB", (6, 4)).save(tmp_path / "b" / "wide.png")
+    with pytest.raises(ValueError, match=r"wide.png' is 4 x 6 pixels, the first one 4 x 5"):
+        metrics.open_images(tmp_path).__getitems__([3])
+
+
+def test_two_processes_compute_what_one_does(narrowed, tmp_path):
+    samples = save_images(tmp_path / "samples.npz", some_images(23))
+    reference = save_images(tmp_path / "images.npz", some_images(12, seed=2))
+    options = [samples, "--reference", reference, "--num-workers=1", "--batch-size=4"]
+    alone = command(samples, reference, "--batch-size", 4, "--save-reference", tmp_path / "kept.npz")["metrics"]
+    script = ("import sys; from eval import inception, metrics; from tests.test_metrics import NarrowInception;"
+              "inception.InceptionFeatures = NarrowInception; metrics.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "--no-python", sys.executable, "-c", script, *options],
+                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("written to") == 1
+    together = json.loads((tmp_path / "samples.npz.metrics.json").read_text())
+    assert together["metrics"] == alone and together["environment"]["processes"] == 2
+    # The statistics of the first run, read back instead of computed.
+    assert command(samples, tmp_path / "kept.npz", "--batch-size", 4)["metrics"] == alone
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"mu": None}, "lacks mu; a reference has arr_0, mu, sigma, mu_s, sigma_s"),
+    ({"arr_0": None, "sigma_s": None}, "lacks arr_0, sigma_s"),
+    ({"mu": np.zeros(6)}, r"mu is float64 \(6,\).*shape \(7,\)"),
+    ({"sigma_s": np.zeros((5, 7), np.float32)}, r"sigma_s is float32 \(5, 7\).*shape \(5, 5\)"),
+    ({"sigma": np.full((7, 7), np.nan)}, "sigma is.*finite"),
+    ({"mu": np.array([None] * 7)}, "mu holds Python objects, which are never loaded"),
+    ({"arr_0": np.zeros((9, 6, 6, 3), np.float32)}, r"arr_0 is float32 \(9, 6, 6, 3\); images must be uint8"),
+    ({"arr_0": np.zeros((9, 3, 6, 6), np.uint8)}, r"arr_0 is uint8 \(9, 3, 6, 6\)"),
+    ({"arr_0": np.zeros((3, 6, 6, 3), np.uint8)}, "3 images of the reference"),
+])
+def test_references_that_cannot_be_used(adm, narrowed, tmp_path, change, message):
+    changed = {name: value for name, value in (adm | change).items() if value is not None}
+    np.savez(tmp_path / "adm.npz", **changed)
+    save_images(tmp_path / "samples.npz", some_images(6))
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        command(tmp_path / "samples.npz", tmp_path / "adm.npz")
+
+
+def test_samples_that_cannot_be_used(adm, narrowed, tmp_path):
+    np.savez(tmp_path / "adm.npz", **adm)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.npz").write_text("no zip")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    save_images(tmp_path / "labels.npz", some_images(6), arr_1=np.zeros((6, 2)))
+    np.savez(tmp_path / "none.npz", np.zeros((0, 6, 6, 3), np.uint8))
+    for name, message in [("missing", "there is no .*missing"), ("text.npz", "not an npz"),
+                          ("other.npz", r"no arr_0, but \['images'\]"), ("empty", "neither png nor jpg"),
+                          ("labels.npz", r"arr_1 is \(6, 2\).*6 images"), ("none.npz", "0 samples")]:
+        with pytest.raises(SystemExit, match=message):
+            command(tmp_path / name, tmp_path / "adm.npz")
+    save_images(tmp_path / "samples.npz", some_images(6))
+    for options, message in [(["--batch-size", "0"], "batch_size = 0"),
+                             (["--save-reference", tmp_path / "x.npz"], "has its statistics")]:
+        with pytest.raises(SystemExit, match=message):
+            command(tmp_path / "samples.npz", tmp_path / "adm.npz", *options)
+
+
+def test_weights_are_asked_for_within_seconds(adm, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    save_images(tmp_path / "samples.npz", some_images(6))
+    start = time.perf_counter()
+    with pytest.raises(SystemExit, match="inception-2015-12-05.*--inception FILE"):
+        command(tmp_path / "samples.npz", tmp_path / "samples.npz")
+    assert time.perf_counter() - start < 10
 
 
 # ---- evaluation during training ----
