@@ -19,7 +19,7 @@ import yaml
 
 # Settings that tell one run of an arm from another, or say nothing about how it learns.
 NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
-               "log_every", "micro_batch_size"}
+               "log_every", "micro_batch_size", "dry_run", "checkpoint_activations"}
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
 TARGETS_AT = (0.25, 0.5, 0.75, 1.0)      # default targets: what the reference has reached at these shares of its run
 
@@ -116,11 +116,16 @@ def label(config, varied):
     if config.get("alignment") == "repa":
         name += " + REPA"
     # Options of DAR and of REPA tell nothing apart where these are off.
-    idle = set() if dar else {"query", "chunk_size", "final_aggregator"}
+    idle = set() if dar else {"query", "chunk_size", "final_aggregator", "route_backend"}
     idle |= set() if config.get("alignment") == "repa" else {"align_depth", "proj_coeff", "projector_dim",
                                                              "encoder_features"}
-    extra = [f"{key}={config.get(key)}" for key in varied if key not in {"routing", "alignment"} | idle]
+    extra = [f"{key}={shown(config.get(key))}" for key in varied if key not in {"routing", "alignment"} | idle]
     return ", ".join([name, *extra])
+
+
+def shown(value):
+    """A setting as text; several values as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def time_to_target(x, y, target, goal="min"):
@@ -186,7 +191,7 @@ def compare(arms, options):
                       "samples_per_second": mean([run.samples_per_second for run in runs.values()]),
                       "last_step": max(int(run.x["step"][-1]) for run in runs.values()),
                       "folders": [run.folder for run in runs.values()],
-                      "encoder": sorted({run.config.get("encoder", "") for run in runs.values()})}
+                      "encoder": sorted({shown(run.config.get("encoder", "")) for run in runs.values()})}
                for name, runs in arms.items()}
     of_one_start = {"command", "from_step"}
     machines = {json.dumps({key: value for key, value in start.items() if key not in of_one_start}, sort_keys=True)
