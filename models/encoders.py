@@ -158,8 +158,8 @@ def _load_transformers(name, grid, weights):
             raise LookupError(f"{len(missing)} tensors are not in it, such as {missing[0]}")
     except Exception as error:                                             # transformers and the hub raise many kinds
         raise ValueError(f"the weights of encoder {name!r} could not be loaded ({_why(reason, error)}); without "
-                         "network, give --encoder hf:FOLDER, a folder of transformers' save_pretrained that holds the model and "
-                         "its image processor") from error
+                         "network, give --encoder hf:FOLDER, a folder of transformers' save_pretrained that holds the "
+                         "model and its image processor") from error
     patch = getattr(tower.config, "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(f"encoder {name!r} has the patch size {patch}; a plain vision transformer is needed")
