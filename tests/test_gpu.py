@@ -1,5 +1,6 @@
 """What only a GPU can show. Skipped, visibly, where there is none."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import torch
 from runtime import load_file
 from tests.conftest import ROOT, read_lines
 
-# Asked in a process of its own: in this one conftest hides the GPU from torch.
-VISIBLE = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+# Asked in a process of its own: in this one conftest hides the GPU from torch, and has Triton interpreted.
+HIDING = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
+VISIBLE = {name: value for name, value in os.environ.items() if name not in HIDING}
 GPUS = int(subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], env=VISIBLE,
                           capture_output=True, text=True).stdout or 0)
 
@@ -37,3 +39,14 @@ def test_run_on_a_gpu(digits, encoder_folder, tmp_path, routing, extra):
     assert len(distances) == 2 and distances[1] < distances[0]
     weights = load_file(tmp_path / "run" / "last.pt")["model"]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.skipif(GPUS == 0, reason="no GPU")
+def test_fused_kernels_on_a_gpu(tmp_path):
+    """Compiled, recorded in a CUDA graph, and equal to float64 for every query; odd widths and one to 128 sources."""
+    done = subprocess.run([sys.executable, "-m", "kernels.bench", "--out", str(tmp_path / "bench"),
+                           "--parts", "operators", "--methods", "fused", "--sources", "1", "9", "128", "--widths", "7", "384", "1152", "2500",
+                           "--batch", "3", "--tokens", "37"], cwd=ROOT, env=VISIBLE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "bench.json").read_text())["operators"]
+    assert len(rows) == 3 * 4 * 3 and all("forward" in row for row in rows), [row for row in rows if "failed" in row]
