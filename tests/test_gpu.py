@@ -46,7 +46,8 @@ def test_fused_kernels_on_a_gpu(tmp_path):
     """Compiled, recorded in a CUDA graph, and equal to float64 for every query; odd widths and one to 128 sources."""
     done = subprocess.run([sys.executable, "-m", "kernels.bench", "--out", str(tmp_path / "bench"),
                            "--parts", "operators", "--methods", "fused", "--sources", "1", "9", "128",
-                           "--widths", "7", "384", "1152", "2500", "--batch", "3", "--tokens", "37"], cwd=ROOT, env=VISIBLE, capture_output=True, text=True)
+                           "--widths", "7", "384", "1152", "2500", "--batch", "3", "--tokens", "37"],
+                          cwd=ROOT, env=VISIBLE, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = json.loads((tmp_path / "bench.json").read_text())["operators"]
     assert len(rows) == 3 * 4 * 3 and all("forward" in row for row in rows), [row for row in rows if "failed" in row]
