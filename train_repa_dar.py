@@ -87,6 +87,7 @@ class Trainer:
             features=[encoder.fingerprint for encoder in self.encoders] if aligned and prepared else ())
         resolve_backend(config.route_backend, self.device)          # refuses one that cannot run here
         self.model = self.build_model().to(self.device)
+        self.flops_per_image = 3 * flops_per_image(self.model)     # of a training step: the backward is two forwards
         self.ema = EMA(self.model, config.ema_decays)
         self.wrapped = self.model
         if ranks.world > 1:
@@ -352,7 +353,6 @@ class Trainer:
         config, model = self.config, self.model
         parts = parameters_by_part(model)
         total = sum(parts.values())
-        self.flops_per_image = 3 * flops_per_image(model)          # of a training step: the backward is two forwards
         routing = config.routing
         if routing == "dar":
             routing += f" by {KERNELS[resolve_backend(config.route_backend, self.device)]}"
