@@ -350,8 +350,7 @@ def verify(folder):
         for start in range(0, count, chunk_size):
             record, stop = path.parent / f"{start // chunk_size:05}.json", min(start + chunk_size, count)
             if not record.is_file():
-                bad.append(f"{path} rows {start} to {stop - 1} (unfinished)")
-                continue
+                raise ValueError(f"{path.parent} is not finished; the same command without --verify goes on with it")
             record, digest = json.loads(record.read_text()), hashlib.sha256()
             for first in range(start, stop, record["batch_size"]):
                 for copy in range(len(array) // count):

@@ -178,6 +178,10 @@ def test_checksums_find_what_has_changed(prepared, tmp_path, capsys):
     message = refusal("", copy, "--verify")
     assert "00002.bin" in message and "moments.npy rows 20 to 21" in message and "tokens.npy rows 0 to 3" in message
     assert message.count(";") == 2
+    record = next(copy.glob("latents/*/00001.json"))
+    record.rename(record.with_suffix(".away"))
+    assert "is not finished; the same command without --verify" in refusal("", copy, "--verify")
+    record.with_suffix(".away").rename(record)
     # As the message says: without these records the chunks are made again.
     for record in (*copy.glob("*/*/meta.json"), copy / "meta.json", copy / "images" / "00002.json",
                    *copy.glob("latents/*/00005.json"), *copy.glob("features/*/00000.json")):
