@@ -9,7 +9,6 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 
-from models.autoencoder import load_autoencoder
 from models.encoders import SHORT_NAMES, FrozenEncoder
 from tests.conftest import save_tiny_encoder
 
@@ -564,30 +562,3 @@ def test_models_that_are_no_vision_transformers(tmp_path, architecture, argument
     save_encoder(tmp_path / "model", architecture, **arguments)
     with pytest.raises(ValueError, match="plain vision transformer"):
         FrozenEncoder(str(tmp_path / "model"), 8)
-
-
-# ---- pixels ----
-
-def test_pixels_come_back_exactly():
-    levels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
-    pixels = load_autoencoder("pixels")
-    assert (pixels.channels, pixels.downsampling) == (3, 1)
-    x = pixels.encode(levels)
-    assert x.dtype == torch.float32 and x.shape == levels.shape
-    assert (x.min(), x.max()) == (-1, 1)
-    np.testing.assert_allclose(x[0, 0].flatten().numpy(), np.arange(256) / 127.5 - 1, atol=1e-7)
-    for latents in (x, x.double()):                                    # the samplers' state is float64
-        assert torch.equal(pixels.decode(latents), levels)
-
-
-def test_pixels_are_rounded_and_clipped():
-    decode = load_autoencoder("pixels").decode
-    levels = torch.arange(256).double()
-    for shift in (-0.49, 0.49):
-        assert torch.equal(decode((levels + shift) / 127.5 - 1), levels.to(torch.uint8))
-    assert decode(torch.tensor([-1.5, -40.0, 1.5, 40.0])).tolist() == [0, 0, 255, 255]
-
-
-def test_unknown_autoencoder():
-    with pytest.raises(ValueError, match="autoencoder 'vae' is unknown.*pixels"):
-        load_autoencoder("vae")
