@@ -33,7 +33,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from dataset.latents import EncodedImages
