@@ -39,7 +39,7 @@ from dataset.latents import EncodedImages
 from dataset.sources import center_crop, limited, open_source, to_rgb
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
-from runtime import Ranks
+from runtime import Ranks, replaced
 
 CHUNK = 256                                         # images in a file, and between two records of progress
 PROBE = 16                                          # images that are timed before the first is written
@@ -231,8 +231,9 @@ class Images(Stage):
         with ThreadPoolExecutor(self.threads) as pool:
             made = list(pool.map(self.read, rows))
         data = b"".join(data for data, *_ in made)
-        write_bytes(self.record(chunk).with_suffix(".bin"), data)
-        return {"sha256": hashlib.sha256(data).hexdigest(), "sizes": [len(data) for data, *_ in made],
+        with replaced(self.record(chunk).with_suffix(".bin")) as file:
+            file.write(data)
+        return {"sha256": _checksum(data), "sizes": [len(data) for data, *_ in made],
                 "pixels": hashlib.sha256(b"".join(digest for _, digest, _ in made)).hexdigest(),
                 "damaged": {i: [self.source.names[i], problem] for i, (*_, problem) in zip(rows, made) if problem}}
 
@@ -367,14 +368,9 @@ def _checksum(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def write_bytes(path, content):
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
-
-
 def write_json(path, content):
-    write_bytes(path, json.dumps(content, indent=1).encode())
+    with replaced(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ MAY_IMPORT = [
     ("dataset/digits.py", []),
     ("dataset/sources.py", ["dataset.digits.*", "models.hub.*"]),
     ("dataset/prepare.py", ["models.autoencoder.*", "models.encoders.*", "dataset.latents.*", "dataset.sources.*",
-                            "runtime.Ranks"]),
+                            "runtime.Ranks", "runtime.replaced"]),
     ("dataset/bench.py", ["dataset.latents.*"]),
     ("dataset/standin_encoder.py", ["dataset.latents.*", "models"]),
     ("kernels/bench.py", ["kernels.*", "models.*"]),         # it times whole training steps
