@@ -54,7 +54,7 @@ class OnlineEvaluation:
             shown.append(images[:max(0, GRID - sum(map(len, shown)))].cpu())
         self.ranks.sum(statistics.sums)
         distance = frechet_distance(*statistics.mean_and_covariance(), *self.reference)
-        return distance, self._grid(torch.cat(shown)) if shown else None
+        return distance, grid_of(torch.cat(shown), self.labels) if shown else None
 
     def sample(self, model, indices):
         """The samples with these indices, uint8 (B, 3, H, W)."""
@@ -106,8 +106,10 @@ class OnlineEvaluation:
         except OSError as error:                                           # the data folder may be read-only
             print(f"not kept for later runs: {path} ({error})")
 
-    def _grid(self, images):
-        images = images[self.labels[:len(images)].argsort(stable=True)]
-        magnify = max(1, 32 // images.shape[-1])                           # tiny images would be hard to see
-        images = images.repeat_interleave(magnify, -1).repeat_interleave(magnify, -2)
-        return make_grid(images, nrow=round(len(images) ** 0.5), padding=2)
+
+def grid_of(images, labels):
+    """uint8 (B, 3, H, W) -> one picture (3, H', W'), ordered by label."""
+    images = images[labels[:len(images)].argsort(stable=True)]
+    magnify = max(1, 32 // images.shape[-1])                               # tiny images would be hard to see
+    images = images.repeat_interleave(magnify, -1).repeat_interleave(magnify, -2)
+    return make_grid(images, nrow=round(len(images) ** 0.5), padding=2)

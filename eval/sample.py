@@ -42,10 +42,8 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-import models  # noqa: F401  (before torchvision: see its docstring)
-from torchvision.utils import make_grid
-
 from eval.checkpoint import load_trained
+from eval.online import grid_of
 from eval.samplers import IndexedNoise, sample_ode, sample_sde
 from models.autoencoder import load_autoencoder
 from runtime import EVALUATION, Ranks, derive_seed, environment, lock_folder, replaced
@@ -379,9 +377,9 @@ def finish(chunks, npz, shape, labels, options):
     grid = npz.with_name("grid.png")
     first = next(iter(chunks))
     if not grid.is_file() and first.is_file():
-        images = torch.from_numpy(read(first)[:GRID])
+        picture = grid_of(torch.from_numpy(read(first)[:GRID]).permute(0, 3, 1, 2), labels)
         with replaced(grid) as file:
-            Image.fromarray(grid_of(images, labels[:len(images)])).save(file, "PNG")
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
     if options.npz and not npz.is_file():
         with replaced(npz) as file, zipfile.ZipFile(file, "w") as archive:
             with member(archive, "arr_0.npy") as array:                    # a chunk at a time, for the memory
@@ -396,14 +394,6 @@ def finish(chunks, npz, shape, labels, options):
 def member(archive, name):
     """A file to write inside the archive; with one fixed date, so that equal images make equal bytes."""
     return archive.open(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
-
-
-def grid_of(images, labels):
-    """uint8 (B, H, W, 3) -> one picture (H', W', 3), ordered by label."""
-    images = images[labels.argsort(stable=True)].permute(0, 3, 1, 2)
-    magnify = max(1, 32 // images.shape[-1])        # tiny images would be hard to see
-    images = images.repeat_interleave(magnify, -1).repeat_interleave(magnify, -2)
-    return make_grid(images, nrow=round(len(images) ** 0.5), padding=2).permute(1, 2, 0).numpy()
 
 
 @contextlib.contextmanager
