@@ -20,7 +20,7 @@ import yaml
 PRESETS = Path(__file__).parent / "configs"
 # A run may be continued with other values of these: they change nothing but rounding in its weights.
 FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every",
-                  "tensorboard", "dry_run", "checkpoint_activations"}
+                  "tensorboard", "dry_run", "checkpoint_activations", "diagnose_every", "diagnose_images"}
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,12 @@ class Config:
     # ---- online evaluation ----
     eval_every: int = 10_000
     """Steps between two evaluations (grid, Fréchet distance in the encoder's space); 0: none."""
+    eval_metric: Literal["encoder", "fid"] = "encoder"
+    """fid: log FID too, of the same samples, and of their first 5 000 and 10 000 where there are more."""
+    inception: str = ""
+    """Weights file of torch-fidelity's Inception v3, for FID. Empty: downloaded once."""
+    fid_reference: str = ""
+    """ADM's reference npz for FID (VIRTUAL_imagenet256_labeled.npz). Empty: the training images."""
     eval_samples: int = 5_000
     """Samples per evaluation. The distance depends on it: compare like with like."""
     eval_batch_size: int = 250
@@ -147,12 +153,19 @@ class Config:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance is applied."""
 
+    # ---- diagnosis ----
+    diagnose_every: int = 0
+    """Steps between two diagnoses of the evaluated average (figures of eval.diagnose, in diagnosis/); 0: none."""
+    diagnose_images: int = 256
+    """Training images that a diagnosis looks at."""
+
     def check(self):
         """Raise a ValueError that names the first value out of range."""
         at_least = {"seed": 0, "depth": 1, "hidden_size": 4, "num_heads": 1, "chunk_size": 1, "projector_dim": 1,
                     "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "num_workers": 0, "max_skipped_steps": 1,
                     "log_every": 1, "checkpoint_every": 1, "snapshot_every": 0, "eval_every": 0, "eval_samples": 2,
-                    "eval_batch_size": 1, "sample_steps": 2, "proj_coeff": 0, "weight_decay": 0, "cfg_scale": 0}
+                    "eval_batch_size": 1, "sample_steps": 2, "diagnose_every": 0, "diagnose_images": 20,
+                    "proj_coeff": 0, "weight_decay": 0, "cfg_scale": 0}
         for name, low in at_least.items():
             value = getattr(self, name)
             _require(value is None or low <= value < float("inf"), name, value, f"must be at least {low}, and finite")

@@ -30,6 +30,7 @@ from loss import alignment_loss, denoising_loss, interpolant, sample_times
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from models.sit import SIT_MODELS, flops_per_image, kept_for_backward, load_published, parameters_by_part
+from eval.metrics import npz_statistics
 from eval.online import OnlineEvaluation
 from runtime import (EMA, INITIAL_WEIGHTS, TRAINING, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file,
                      load_weights, lock_folder, replaced)
@@ -73,12 +74,15 @@ class Trainer:
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bf16)
 
         images = PreparedImages(config.data)
+        if config.diagnose_every and len(images) < config.diagnose_images:
+            raise ValueError(f"diagnose_images = {config.diagnose_images}: {config.data} has {len(images)} images")
         with ranks.one_first():
             self.autoencoder = load_autoencoder(config.autoencoder).to(self.device)
             self.decoder = load_autoencoder(config.decoder).to(self.device) if config.decoder else self.autoencoder
         self.size = latent_size(config, images.resolution, self.autoencoder, self.decoder)
         self.patch_size = patch_size(config.model, self.size)
         self.encoders = self.build_encoders()
+        self.inception, self.fid_reference = self.build_inception()
         aligned, prepared = config.alignment == "repa", config.encoder_features == "prepared"
         self.latent = config.autoencoder != "pixels"
         self.data = PreparedImages(
@@ -97,7 +101,8 @@ class Trainer:
         self.tally = Tally(self.device)
         self.step, self.seconds = 0, 0.0            # seconds of training, without evaluation and checkpoints
         self.logged = {"step": 0, "seconds": 0.0}   # where the current interval of the log began
-        self.evaluation_due = False                 # of this step; a checkpoint remembers it if the run is cut short
+        # What this step still owes; a checkpoint remembers it if the run is cut short.
+        self.evaluation_due = self.diagnosis_due = False
 
     # ---- building ----
 
@@ -107,6 +112,21 @@ class Trainer:
         with self.ranks.one_first():
             return [FrozenEncoder(name, self.size // self.patch_size, *config.encoder_weights[i:i + 1]).to(self.device)
                     for i, name in enumerate(names)]
+
+    def build_inception(self):
+        """Inception v3 and the statistics of ADM's reference; None for what the evaluation does not need."""
+        config = self.config
+        if not config.eval_every or config.eval_metric != "fid":
+            return None, None
+        from eval.inception import InceptionFeatures            # nothing else needs torch-fidelity
+        with self.ranks.one_first():
+            inception = InceptionFeatures(config.inception).to(self.device)
+        if not config.fid_reference:
+            return inception, None
+        if "pool3" not in (found := npz_statistics(config.fid_reference)):
+            raise ValueError(f"fid_reference = {config.fid_reference!r} holds no statistics (mu, sigma); "
+                             "`python -m eval.metrics --save-reference` makes a file that does")
+        return inception, found["pool3"]
 
     def build_model(self):
         config = self.config
@@ -143,6 +163,8 @@ class Trainer:
         self.identity = {**options, "content of data": self.data.content,
                          "content of encoder": [encoder.fingerprint for encoder in self.encoders],
                          "content of autoencoder": self.autoencoder.fingerprint}
+        if self.inception:
+            self.identity["content of inception"] = self.inception.fingerprint
         last = self.folder / "last.pt"
         checkpoint = None
         if last.is_file():
@@ -165,9 +187,10 @@ class Trainer:
             self.tally.load_state_dict(checkpoint["tally"])
             self.step, self.seconds, self.logged = (checkpoint[key] for key in ("step", "seconds", "logged"))
             self.evaluation_due = checkpoint["evaluation_due"]
+            self.diagnosis_due = checkpoint.get("diagnosis_due", False)
             self.say(f"resumed    at step {self.step}")
         self.ranks.barrier()                        # nobody writes before all have read
-        if self.ranks.main and (self.step < self.config.max_steps or self.evaluation_due):
+        if self.ranks.main and (self.step < self.config.max_steps or self.evaluation_due or self.diagnosis_due):
             configuration.save(self.config, self.folder / "config.yaml")
             with open(self.folder / "environment.jsonl", "a") as file:
                 file.write(json.dumps({"from_step": self.step, **environment(self.ranks)}) + "\n")
@@ -183,7 +206,8 @@ class Trainer:
         if self.ranks.main:
             emas = self.ema.state_dict()
             checkpoint = {"config": self.identity, "step": self.step, "seconds": self.seconds, "logged": self.logged,
-                          "evaluation_due": self.evaluation_due, "log_lines": self.log.lines,
+                          "evaluation_due": self.evaluation_due, "diagnosis_due": self.diagnosis_due,
+                          "log_lines": self.log.lines,
                           "model": self.model.state_dict(), "ema": next(iter(emas.values())), "emas": emas,
                           "optimizer": self.optimizer.state_dict(), "tally": self.tally.state_dict()}
             names = ["last.pt"]
@@ -204,12 +228,12 @@ class Trainer:
         evaluate = None
         if config.eval_every and (self.step < config.max_steps or self.evaluation_due):
             evaluate = OnlineEvaluation(config, PreparedImages(config.data), self.encoders[0], self.decoder,
-                                        (self.autoencoder.channels, self.size, self.size), self.ranks, self.autocast)
+                                        (self.autoencoder.channels, self.size, self.size), self.ranks, self.autocast,
+                                        self.inception, self.fid_reference)
         bar = tqdm(on_device(self.batches(), self.device), initial=self.step, total=config.max_steps,
                    desc=self.folder.name, unit="step", disable=not self.ranks.main, mininterval=1)
         with StopFlag(self.ranks) as stop:
-            if self.evaluation_due:
-                stopped_by = self.write_evaluation(evaluate, stop, bar)
+            stopped_by = self.look(evaluate, stop, bar)
             clock = time.perf_counter()
             for batch in bar if not stopped_by else ():
                 self.train_step(batch)
@@ -217,8 +241,9 @@ class Trainer:
                 stopped_by, last = stop.agreed(), self.step == config.max_steps
                 log_due = last or self.due(config.log_every)
                 self.evaluation_due = evaluate is not None and (last or self.due(config.eval_every))
+                self.diagnosis_due = self.due(config.diagnose_every)
                 save_due = last or stopped_by or self.due(config.checkpoint_every) or self.due(config.snapshot_every)
-                if not (log_due or self.evaluation_due or save_due):
+                if not (log_due or save_due or self.evaluation_due or self.diagnosis_due):
                     continue
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
@@ -227,8 +252,7 @@ class Trainer:
                     bar.set_postfix(self.write_log())
                 if save_due:                        # before the evaluation, which may take long
                     self.save()
-                if self.evaluation_due and not stopped_by:
-                    stopped_by = self.write_evaluation(evaluate, stop, bar)
+                stopped_by = stopped_by or self.look(evaluate, stop, bar)
                 if stopped_by:
                     break
                 clock = time.perf_counter()
@@ -325,28 +349,52 @@ class Trainer:
                 f"--init-from {self.folder / 'last.pt'} starts from the last checkpoint, where there is one")
         return {"loss": f"{means['loss']:.4f}"} if means else {"skipped": skipped}
 
-    def write_evaluation(self, evaluate, stop, bar):
-        """Evaluate the first average and record it. Returns the signal that cut it short, after saving, or 0."""
-        began = time.perf_counter()
-        distance, grid = evaluate(next(iter(self.ema.models.values())), interrupted=stop.agreed)
-        if distance is None:
+    def look(self, evaluate, stop, bar):
+        """Do what is due of evaluation and diagnosis. Returns the signal that cut it short, after saving, or 0."""
+        if not (self.evaluation_due or self.diagnosis_due):
+            return 0
+        if self.evaluation_due and not self.write_evaluation(evaluate, stop, bar):
             self.save()                             # with the evaluation still due
             return stop.agreed()
+        if self.diagnosis_due:
+            self.write_diagnosis()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()    # the log is of training alone
+        if self.step == self.config.max_steps:
+            self.save()                             # there is no later checkpoint to say that this was done
+        return 0
+
+    def write_evaluation(self, evaluate, stop, bar):
+        """Evaluate the first average and record it. Returns whether it came to its end."""
+        began = time.perf_counter()
+        distances, grid = evaluate(next(iter(self.ema.models.values())), interrupted=stop.agreed)
+        if distances is None:
+            return False
         self.evaluation_due = False
         self.log.write({"step": self.step, "images": self.step * self.config.batch_size,
-                        "seconds": round(self.seconds, 3), "frechet_distance": distance,
+                        "seconds": round(self.seconds, 3), **distances,
                         "evaluation_seconds": round(time.perf_counter() - began, 3)})
         if self.ranks.main:
             path = self.folder / "samples" / f"{self.step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
             self.log.image("samples", grid, self.step)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()    # the log is of training alone
-        if self.step == self.config.max_steps:
-            self.save()                             # there is no later checkpoint to say that this one was made
-        bar.set_postfix(frechet_distance=f"{distance:.3f}")
-        return 0
+        bar.set_postfix({name: f"{distance:.3f}" for name, distance in distances.items()})
+        return True
+
+    def write_diagnosis(self):
+        """The figures of eval.diagnose for the first average, by the main process; the others wait."""
+        if self.ranks.main:
+            from eval.diagnose import FIGURES, diagnose         # nothing else needs matplotlib and scikit-learn
+            config, encoder = self.config, self.encoders[0] if self.encoders else None
+            data = PreparedImages(config.data, latents=self.autoencoder.fingerprint if self.latent else "")
+            decay, model = next(iter(self.ema.models.items()))
+            diagnose(model, data, self.autoencoder, encoder, self.folder / "diagnosis" / f"{self.step:07d}",
+                     [name for name in FIGURES if encoder or name != "alignment"], num_images=config.diagnose_images,
+                     path=config.path, provenance={"average": str(decay), "step": self.step,
+                                                   **environment(self.ranks)})
+        self.diagnosis_due = False
+        self.ranks.barrier()
 
     def describe(self):
         """Print what the run is and what it takes."""

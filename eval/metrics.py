@@ -12,7 +12,7 @@ all that they depend on to SAMPLES.metrics.json.
 The definitions are those of ADM's TensorFlow evaluator (github.com/openai/guided-diffusion, evaluations/evaluator.py),
 computed by torch-fidelity where it has them. sFID is ours, and so is the Fréchet distance: the library wants all
 features at once, and takes eigenvalues of a product that is not symmetric. `measure` takes images from anywhere, also
-straight from a sampler; `StreamingFID` is FID alone, for use during training.
+straight from a sampler. FID during training is in eval/online.py.
 
 Shapes: N images, B batch, H, W pixels, D features.
 """
@@ -286,28 +286,6 @@ def measure(batches, reference, networks, ranks, batch_size, labels=None):
         warnings.append(f"the samples look ordered by class (by their {source}): the inception score is of "
                         "consecutive chunks, and wrong unless classes are in random order")
     return metrics, warnings
-
-
-class StreamingFID:
-    """FID of images that are judged as they are made and kept nowhere, for use during training: one per evaluation.
-
-    reference: mean (2048) and covariance (2048, 2048) of pool3, such as npz_statistics(FILE)["pool3"];
-    inception: InceptionFeatures, on the device of `ranks`.
-    """
-
-    def __init__(self, reference, inception, ranks):
-        self.reference, self.inception, self.ranks = reference, inception, ranks
-        self.statistics = FeatureStatistics(inception.dim, ranks.device)
-
-    def update(self, images):
-        """images: uint8 (B, 3, H, W). Processes need not call it equally often."""
-        self.statistics.update(self.inception(images.to(self.ranks.device))["pool3"])
-
-    def distance(self):
-        """Of all images so far, of all processes, which must all ask. More images may follow: 5K, 10K, 50K."""
-        everyone = FeatureStatistics(self.statistics.dim)
-        everyone.sums = self.ranks.sum(self.statistics.sums.clone())
-        return frechet_distance(*everyone.mean_and_covariance(), *self.reference)
 
 
 # ---- definitions ----

@@ -1,12 +1,15 @@
 """Judges a model while it trains: a grid of samples, and their distance to the training images.
 
 The distance is the Fréchet distance between mean-pooled patch tokens of the frozen encoder. It ranks runs of one study;
-it is not FID, and depends on the encoder and on the number of samples.
+it is not FID, and depends on the encoder and on the number of samples. FID itself can be had beside it, from the same
+samples, which are judged as they are made and kept nowhere.
 
 Shapes: B batch, C channels, H = W size, T tokens.
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,29 +23,50 @@ from runtime import EVALUATION, derive_seed, load_file
 
 REFERENCE_IMAGES = 50_000       # the distance is to at most so many training images
 GRID = 64                       # samples shown
+FID_AT = (5_000, 10_000)        # FID is told at these counts too, as it falls with the number of samples
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Features of uint8 images (B, 3, H, W) -> (B, dim), in float32; of which the distances are by number of samples.
+
+    reference: their mean and covariance over what samples are compared with. counts: {name of the distance: samples}.
+    """
+    features: Callable
+    dim: int
+    reference: tuple
+    counts: dict
 
 
 class OnlineEvaluation:
     """Samples from the same noise and labels at every call, shared among the processes by index.
 
     data: PreparedImages; encoder: FrozenEncoder; autoencoder: decodes what the model makes, of this shape (C, H, W);
-    autocast: the context that it computes in.
+    autocast: the context that it computes in. inception: InceptionFeatures for FID as well; fid_reference: its mean
+    and covariance, if not those of the training images.
     """
 
-    def __init__(self, config, data, encoder, autoencoder, shape, ranks, autocast):
-        self.config, self.encoder, self.autoencoder = config, encoder, autoencoder
+    def __init__(self, config, data, encoder, autoencoder, shape, ranks, autocast, inception=None, fid_reference=None):
+        self.config, self.autoencoder = config, autoencoder
         self.shape, self.ranks, self.autocast = shape, ranks, autocast
         # Labels as frequent as in the training set, in random order.
         chosen = np.random.default_rng([config.seed, EVALUATION]).integers(len(data), size=config.eval_samples)
         self.labels = data.labels[chosen]
-        self.reference = self._reference(data)
+        count = config.eval_samples
+        self.judges = [self._judge(data, lambda images: encoder(images).mean(1), encoder, {"frechet_distance": count})]
+        if inception:
+            counts = {**{f"fid_{n}": n for n in FID_AT if n < count}, "fid": count}
+            self.judges.append(self._judge(data, lambda images: inception(images)["pool3"], inception, counts,
+                                           fid_reference))
 
     def __call__(self, model, interrupted=lambda: False):
-        """Returns the distance and a grid (3, H', W') uint8 of the main process's first samples, ordered by label.
+        """Returns {name: distance} and a grid (3, H', W') uint8 of the main process's first samples, ordered by label.
 
         interrupted: asked before each batch, by all processes; once it is true, (None, None) is returned.
         """
-        statistics = FeatureStatistics(self.encoder.dim, self.ranks.device)
+        # One sum for the samples between each count and the next, whichever process makes them.
+        sums = [{name: FeatureStatistics(judge.dim, self.ranks.device) for name in judge.counts}
+                for judge in self.judges]
         shown = []
         for indices in self._batches(self.config.eval_samples):
             if interrupted():
@@ -50,11 +74,19 @@ class OnlineEvaluation:
             if not indices:
                 continue
             images = self.sample(model, indices)
-            statistics.update(self._pooled(images))
+            for judge, parts in zip(self.judges, sums):
+                features, first = judge.features(images), 0
+                for name, count in judge.counts.items():
+                    parts[name].update(features[max(first - indices.start, 0):max(count - indices.start, 0)])
+                    first = count
             shown.append(images[:max(0, GRID - sum(map(len, shown)))].cpu())
-        self.ranks.sum(statistics.sums)
-        distance = frechet_distance(*statistics.mean_and_covariance(), *self.reference)
-        return distance, grid_of(torch.cat(shown), self.labels) if shown else None
+        distances = {}
+        for judge, parts in zip(self.judges, sums):
+            so_far = FeatureStatistics(judge.dim, self.ranks.device)
+            for name, part in parts.items():
+                so_far.sums += self.ranks.sum(part.sums)
+                distances[name] = frechet_distance(*so_far.mean_and_covariance(), *judge.reference)
+        return distances, grid_of(torch.cat(shown), self.labels) if shown else None
 
     def sample(self, model, indices):
         """The samples with these indices, uint8 (B, 3, H, W)."""
@@ -77,20 +109,20 @@ class OnlineEvaluation:
         stop = min(start + share, count)
         return [range(first, min(first + size, stop)) for first in range(start, start + share, size)]
 
-    def _pooled(self, images):
-        """(B, 3, H, W) -> (B, dim), in float32 whatever the training uses, so that all runs share one reference."""
-        return self.encoder(images).mean(1)
+    def _judge(self, data, features, network, counts, reference=None):
+        """features: what is compared, of a network with `dim` and `fingerprint`."""
+        return Judge(features, network.dim, reference or self._reference(data, features, network), counts)
 
-    def _reference(self, data):
+    def _reference(self, data, features, network):
         """Mean and covariance over the training images; computed once and kept in the data folder."""
-        path = data.folder / f"statistics-{self.encoder.fingerprint}.pt"
-        statistics = FeatureStatistics(self.encoder.dim, self.ranks.device)
+        path = data.folder / f"statistics-{network.fingerprint}.pt"
+        statistics = FeatureStatistics(network.dim, self.ranks.device)
         found = path.is_file()
         if self.ranks.any(not found):                                      # all processes go the same way
             count = min(REFERENCE_IMAGES, len(data))
             order = np.random.default_rng(0).permutation(len(data))[:count]
             for items in filter(len, self._batches(count)):
-                statistics.update(self._pooled(data.__getitems__(order[items])["images"].to(self.ranks.device)))
+                statistics.update(features(data.__getitems__(order[items])["images"].to(self.ranks.device)))
             self.ranks.sum(statistics.sums)
             if self.ranks.main:
                 self._keep(statistics, path)

@@ -23,7 +23,7 @@ from config import Config
 from dataset import prepare
 from dataset.latents import PreparedImages
 from eval import inception, metrics, online
-from eval.metrics import FeatureStatistics, Reference, SampleFeatures, StreamingFID, frechet_distance, measure
+from eval.metrics import FeatureStatistics, Reference, SampleFeatures, frechet_distance, measure
 from eval.online import OnlineEvaluation
 from eval.samplers import IndexedNoise
 from models.autoencoder import load_autoencoder
@@ -318,24 +318,6 @@ def test_too_few_images_and_too_large_batches():
         SampleFeatures([NarrowInception()], Group(1).ranks[0], 4).update(some_images(5))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_streaming_fid(world):
-    samples, reference = some_images(20), NarrowInception()(some_images(30, seed=1))["pool3"]
-    against = statistics_of(reference).mean_and_covariance()
-
-    def judge(ranks):
-        fid, distances = StreamingFID(against, NarrowInception(), ranks), []
-        for batches in ([samples[:3], samples[3:9]], [samples[9:]]):   # in any batches, and unequally shared
-            for images in batches if ranks.main else []:
-                fid.update(images)
-            distances.append(fid.distance())
-        return distances
-
-    expected = [frechet_distance(*statistics_of(NarrowInception()(samples[:count])["pool3"]).mean_and_covariance(),
-                                 *against) for count in (9, 20)]
-    assert Group(world).run(judge) == [pytest.approx(expected, rel=1e-9)] * world
-
-
 @pytest.fixture
 def narrowed(monkeypatch):
     monkeypatch.setattr(inception, "InceptionFeatures", NarrowInception)
@@ -560,6 +542,14 @@ def evaluation(data, encoder, ranks=None, **changes):
                             (3, data.resolution, data.resolution), ranks or Ranks(), contextlib.nullcontext)
 
 
+def reference_of(evaluation):
+    return evaluation.judges[0].reference
+
+
+def distance_to(evaluation, model):
+    return evaluation(model)[0]["frechet_distance"]
+
+
 def pooled(encoder, images):
     return encoder(images).mean(1)
 
@@ -569,7 +559,7 @@ def all_images(data):
 
 
 def test_reference_is_of_all_training_images(data, encoder):
-    mean, covariance = evaluation(data, encoder).reference
+    mean, covariance = reference_of(evaluation(data, encoder))
     vectors = pooled(encoder, all_images(data)).double().numpy()
     np.testing.assert_allclose(mean, vectors.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(covariance, np.cov(vectors, rowvar=False), rtol=1e-3, atol=1e-5)
@@ -587,7 +577,7 @@ def test_reference_of_a_large_set_takes_part_of_it(data, encoder, monkeypatch):
 
 
 def test_reference_is_kept_and_reused(data, encoder, tmp_path, monkeypatch):
-    first = evaluation(data, encoder).reference
+    first = reference_of(evaluation(data, encoder))
     file, = data.folder.glob("statistics-*.pt")
     assert encoder.fingerprint in file.name
 
@@ -595,14 +585,14 @@ def test_reference_is_kept_and_reused(data, encoder, tmp_path, monkeypatch):
         def never(*arguments):
             raise AssertionError("the images were read again")
         patch.setattr(PreparedImages, "__getitems__", never)
-        again = evaluation(data, encoder).reference
+        again = reference_of(evaluation(data, encoder))
         assert all(torch.equal(a, b) for a, b in zip(first, again))
         # It belongs to the encoder: another one needs its own.
         save_tiny_encoder(tmp_path / "other", seed=1)
         other = FrozenEncoder(str(tmp_path / "other"), 4)
         with pytest.raises(AssertionError, match="read again"):
             evaluation(data, other)
-    assert not torch.allclose(evaluation(data, other).reference[0], first[0])
+    assert not torch.allclose(reference_of(evaluation(data, other))[0], first[0])
     assert len(list(data.folder.glob("statistics-*.pt"))) == 2
 
 
@@ -619,12 +609,12 @@ def test_model_that_recalls_the_training_images_has_distance_zero(data, encoder)
         asked.update(zip(rows, y.tolist()))
         return images[rows]
 
-    distance, _ = judge(Recall(recalled))
+    distance = distance_to(judge, Recall(recalled))
     assert distance == pytest.approx(0, abs=1e-5)
     assert asked == dict(enumerate(judge.labels.tolist()))
     # A model of one image, or of grey ones, is far from that.
     for target in (lambda x, y: images[:1].expand(len(x), -1, -1, -1), lambda x, y: torch.full_like(x, 128).byte()):
-        assert judge(Recall(target))[0] > 1e-3
+        assert distance_to(judge, Recall(target)) > 1e-3
 
 
 def test_same_samples_at_every_call(data, encoder):
@@ -657,7 +647,7 @@ def test_processes_add_up_to_one(data, encoder, world, sampler, steps):
         return this.labels, this(Elementwise())
 
     alone, together = Group(1), Group(world)
-    (labels, (distance, _)), = alone.run(judge)
+    (labels, (distances, _)), = alone.run(judge)
     for file in data.folder.glob("statistics-*.pt"):                   # so that the reference is shared out as well
         file.unlink()
     results = together.run(judge)
@@ -665,9 +655,9 @@ def test_processes_add_up_to_one(data, encoder, world, sampler, steps):
     assert (reference[0], samples[0]) == (len(data), 30)
     torch.testing.assert_close(reference, alone.reduced[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(samples, alone.reduced[1], rtol=1e-5, atol=1e-4)
-    for other_labels, (other_distance, _) in results:
+    for other_labels, (other_distances, _) in results:
         assert torch.equal(other_labels, labels)
-        assert other_distance == pytest.approx(distance, rel=1e-3)
+        assert other_distances == pytest.approx(distances, rel=1e-3) and distances.keys() == {"frechet_distance"}
     assert len(list(data.folder.glob("statistics-*.pt"))) == 1
 
 
@@ -676,7 +666,7 @@ def test_more_processes_than_samples(data, encoder):
     group = Group(4)
     results = group.run(lambda ranks: evaluation(data, encoder, ranks, eval_samples=3)(Recall(by_label)))
     assert group.reduced[0][0] == 3
-    assert len({distance for distance, _ in results}) == 1
+    assert len({distances["frechet_distance"] for distances, _ in results}) == 1
 
 
 def test_labels_are_as_frequent_as_in_the_training_set(data, encoder):
@@ -714,3 +704,29 @@ def test_small_images_are_magnified_by_repetition(data, encoder):
         top, left = 2 + 34 * (i // 2), 2 + 34 * (i % 2)
         assert torch.equal(grid[:, top:top + 32:4, left:left + 32:4], images[i])
         assert torch.equal(grid[:, top + 3:top + 32:4, left + 3:left + 32:4], images[i])
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("given", [False, True])
+def test_fid_of_the_first_samples_and_of_all(data, encoder, monkeypatch, world, given):
+    """At each count it is the distance of exactly the first so many samples, whoever makes them, beside the other."""
+    monkeypatch.setattr(online, "FID_AT", (8, 21, 30, 50))
+    judged = NarrowInception()
+    other = statistics_of(judged(some_images(40, seed=3))["pool3"]).mean_and_covariance()
+
+    def flat(x, y):                                                    # a grey level of its own for each sample
+        return (128 + 40 * x[:, :1, :1, :1]).clamp(0, 255).to(torch.uint8).expand(-1, 3, 8, 8)
+
+    def judge(ranks):
+        settings = Config(seed=5, eval_samples=30, eval_batch_size=7, sampler="euler", sample_steps=1)
+        return OnlineEvaluation(settings, data, encoder, load_autoencoder("pixels"), (3, 8, 8), ranks,
+                                contextlib.nullcontext, judged, other if given else None)(Recall(flat))[0]
+
+    noise = IndexedNoise([derive_seed(5, EVALUATION, i) for i in range(30)], (3, 8, 8), "cpu")()
+    features = judged(flat(noise, None))["pool3"]
+    against = other if given else statistics_of(judged(all_images(data))["pool3"]).mean_and_covariance()
+    expected = {name: frechet_distance(*statistics_of(features[:count]).mean_and_covariance(), *against)
+                for name, count in (("fid_8", 8), ("fid_21", 21), ("fid", 30))}
+    for found in Group(world).run(judge):
+        assert found.pop("frechet_distance") > 0
+        assert found == pytest.approx(expected, rel=1e-4)

@@ -440,3 +440,87 @@ def test_a_residual_checkpoint_starts_a_dar_run(command, tmp_path, capsys):
     assert "not in it: router.aggregators.0.norm_weight, " in printed and " more; not used: none" in printed
     before, after = (load_file(tmp_path / arm / "last.pt") for arm in ("residual", "dar"))
     torch.testing.assert_close(after["model"]["blocks.0.mlp.fc1.weight"], before["ema"]["blocks.0.mlp.fc1.weight"])
+
+
+class FlatFeatures(torch.nn.Module):
+    """In place of Inception: the mean of each channel."""
+    dim, fingerprint = 3, "flat"
+
+    def __init__(self, weights):
+        super().__init__()
+
+    def forward(self, images):
+        return {"pool3": images.float().mean((2, 3))}
+
+
+def test_fid_beside_the_distance(command, tmp_path, monkeypatch):
+    """It is logged with the other, which it leaves as it is, and against the training images or the file."""
+    from eval import inception
+    run(command(tmp_path / "without"))
+    monkeypatch.setattr(inception, "InceptionFeatures", FlatFeatures)
+    mean, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 255.0, dtype=torch.float64)
+    for name, center in (("near", mean), ("far", far)):
+        monkeypatch.setattr(train_repa_dar, "npz_statistics",
+                            lambda path: {"pool3": (center, torch.eye(3, dtype=torch.float64))})
+        run(command(tmp_path / name, "--eval-metric", "fid", "--fid-reference", "some.npz"))
+    run(command(tmp_path / "images", "--eval-metric", "fid"))
+    evaluations = {name: [line for line in records(tmp_path / name) if "frechet_distance" in line]
+                   for name in ("without", "near", "far", "images")}
+    assert len({line.pop("fid") for name in ("near", "far", "images") for line in evaluations[name]}) == 9
+    assert all(lines == evaluations["without"] for lines in evaluations.values())
+    # A uniform grey of 255 is as far from white as it can be, and the digits' background is black.
+    first = {name: [line["fid"] for line in records(tmp_path / name) if "fid" in line] for name in ("images", "far")}
+    assert all(a < b for a, b in zip(first["images"], first["far"]))
+
+
+@pytest.mark.parametrize("extra, message", [
+    (("--inception", "nowhere.pth"), "nowhere.pth"),
+    (("--fid-reference", "nowhere.npz"), "nowhere.npz"),
+    (("--fid-reference", "images.npz"), "images.npz.*holds no statistics.*--save-reference")])
+def test_fid_without_what_it_needs_is_refused_at_once(command, tmp_path, monkeypatch, extra, message):
+    import numpy as np
+    from eval import inception
+    monkeypatch.chdir(tmp_path)
+    np.savez("images.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    if "--inception" not in extra:
+        monkeypatch.setattr(inception, "InceptionFeatures", FlatFeatures)
+    with pytest.raises(SystemExit, match=message):
+        train_repa_dar.main(command(tmp_path / "run", "--eval-metric", "fid", *extra))
+    assert not (tmp_path / "run").exists()
+
+
+def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
+    """The figures of the steps asked for; the run itself stays as it is without, also if cut short in between."""
+    from eval import diagnose
+    settings = ("--max-steps", 12, "--eval-every", 6)
+    run(command(tmp_path / "without", *settings))
+    calls, original = [], diagnose.diagnose
+
+    def once(*arguments, **options):
+        calls.append(options["provenance"]["step"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(diagnose, "diagnose", once)
+    watched = command(tmp_path / "run", *settings, "--diagnose-every", 6, "--diagnose-images", 20)
+    with pytest.raises(KeyboardInterrupt):
+        train_repa_dar.main(watched)
+    train_repa_dar.main(watched)                            # the checkpoint of step 12 owes the second one
+    assert calls == [6, 12, 12]
+    assert_same_run(tmp_path / "run", tmp_path / "without")
+    for step in (6, 12):
+        folder = tmp_path / "run" / "diagnosis" / f"{step:07d}"
+        assert {file.name for file in folder.iterdir()} == {f"{name}.{kind}" for name in diagnose.FIGURES
+                                                            for kind in ("png", "json")}
+        content = json.loads((folder / "routing.json").read_text())
+        assert content["step"] == step and content["settings"]["num_images"] == 20 and content["average"] == "0.99"
+    # Of different weights, hence of what training had reached.
+    first, second = (json.loads((tmp_path / "run" / "diagnosis" / step / "states.json").read_text())["data"]["rms"]
+                     for step in ("0000006", "0000012"))
+    assert first != second
+
+
+def test_diagnosis_of_too_few_images_is_refused(command, tmp_path):
+    with pytest.raises(SystemExit, match="diagnose_images = 256: .* has 70 images"):
+        train_repa_dar.main(command(tmp_path / "run", "--diagnose-every", 5))
