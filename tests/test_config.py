@@ -455,6 +455,7 @@ def random_config(rng):
         else:
             assert set(arguments) == {int, type(None)}, f"a new kind of option, {name}: {kind}"
             values[name] = rng.choice([None, number(int)])
+    values["diagnose_images"] += 20
     if values["alignment"] == "none" and rng.random() < 0.5:
         values["align_depth"] = ()
     values["encoder_weights"] = rng.choice([(), values["encoder"]])
@@ -484,7 +485,7 @@ def test_saved_file_holds_every_option(tmp_path):
 
 # Settings that may change when a run goes on: anything else would change more than rounding.
 FREE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
-        "dry_run", "checkpoint_activations"}
+        "dry_run", "checkpoint_activations", "diagnose_every", "diagnose_images"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
