@@ -240,8 +240,8 @@ def choices(*fields):
 
 # Those that the model is built from; `compile` costs three seconds and belongs to the trainer's tests.
 @pytest.mark.parametrize("name, value", choices("routing", "query", "final_aggregator", "qk_norm", "alignment",
-                                                "projector", "encoder_features", "checkpoint_activations", "mirror", "precision",
-                                                "tf32"))
+                                                "projector", "encoder_features", "checkpoint_activations", "mirror",
+                                                "precision", "tf32"))
 def test_every_choice_builds(tiny, name, value):
     settings = config.parse(command_line({**tiny, "routing": "dar", "alignment": "repa", name: value}))
     assert getattr(settings, name) == value

@@ -207,7 +207,8 @@ def test_projections_that_cannot_be_shared_among_encoders_are_refused(projection
 def test_spatial_normalisation_equals_the_definition(shape, dtype, gamma):
     """Per image and channel, in float32: rounding that of half precision would be a hundred times the tolerance."""
     torch.manual_seed(0)
-    tokens = (torch.randn(shape) * torch.rand(shape[0], 1, shape[2]).add(0.1) + 3 * torch.randn(1, 1, shape[2])).to(dtype)
+    spreads, means = 0.1 + torch.rand(shape[0], 1, shape[2]), 3 * torch.randn(1, 1, shape[2])
+    tokens = (means + spreads * torch.randn(shape)).to(dtype)
     x = tokens.double().numpy()
     expected = np.empty_like(x)
     for image in range(shape[0]):
