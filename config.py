@@ -74,8 +74,14 @@ class Config:
     """1-based blocks after which the tokens are aligned."""
     proj_coeff: float = 0.5
     """Weight of the alignment loss."""
+    projector: Literal["mlp", "conv"] = "mlp"
+    """Maps the model's tokens to the encoder's: REPA's three layers, or iREPA's one 3 x 3 convolution."""
     projector_dim: int = 2048
-    """Hidden width of the projectors."""
+    """Hidden width of the mlp projectors."""
+    spatial_norm: float | None = None
+    """iREPA: normalise each image's encoder tokens, less this share of their mean (0.6 to 0.8 in the paper)."""
+    align_steps: int | None = None
+    """Steps after which the alignment ends, as in HASTE: projectors and encoder tokens then cost nothing."""
     encoder: tuple[str, ...] = ("dinov2-vit-b",)
     """Frozen encoders to align with, the first also for evaluation: dinov2-vit-b, timm:NAME, hf:REPO or a folder."""
     encoder_weights: tuple[str, ...] = ()
@@ -162,10 +168,10 @@ class Config:
     def check(self):
         """Raise a ValueError that names the first value out of range."""
         at_least = {"seed": 0, "depth": 1, "hidden_size": 4, "num_heads": 1, "chunk_size": 1, "projector_dim": 1,
-                    "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "num_workers": 0, "max_skipped_steps": 1,
-                    "log_every": 1, "checkpoint_every": 1, "snapshot_every": 0, "eval_every": 0, "eval_samples": 2,
-                    "eval_batch_size": 1, "sample_steps": 2, "diagnose_every": 0, "diagnose_images": 20,
-                    "proj_coeff": 0, "weight_decay": 0, "cfg_scale": 0}
+                    "align_steps": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "num_workers": 0,
+                    "max_skipped_steps": 1, "log_every": 1, "checkpoint_every": 1, "snapshot_every": 0, "eval_every": 0,
+                    "eval_samples": 2, "eval_batch_size": 1, "sample_steps": 2, "diagnose_every": 0,
+                    "diagnose_images": 20, "proj_coeff": 0, "weight_decay": 0, "cfg_scale": 0}
         for name, low in at_least.items():
             value = getattr(self, name)
             _require(value is None or low <= value < float("inf"), name, value, f"must be at least {low}, and finite")
@@ -179,6 +185,8 @@ class Config:
         _require(len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", self.ema_decays, "repeats a decay")
         _require(self.cfg_scale == 1 or self.class_dropout_prob > 0, "cfg_scale", self.cfg_scale,
                  "guidance needs a null class that was trained, so class_dropout_prob above 0")
+        _require(self.spatial_norm is None or 0 <= self.spatial_norm <= 1, "spatial_norm", self.spatial_norm,
+                 "must be in [0, 1], or None for tokens as they are")
         low, high = self.guidance_interval
         _require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "must be 0 <= low < high <= 1")
         _require(len(set(self.align_depth)) == len(self.align_depth) and all(k >= 1 for k in self.align_depth),

@@ -56,6 +56,20 @@ def denoising_loss(velocity, target):
     return F.mse_loss(velocity.float(), target.float())
 
 
+def spatial_normalisation(tokens, gamma, eps=1e-6):
+    """(x - gamma E[x]) / (std[x] + eps), over the tokens of each image, channel by channel (iREPA, Algorithm 1).
+
+    Takes off part of what all tokens have in common, so that they differ more; gamma is 0.6 to 0.8 in arXiv 2512.10794.
+    The variance is divided by T - 1, which the cosine of the alignment does not see.
+    tokens: (B, T, dim). Returns the same in float32. Raises ValueError for a single token, which has no spread.
+    """
+    if tokens.shape[1] < 2:
+        raise ValueError(f"spatial_norm = {gamma}: encoder tokens {tuple(tokens.shape)} (batch, tokens, width) have no "
+                         "spread; at least two tokens are needed, from smaller patches or larger images")
+    x = tokens.float()
+    return (x - gamma * x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + eps)
+
+
 def alignment_loss(aligned, features):
     """- mean cosine similarity over batch, tokens, depths and encoders (REPA, Eq. 8).
 

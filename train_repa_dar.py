@@ -12,6 +12,7 @@ Shapes: B batch, C channels, H = W size, T tokens.
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import signal
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import config as configuration
 from dataset.latents import PreparedImages, ShuffledBatches
 from kernels import resolve_backend
-from loss import alignment_loss, denoising_loss, interpolant, sample_times
+from loss import alignment_loss, denoising_loss, interpolant, sample_times, spatial_normalisation
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from models.sit import SIT_MODELS, flops_per_image, kept_for_backward, load_published, parameters_by_part
@@ -84,18 +85,18 @@ class Trainer:
         self.encoders = self.build_encoders()
         self.inception, self.fid_reference = self.build_inception()
         aligned, prepared = config.alignment == "repa", config.encoder_features == "prepared"
+        self.aligned_steps = min(config.align_steps or config.max_steps, config.max_steps) if aligned else 0
         self.latent = config.autoencoder != "pixels"
-        self.data = PreparedImages(
-            config.data, images=not self.latent or aligned and not prepared, mirror=config.mirror,
-            latents=self.autoencoder.fingerprint if self.latent else "",
-            features=[encoder.fingerprint for encoder in self.encoders] if aligned and prepared else ())
+        read = functools.partial(PreparedImages, config.data, mirror=config.mirror,
+                                 latents=self.autoencoder.fingerprint if self.latent else "")
+        self.data = read(images=not self.latent or aligned and not prepared, features=[
+            encoder.fingerprint for encoder in self.encoders] if aligned and prepared else ())
+        self.unaligned_data = read(images=not self.latent)       # for the steps that are not aligned
         resolve_backend(config.route_backend, self.device)          # refuses one that cannot run here
         self.model = self.build_model().to(self.device)
         self.flops_per_image = 3 * flops_per_image(self.model)     # of a training step: the backward is two forwards
         self.ema = EMA(self.model, config.ema_decays)
-        self.wrapped = self.model
-        if ranks.world > 1:
-            self.wrapped = DistributedDataParallel(self.model)
+        self.wrapped = DistributedDataParallel(self.model) if ranks.world > 1 else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas,
                                            weight_decay=config.weight_decay, fused=True)
         self.tally = Tally(self.device)
@@ -141,7 +142,8 @@ class Trainer:
             final_aggregator=config.final_aggregator, route_backend=config.route_backend,
             align_depth=config.align_depth if aligned else (),
             align_dims=[encoder.dim for encoder in self.encoders] if aligned else (),
-            projector_dim=config.projector_dim, checkpoint_activations=config.checkpoint_activations, **sizes)
+            projector=config.projector, projector_dim=config.projector_dim,
+            checkpoint_activations=config.checkpoint_activations, **sizes)
         if config.init_from and not (config.run_folder() / "last.pt").is_file():
             try:
                 missing, unused = load_published(model, load_weights(config.init_from))
@@ -239,7 +241,8 @@ class Trainer:
                 self.train_step(batch)
                 self.step += 1
                 stopped_by, last = stop.agreed(), self.step == config.max_steps
-                log_due = last or self.due(config.log_every)
+                # A line ends with the alignment, so that none is a mean over steps with and without it.
+                log_due = last or self.due(config.log_every) or self.step == self.aligned_steps
                 self.evaluation_due = evaluate is not None and (last or self.due(config.eval_every))
                 self.diagnosis_due = self.due(config.diagnose_every)
                 save_due = last or stopped_by or self.due(config.checkpoint_every) or self.due(config.snapshot_every)
@@ -264,14 +267,37 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def batches(self):
-        sampler = ShuffledBatches(len(self.data), self.config.batch_size, self.config.seed, self.step,
-                                  self.config.max_steps, self.ranks.rank, self.ranks.world)
-        return DataLoader(self.data, batch_sampler=sampler, collate_fn=already_a_batch,
-                          num_workers=self.config.num_workers, worker_init_fn=leave_signals_to_the_trainer,
-                          pin_memory=self.device.type == "cuda")
+        """What each step from the present one on takes; what only the alignment needs is no longer read after it."""
+        for data, start, stop in (
+                (self.data, self.step, self.aligned_steps),
+                (self.unaligned_data, max(self.step, self.aligned_steps), self.config.max_steps)):
+            sampler = ShuffledBatches(len(data), self.config.batch_size, self.config.seed, start, stop,
+                                      self.ranks.rank, self.ranks.world)
+            if len(sampler):
+                yield from DataLoader(data, batch_sampler=sampler, collate_fn=already_a_batch,
+                                      num_workers=self.config.num_workers, pin_memory=self.device.type == "cuda",
+                                      worker_init_fn=leave_signals_to_the_trainer)
+
+    def end_alignment(self):
+        """From here on the model only denoises, and its projectors stay as they are.
+
+        Of HASTE (arXiv 2505.16792) this is the end after a fixed number of steps; its alignment of attention maps and
+        its trigger by gradients are not taken.
+        """
+        for model in (self.model, *self.ema.models.values()):
+            model.align_depth = ()
+        # Without a gradient, rather than with one of zero, which would let AdamW go on by its momentum.
+        self.model.projectors.requires_grad_(False)
+        self.flops_per_image = 3 * flops_per_image(self.model)
+        if self.ranks.world > 1:                    # it would wait for the gradients of those that it began with
+            self.wrapped = None
+            gc.collect()                            # the buffers of the old one go first
+            self.wrapped = DistributedDataParallel(self.model)
 
     def train_step(self, batch):
         """One optimiser step on this process's share of the global batch, in parts of micro_batch_size."""
+        if self.step >= self.aligned_steps and self.model.align_depth:
+            self.end_alignment()
         draws = self.draw()
         parts = self.share // self.micro
         losses = torch.zeros(3, device=self.device)
@@ -316,12 +342,14 @@ class Trainer:
         x_t, target = interpolant(x, draws["noise"], t, config.path)
         with self.autocast():
             velocity, aligned = self.wrapped(x_t, t, inputs["labels"], draws["label"])
-            if config.alignment == "repa":
+            if aligned:
                 tokens = [inputs[f"tokens_{i}"] if f"tokens_{i}" in inputs else encoder(inputs["images"])
                           for i, encoder in enumerate(self.encoders)]
         denoising = denoising_loss(velocity, target)
-        if config.alignment == "none":
+        if not aligned:
             return denoising, denoising, torch.zeros_like(denoising)
+        if config.spatial_norm is not None:
+            tokens = [spatial_normalisation(encoded, config.spatial_norm) for encoded in tokens]
         alignment = alignment_loss(aligned, tokens)
         return denoising + config.proj_coeff * alignment, denoising, alignment
 
@@ -331,7 +359,7 @@ class Trainer:
         steps, seconds = self.step - self.logged["step"], self.seconds - self.logged["seconds"]
         self.logged = {"step": self.step, "seconds": self.seconds}
         means, skipped, longest = self.tally.read()
-        if self.config.alignment == "none":
+        if self.step > self.aligned_steps:
             means.pop("alignment_loss", None)
         record = {"step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 3),
                   **means, "skipped_steps": skipped,
@@ -404,6 +432,9 @@ class Trainer:
         routing = config.routing
         if routing == "dar":
             routing += f" by {KERNELS[resolve_backend(config.route_backend, self.device)]}"
+        alignment = config.alignment
+        if 0 < self.aligned_steps < config.max_steps:
+            alignment += f" for {self.aligned_steps} steps"
         encoders = ", ".join(f"{encoder.name} ({encoder.grid[0]} x {encoder.grid[1]} tokens)"
                              for encoder in self.encoders)
         frozen = [*self.encoders, *{self.autoencoder, self.decoder}]
@@ -420,7 +451,7 @@ class Trainer:
             f"routing {routing}\n"
             f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
             f"compute    {self.flops_per_image / 1e9:.4g} GFLOP for an image in a training step, encoders excluded\n"
-            f"encoder    {encoders or 'none'}, alignment {config.alignment}\n"
+            f"encoder    {encoders or 'none'}, alignment {alignment}\n"
             f"batch      {config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
             f"in {self.share // self.micro} accumulated parts of {self.micro}; "
             f"{len(self.data) / config.batch_size:.4g} steps in an epoch\n"

@@ -118,8 +118,9 @@ def label(config, varied):
         name += " + REPA"
     # Options of DAR and of REPA tell nothing apart where these are off.
     idle = set() if dar else {"query", "chunk_size", "final_aggregator", "route_backend"}
-    idle |= set() if config.get("alignment") == "repa" else {"align_depth", "proj_coeff", "projector_dim",
-                                                             "encoder_features"}
+    idle |= {"projector_dim"} if config.get("projector") == "conv" else set()
+    idle |= set() if config.get("alignment") == "repa" else {"align_depth", "proj_coeff", "projector", "projector_dim",
+                                                             "spatial_norm", "align_steps", "encoder_features"}
     extra = [f"{key}={shown(config.get(key))}" for key in varied if key not in {"routing", "alignment"} | idle]
     return ", ".join([name, *extra])
 

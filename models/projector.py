@@ -1,10 +1,15 @@
-"""REPA's projector (arXiv 2410.06940): maps hidden tokens into the space of a frozen encoder."""
+"""Projectors: map hidden tokens into the space of a frozen encoder.
+
+Shapes: B batch, T = grid * grid tokens, row by row.
+"""
 
 from torch import nn
 
+PROJECTORS = ("mlp", "conv")
+
 
 class Projector(nn.Sequential):
-    """Linear-SiLU-Linear-SiLU-Linear on the last axis, (B, T, width) -> (B, T, dim), without normalisation."""
+    """REPA (arXiv 2410.06940): Linear-SiLU-Linear-SiLU-Linear, (B, T, width) -> (B, T, dim), without normalisation."""
 
     def __init__(self, width, hidden, dim):
         super().__init__(
@@ -12,3 +17,15 @@ class Projector(nn.Sequential):
             nn.Linear(hidden, hidden), nn.SiLU(),
             nn.Linear(hidden, dim),
         )
+
+
+class ConvProjector(nn.Conv2d):
+    """iREPA (arXiv 2512.10794, Algorithm 1): one 3 x 3 convolution of the zero-padded grid, to (B, T, dim)."""
+
+    def __init__(self, width, grid, dim):
+        super().__init__(width, dim, kernel_size=3, padding=1)
+        self.grid = grid
+
+    def forward(self, tokens):
+        x = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))    # (B, width, grid, grid)
+        return super().forward(x).flatten(2).transpose(1, 2)               # (B, T, dim)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.dar import FINAL_AGGREGATORS, QUERIES, DepthRouter, RoutedStream
-from models.projector import Projector
+from models.projector import PROJECTORS, ConvProjector, Projector
 
 ROUTINGS = ("residual", "dar")
 FREQUENCIES = 256                                   # width of the sinusoidal timestep embedding
@@ -34,7 +34,7 @@ class SiT(nn.Module):
     route_backend: "auto", "torch" or "triton" (`kernels.route`).
     align_depth: 1-based block numbers; the state after block k is projected, which with DAR is z_k, the aggregate
         passed on to block k + 1 (Section 3). align_dims: one width per encoder; () builds no projector.
-    projector_dim: hidden width of the projectors.
+    projector: "mlp", whose hidden width is projector_dim, or "conv" (models/projector.py).
     checkpoint_activations: recompute every sublayer in the backward pass instead of keeping what it needs. States and
         sources are kept; values and gradients are the same.
     Raises ValueError on any value outside what is said here.
@@ -43,14 +43,16 @@ class SiT(nn.Module):
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False,
                  routing="residual", query="timestep", chunk_size=4, final_aggregator="auto", route_backend="auto",
-                 align_depth=(8,), align_dims=(768,), projector_dim=2048, checkpoint_activations=False):
+                 align_depth=(8,), align_dims=(768,), projector="mlp", projector_dim=2048,
+                 checkpoint_activations=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size = {input_size} is not a multiple of patch_size = {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size = {hidden_size} must be a multiple of num_heads = {num_heads} and of 4")
         for name, value, known in (("routing", routing, ROUTINGS), ("query", query, QUERIES),
-                                   ("final_aggregator", final_aggregator, ("auto", *FINAL_AGGREGATORS))):
+                                   ("final_aggregator", final_aggregator, ("auto", *FINAL_AGGREGATORS)),
+                                   ("projector", projector, PROJECTORS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not 0 <= class_dropout_prob < 1:
@@ -83,8 +85,9 @@ class SiT(nn.Module):
             if query == "timestep":                          # so that the first aggregation is a plain mean
                 nn.init.zeros_(self.t_embedder.mlp[2].weight)
                 nn.init.zeros_(self.t_embedder.mlp[2].bias)
-        self.projectors = nn.ModuleList(Projector(hidden_size, projector_dim, dim)
-                                        for _ in align_depth for dim in align_dims)
+        self.projectors = nn.ModuleList(
+            ConvProjector(hidden_size, grid, dim) if projector == "conv" else Projector(hidden_size, projector_dim, dim)
+            for _ in align_depth for dim in align_dims)
         self.projectors.apply(_xavier)
 
     def forward(self, x, t, y, label_draw=None):
@@ -298,9 +301,9 @@ def parameters_by_part(model):
 def flops_per_image(model):
     """Floating-point operations of one forward pass of a SiT for one image, two per multiply-add.
 
-    Matrix products (dynamic queries and projectors included) and attention. Elementwise work is left out, and with it
-    norms, softmax and the routing's sums over sources. A training step takes about three times as many, or four with
-    `checkpoint_activations`.
+    Matrix products (dynamic queries included, and projectors where states are aligned) and attention. Elementwise work
+    is left out, and with it norms, softmax and the routing's sums over sources. A training step takes about three times
+    as many, or four with `checkpoint_activations`.
     """
     def weights(*modules):
         return sum(w.numel() for module in modules for w in module.parameters() if w.ndim > 1)
@@ -308,7 +311,7 @@ def flops_per_image(model):
     _, tokens, width = model.pos_embed.shape
     per_image = weights(model.t_embedder, model.final_layer.adaLN_modulation,
                         *(block.adaLN_modulation for block in model.blocks))
-    per_token = weights(model.x_embedder, model.final_layer.linear, model.projectors,
+    per_token = weights(model.x_embedder, model.final_layer.linear, *(model.projectors if model.align_depth else ()),
                         *(sublayer for block in model.blocks for sublayer in (block.attn, block.mlp)))
     per_token += len(model.blocks) * 2 * tokens * width                    # scores, and the sum that they weight
     if model.router and model.router.aggregators[0].kind == "dynamic":

@@ -61,6 +61,7 @@ ARMS = {
     "timestep, aligned": ["--routing", "dar", "--query", "timestep", "--alignment", "repa"],
     "dynamic, dedicated, aligned": ["--routing", "dar", "--query", "dynamic", "--chunk-size", "1", "--alignment",
                                     "repa", "--final-aggregator", "dedicated"],
+    "convolved": ["--alignment", "repa", "--align-depth", "2", "1", "--projector", "conv", "--routing", "dar"],
     "qk norm, four heads": ["--qk-norm", "--num-heads", "4"],
     "patches of 4": ["--model", "SiT-S/4", "--encoder-features", "online"],
 }

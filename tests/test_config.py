@@ -72,7 +72,10 @@ WRONG = {
     "alignment": {"dinov2": "'dinov2'"},
     "align_depth": {"0": "(0,)", "-1": "(-1,)", "4 4": "(4, 4)", "1.5": "'1.5'", "last": "'last'"},
     "proj_coeff": {"-0.5": "-0.5", **WRONG_FLOATS},
+    "projector": {"linear": "'linear'"},
     "projector_dim": {"0": "0", **WRONG_INTEGERS},
+    "spatial_norm": {"-0.1": "-0.1", "1.1": "1.1", **WRONG_FLOATS},
+    "align_steps": {"0": "0", "-1": "-1", **WRONG_OPTIONAL_INTEGERS},
     "encoder_features": {"cached": "'cached'"},
     "path": {"vp": "'vp'"},
     "time_sampling": {"logit": "'logit'"},
@@ -106,7 +109,8 @@ WRONG = {
 # The same limits from inside: the last value that must still be taken.
 ALLOWED = {
     "seed": "0", "depth": "1", "hidden_size": "4", "num_heads": "1", "class_dropout_prob": "0", "chunk_size": "1",
-    "align_depth": "1 2", "proj_coeff": "0", "projector_dim": "1", "batch_size": "1", "micro_batch_size": "1",
+    "align_depth": "1 2", "proj_coeff": "0", "projector_dim": "1", "spatial_norm": "0",
+    "align_steps": "1", "batch_size": "1", "micro_batch_size": "1",
     "max_steps": "1", "lr": "1e-12", "betas": "0 0", "weight_decay": "0", "grad_clip": "1e-12", "ema_decays": "0 0.5",
     "num_workers": "0", "max_skipped_steps": "1", "log_every": "1", "checkpoint_every": "1", "snapshot_every": "0",
     "eval_every": "0", "eval_samples": "2", "eval_batch_size": "1", "sample_steps": "2", "cfg_scale": "0",
@@ -236,8 +240,8 @@ def choices(*fields):
 
 # Those that the model is built from; `compile` costs three seconds and belongs to the trainer's tests.
 @pytest.mark.parametrize("name, value", choices("routing", "query", "final_aggregator", "qk_norm", "alignment",
-                                                "encoder_features", "checkpoint_activations", "mirror", "precision",
-                                                "tf32"))
+                                                "projector", "encoder_features", "checkpoint_activations", "mirror",
+                                                "precision", "tf32"))
 def test_every_choice_builds(tiny, name, value):
     settings = config.parse(command_line({**tiny, "routing": "dar", "alignment": "repa", name: value}))
     assert getattr(settings, name) == value
@@ -453,8 +457,9 @@ def random_config(rng):
             while len(values[name]) < count:
                 values[name] = tuple(sorted({*values[name], number(arguments[0])}))
         else:
-            assert set(arguments) == {int, type(None)}, f"a new kind of option, {name}: {kind}"
-            values[name] = rng.choice([None, number(int)])
+            value, absent = arguments
+            assert value in (int, float) and absent is type(None), f"a new kind of option, {name}: {kind}"
+            values[name] = rng.choice([None, number(value)])
     values["diagnose_images"] += 20
     if values["alignment"] == "none" and rng.random() < 0.5:
         values["align_depth"] = ()

@@ -248,6 +248,12 @@ def test_summary_of_an_arm():
     ({"final_aggregator": "shared"}, ["final_aggregator"], "residual"),
     (DAR | {"align_depth": (2,), "proj_coeff": 1.0}, ["align_depth", "proj_coeff"], "DAR"),
     (DAR | {"projector_dim": 8, "encoder_features": "prepared"}, ["projector_dim", "encoder_features"], "DAR"),
+    ({"projector": "conv", "spatial_norm": 0.6, "align_steps": 9}, ["align_steps", "projector", "spatial_norm"],
+     "residual"),
+    (REPA | {"projector": "conv", "spatial_norm": 0.6, "align_steps": 9, "projector_dim": 8},
+     ["align_steps", "projector", "projector_dim", "spatial_norm"],
+     "residual + REPA, align_steps=9, projector=conv, spatial_norm=0.6"),
+    (REPA | {"projector_dim": 8}, ["projector", "projector_dim"], "residual + REPA, projector=mlp, projector_dim=8"),
     ({"encoder": "tiny"}, ["encoder"], "residual, encoder=tiny"),      # it measures the distance too
 ])
 def test_label(settings, varied, name):

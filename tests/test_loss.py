@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from loss import PATHS, alignment_loss, denoising_loss, interpolant, path_coefficients, sample_times
+from loss import (
+    PATHS, alignment_loss, denoising_loss, interpolant, path_coefficients, sample_times, spatial_normalisation,
+)
 
 DEFINITIONS = {                                     # alpha(t), sigma(t) of x_t = alpha x + sigma eps
     "linear": (lambda t: 1 - t, lambda t: t),
@@ -195,3 +197,45 @@ def test_tokens_that_do_not_match_are_both_named(projected, target):
 def test_projections_that_cannot_be_shared_among_encoders_are_refused(projections, encoders):
     with pytest.raises(ValueError, match=f"{projections} projections .* {encoders} encoders"):
         alignment_loss([torch.randn(1, 2, 3)] * projections, [torch.randn(1, 2, 3)] * encoders)
+
+
+# ---- iREPA's normalisation of the encoder's tokens ----
+
+@pytest.mark.parametrize("gamma", [0, 0.6, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7, 5), (1, 2, 3), (2, 49, 11)], ids=str)
+def test_spatial_normalisation_equals_the_definition(shape, dtype, gamma):
+    """Per image and channel, in float32: rounding that of half precision would be a hundred times the tolerance."""
+    torch.manual_seed(0)
+    spreads, means = 0.1 + torch.rand(shape[0], 1, shape[2]), 3 * torch.randn(1, 1, shape[2])
+    tokens = (means + spreads * torch.randn(shape)).to(dtype)
+    x = tokens.double().numpy()
+    expected = np.empty_like(x)
+    for image in range(shape[0]):
+        for channel in range(shape[2]):
+            values = x[image, :, channel]
+            mean = values.sum() / len(values)
+            spread = math.sqrt(((values - mean) ** 2).sum() / (len(values) - 1))
+            expected[image, :, channel] = (values - gamma * mean) / (spread + 1e-6)
+    actual = spatial_normalisation(tokens, gamma)
+    assert actual.dtype == torch.float32
+    np.testing.assert_allclose(actual.double().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.6, 1])
+def test_tokens_without_spread_stay_finite(gamma):
+    """A channel that is the same everywhere is divided by eps alone, also in what the loss makes of it."""
+    tokens = torch.randn(2, 8, 3)
+    tokens[..., 1] = 0.5                             # a mean of eight of them is exact
+    normalised = spatial_normalisation(tokens, gamma)
+    torch.testing.assert_close(normalised[..., 1], torch.full((2, 8), (1 - gamma) * 0.5e6), rtol=1e-5, atol=0)
+    for same in (torch.full((2, 7, 3), 0.1), torch.zeros(2, 7, 3)):
+        z = torch.randn(2, 7, 3, requires_grad=True)
+        loss = alignment_loss([z], [spatial_normalisation(same, gamma)])
+        loss.backward()
+        assert loss.isfinite() and z.grad.isfinite().all()
+
+
+def test_a_single_token_has_no_spread():
+    with pytest.raises(ValueError, match=r"spatial_norm = 0.6: .*\(2, 1, 5\).*at least two"):
+        spatial_normalisation(torch.randn(2, 1, 5), 0.6)

@@ -97,6 +97,19 @@ def reference(w, x, t, y, *, patch_size, num_heads, depth, align_depth=(), num_e
     e = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
     c = e + w["y_embedder.embedding_table.weight"][y]
 
+    def convolution(name, value):
+        """3 x 3, with zeros around the grid; token r * grid + c is in row r and column c."""
+        kernel, rows = w[f"{name}.weight"], []
+        for r in range(grid):
+            for c in range(grid):
+                row = w[f"{name}.bias"].expand(B, -1)
+                for i in (-1, 0, 1):
+                    for j in (-1, 0, 1):
+                        if 0 <= r + i < grid and 0 <= c + j < grid:
+                            row = row + value[:, (r + i) * grid + c + j] @ kernel[:, :, 1 + i, 1 + j].T
+                rows.append(row)
+        return torch.stack(rows, 1)
+
     def six(block):
         """shift, scale, gate of the attention, then of the MLP, each (B, 1, D)."""
         return linear(f"blocks.{block}.adaLN_modulation.1", silu(c)).reshape(B, 6, 1, D).unbind(1)
@@ -129,6 +142,9 @@ def reference(w, x, t, y, *, patch_size, num_heads, depth, align_depth=(), num_e
     for k in align_depth:
         for _ in range(num_encoders):
             name = f"projectors.{len(aligned)}"
+            if f"{name}.weight" in w:
+                aligned.append(convolution(name, states[2 * k]))
+                continue
             hidden = silu(linear(f"{name}.2", silu(linear(f"{name}.0", states[2 * k]))))
             aligned.append(linear(f"{name}.4", hidden))                # states[2k] follows block k
 
@@ -163,9 +179,13 @@ RESIDUAL = [
     dict(patch_size=1, in_channels=1, input_size=3, hidden_size=12, num_heads=1, depth=1, align_depth=1),
     dict(mlp_ratio=2.5, align_depth=[3, 1, 2], align_dims=[4]),        # in any order; results are by depth
     dict(align_depth=(), align_dims=()),
+    dict(projector="conv", input_size=10),
+    dict(projector="conv", patch_size=3, input_size=9, depth=1, align_depth=(1,), align_dims=(7,)),
+    dict(projector="conv", patch_size=8, depth=1, align_depth=(1,)),    # a single token
 ]
 DAR = [dict(routing="dar", query=query, final_aggregator=final, chunk_size=S)
        for query in ("static", "timestep", "dynamic") for final, S in (("dedicated", 4), ("shared", 2), ("shared", 6))]
+DAR += [dict(routing="dar", query="static", final_aggregator="shared", chunk_size=4, projector="conv")]
 
 
 @pytest.mark.parametrize("changes", RESIDUAL + DAR, ids=str)
@@ -363,6 +383,10 @@ def test_one_seed_gives_every_arm_the_same_backbone():
     projections = [arms[routing, "timestep", (5, 6)].state_dict()["projectors.0.0.weight"] for routing in
                    ("residual", "dar")]
     assert torch.equal(*projections)                                   # alignment starts alike, too
+    convolved = build(projector="conv", randomized=False).state_dict()
+    assert all(torch.equal(convolved[name], value) for name, value in baseline.items())
+    assert convolved.keys() - baseline.keys() == {f"projectors.{i}.{part}" for i in range(4)
+                                                  for part in ("weight", "bias")}
 
 
 # ---- published weights ----
@@ -504,6 +528,15 @@ def test_projectors_of_one_side_only_are_reported_and_left_alone():
     assert_loaded(plain, {name: value for name, value in build(seed=5).state_dict().items() if name not in names})
 
 
+def test_projectors_of_another_kind_are_reported_and_left_alone():
+    source, target = build(seed=3).state_dict(), build(seed=4, projector="conv")
+    theirs, ours = (sorted(name for name in state if name.startswith("projectors."))
+                    for state in (source, target.state_dict()))
+    initial = {name: target.state_dict()[name].clone() for name in ours}
+    assert load_published(target, source) == (ours, theirs)
+    assert_loaded(target, {**{name: value for name, value in source.items() if name not in theirs}, **initial})
+
+
 def drop(*names):
     return lambda state: {name: value for name, value in state.items() if name not in names}
 
@@ -617,6 +650,7 @@ def test_files_without_weights_are_named(tmp_path, name):
     (dict(routing="dense"), "'dense'"),
     (dict(query="constant"), "'constant'"),                            # also where residual routing has no use for it
     (dict(final_aggregator="mean"), "'mean'"),
+    (dict(projector="linear"), "projector 'linear' .* mlp, conv"),
     (dict(class_dropout_prob=1.0), "class_dropout_prob = 1.0"),
     (dict(class_dropout_prob=-0.1), "class_dropout_prob = -0.1"),
     (dict(align_depth=0), r"\(0,\)"),
@@ -819,6 +853,15 @@ def test_flops_are_those_of_a_forward_pass(changes, B):
     model, settings = build(**changes), {**SMALL, **changes}
     inputs = batch(B, size=settings["input_size"], channels=settings["in_channels"])
     assert B * flops_per_image(model) == counted_flops(model, inputs) > 0
+
+
+@pytest.mark.parametrize("projector", ["mlp", "conv"])
+def test_flops_without_the_projectors_that_nothing_runs(projector):
+    """As the trainer leaves a model when the alignment ends."""
+    model = build(projector=projector)
+    before = flops_per_image(model)
+    model.align_depth = ()
+    assert flops_per_image(model) == counted_flops(model, batch(1)) < before
 
 
 @pytest.mark.parametrize("name", ["SiT-XL/2", "SiT-Plus/4", "SiT-B/8"])

@@ -405,7 +405,8 @@ def test_ema_is_the_geometric_average(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("extra", [("--precision", "bf16"), ("--encoder-features", "online"), ("--query", "dynamic"),
-                                   ("--routing", "residual", "--alignment", "none", "--path", "cosine")])
+                                   ("--routing", "residual", "--alignment", "none", "--path", "cosine"),
+                                   ("--projector", "conv", "--spatial-norm", 0.6, "--precision", "bf16")])
 def test_variants_learn(command, tmp_path, extra):
     """Sixty steps of each bring the denoising loss well below that of the first five."""
     run(command(tmp_path / "run", "--eval-every", 0, "--max-steps", 60, "--lr", 5e-3, *extra))
@@ -419,6 +420,132 @@ def test_stored_and_computed_tokens_train_alike(command, tmp_path):
         run(command(tmp_path / features, "--encoder-features", features, "--eval-every", 0, "--max-steps", 5))
     stored, computed = (records(tmp_path / features)[-1] for features in ("prepared", "online"))
     assert stored["alignment_loss"] == pytest.approx(computed["alignment_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("features", ["prepared", "online"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tokens_are_normalised_wherever_they_come_from(command, tmp_path, monkeypatch, features, precision):
+    """In float32, whatever they are stored or computed in: less their whole mean, they have mean 0 and spread 1."""
+    seen = []
+    original = train_repa_dar.alignment_loss
+    monkeypatch.setattr(train_repa_dar, "alignment_loss",
+                        lambda aligned, tokens: (seen.extend(tokens), original(aligned, tokens))[1])
+    for norm in (1, None):
+        run(command(tmp_path / str(norm), "--encoder-features", features, "--precision", precision, "--eval-every", 0,
+                    "--max-steps", 1, "--spatial-norm", norm))
+    normalised, plain = (tokens.double() for tokens in seen)
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(normalised.mean(1), torch.zeros(8, 24).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normalised.var(1), torch.ones(8, 24).double(), rtol=1e-3, atol=0)
+    assert plain.mean(1).abs().max() > 0.1 and (plain.var(1) - 1).abs().max() > 0.1
+
+
+# ---- the end of the alignment ----
+
+ALIGNED = 12                                        # steps; falls between two lines of the log and two checkpoints
+
+
+def state_of(folder):
+    """Weights, averages and moments at the end of a run."""
+    return flat({key: load_file(folder / "last.pt")[key] for key in ("model", "emas", "optimizer")})
+
+
+@pytest.mark.parametrize("features, routing", [("prepared", "dar"), ("online", "dar"), ("online", "residual")])
+def test_alignment_ends(command, tmp_path, monkeypatch, capsys, features, routing):
+    """Bit for bit the run that just drops the term from its loss; without reading, computing or projecting for it."""
+    original_losses, original_step = train_repa_dar.Trainer.losses, train_repa_dar.Trainer.train_step
+    original_encoder = train_repa_dar.FrozenEncoder.forward
+    settings = ("--encoder-features", features, "--routing", routing, "--eval-every", 0, "--weight-decay", 0.1,
+                "--ema-decays", 0.5)
+    read, encoded, projections, projecting, weights = [], [], [], [], []
+
+    def losses(self, inputs, draws):
+        total, denoising, alignment = original_losses(self, inputs, draws)
+        return (total, denoising, alignment) if self.step < ALIGNED else (denoising, denoising, 0 * denoising)
+
+    def step(self, batch):
+        if not projections:
+            self.model.projectors[0].register_forward_hook(lambda *_: projections.append(self.step))
+            projections.append("hooked")
+        read.append(set(batch))
+        original_step(self, batch)
+        weights.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        projecting.append([bool(model.align_depth) for model in (self.model, *self.ema.models.values())])
+
+    def encoder(self, images):
+        encoded.append(len(read))
+        return original_encoder(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_repa_dar.Trainer, "losses", losses)
+        run(command(tmp_path / "dropped", *settings))
+    run(command(tmp_path / "whole", *settings, "--align-steps", STEPS + 7))
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_repa_dar.Trainer, "train_step", step)
+        patch.setattr(train_repa_dar.FrozenEncoder, "forward", encoder)
+        run(command(tmp_path / "ended", *settings, "--align-steps", ALIGNED))
+    assert f"alignment repa for {ALIGNED} steps\n" in capsys.readouterr().out
+
+    target = {"tokens_0"} if features == "prepared" else set()
+    assert read == [{"images", "labels"} | target] * ALIGNED + [{"images", "labels"}] * (STEPS - ALIGNED)
+    assert encoded == ([] if features == "prepared" else list(range(1, ALIGNED + 1)))
+    assert projections == ["hooked", *range(ALIGNED)]
+    assert projecting == [[True, True]] * ALIGNED + [[False, False]] * (STEPS - ALIGNED)       # samples neither
+    for i, (before, after) in enumerate(zip(weights, weights[1:]), 1):         # after[i]: taken by step i, from 0
+        moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert ("projectors" in moved) == (i < ALIGNED), i
+        assert "blocks" in moved
+
+    ended, dropped = state_of(tmp_path / "ended"), state_of(tmp_path / "dropped")
+    assert ended.keys() == dropped.keys()
+    for key, value in ended.items():
+        assert torch.equal(value, dropped[key]) if isinstance(value, torch.Tensor) else value == dropped[key], key
+
+    lines, whole = records(tmp_path / "ended"), records(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [5, 10, 12, 15, 20, 25, 30, 33]
+    assert [line["step"] for line in whole] == [5, 10, 15, 20, 25, 30, 33]
+    assert all("alignment_loss" in line for line in whole) and lines[:2] == whole[:2]
+    for line in lines:
+        aligned = line["step"] <= ALIGNED
+        assert ("alignment_loss" in line) == aligned
+        expected = line["denoising_loss"] + (0.5 * line["alignment_loss"] if aligned else 0)
+        assert line["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_stopped_at_the_end_of_its_alignment_goes_on_as_if_it_had_not_been(command, tmp_path, monkeypatch):
+    """One step before it, exactly there, one step after; with readers that look ahead, and without."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = ("--align-steps", ALIGNED, "--projector", "conv", "--spatial-norm", 0.7)
+    run(command(whole, *settings))
+    original = train_repa_dar.Trainer.train_step
+    for last in (ALIGNED - 1, ALIGNED, ALIGNED + 1):
+        def step(self, batch):
+            original(self, batch)
+            if self.step + 1 == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_repa_dar.Trainer, "train_step", step)
+            with pytest.raises(SystemExit):
+                run(command(stopped, *settings, "--num-workers", last % 2))
+        assert load_file(stopped / "last.pt")["step"] == last
+    run(command(stopped, *settings, "--num-workers", 2))
+    assert_same_run(stopped, whole)
+
+
+def test_alignment_ends_in_all_processes(command, tmp_path):
+    """Two processes follow one over the end of the alignment: none waits for gradients that no longer come."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = ("--align-steps", ALIGNED, "--eval-every", 0, "--log-every", 3)
+    run(command(one, *settings))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repa_dar.py"]
+    finished = subprocess.run([*launch, *command(two, *settings, "--micro-batch-size", 2)], cwd=ROOT,
+                              capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert_same_curves(two, one)
+    moments = load_file(two / "last.pt")["optimizer"]["state"]
+    assert sorted({int(state["step"]) for state in moments.values()}) == [ALIGNED, STEPS]
 
 
 @pytest.mark.parametrize("name, tera", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
