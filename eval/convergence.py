@@ -21,6 +21,10 @@ import yaml
 NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
                "log_every", "micro_batch_size", "dry_run", "checkpoint_activations"}
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
+NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}     # of routings; others by their own
+# Options that tell nothing apart with another routing.
+OF_ROUTING = {"dar": {"query", "chunk_size", "final_aggregator", "route_backend"},
+              "attnres": {"chunk_size", "route_backend"}}
 TARGETS_AT = (0.25, 0.5, 0.75, 1.0)      # default targets: what the reference has reached at these shares of its run
 
 
@@ -111,12 +115,12 @@ def group(runs):
 
 def label(config, varied):
     """A name for an arm from the settings in which the given runs differ."""
-    dar = config.get("routing") == "dar"
-    name = "DAR" if dar else config.get("routing", "run")
+    routing = config.get("routing", "run")
+    name = NAMES.get(routing, routing)
     if config.get("alignment") == "repa":
         name += " + REPA"
-    # Options of DAR and of REPA tell nothing apart where these are off.
-    idle = set() if dar else {"query", "chunk_size", "final_aggregator", "route_backend"}
+    idle = set().union(*OF_ROUTING.values()) - OF_ROUTING.get(routing, set())
+    # Nor do options of REPA where that is off.
     idle |= set() if config.get("alignment") == "repa" else {"align_depth", "proj_coeff", "projector_dim",
                                                              "encoder_features"}
     extra = [f"{key}={shown(config.get(key))}" for key in varied if key not in {"routing", "alignment"} | idle]
