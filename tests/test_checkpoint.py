@@ -61,6 +61,8 @@ ARMS = {
     "timestep, aligned": ["--routing", "dar", "--query", "timestep", "--alignment", "repa"],
     "dynamic, dedicated, aligned": ["--routing", "dar", "--query", "dynamic", "--chunk-size", "1", "--alignment",
                                     "repa", "--final-aggregator", "dedicated"],
+    "attnres": ["--routing", "attnres", "--chunk-size", "3"],
+    "unet, aligned": ["--routing", "unet", "--alignment", "repa"],
     "qk norm, four heads": ["--qk-norm", "--num-heads", "4"],
     "patches of 4": ["--model", "SiT-S/4", "--encoder-features", "online"],
 }

@@ -16,6 +16,7 @@ from eval.convergence import (Options, Run, common_steps, compare, default_targe
 STEPS = range(100, 1001, 100)
 BATCH = 64
 DAR = {"routing": "dar"}
+ATTNRES, UNET = {"routing": "attnres"}, {"routing": "unet"}
 REPA = {"alignment": "repa"}
 
 
@@ -248,6 +249,15 @@ def test_summary_of_an_arm():
     ({"final_aggregator": "shared"}, ["final_aggregator"], "residual"),
     (DAR | {"align_depth": (2,), "proj_coeff": 1.0}, ["align_depth", "proj_coeff"], "DAR"),
     (DAR | {"projector_dim": 8, "encoder_features": "prepared"}, ["projector_dim", "encoder_features"], "DAR"),
+    (ATTNRES, ["routing"], "AttnRes"),
+    (UNET | REPA, ["routing", "alignment"], "U-ViT skips + REPA"),
+    (ATTNRES | {"chunk_size": 2, "route_backend": "torch"}, ["chunk_size", "route_backend"],
+     "AttnRes, chunk_size=2, route_backend=torch"),
+    (ATTNRES | {"query": "static", "final_aggregator": "shared"}, ["query", "final_aggregator"], "AttnRes"),
+    (UNET | {"query": "static", "chunk_size": 2, "final_aggregator": "shared", "route_backend": "torch", "lr": 0.5},
+     ["query", "chunk_size", "final_aggregator", "route_backend", "lr"], "U-ViT skips, lr=0.5"),
+    (DAR | {"query": "static", "final_aggregator": "shared", "route_backend": "torch"},
+     ["query", "final_aggregator", "route_backend"], "DAR, query=static, final_aggregator=shared, route_backend=torch"),
     ({"encoder": "tiny"}, ["encoder"], "residual, encoder=tiny"),      # it measures the distance too
 ])
 def test_label(settings, varied, name):

@@ -19,7 +19,8 @@ GPUS = int(subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda
 
 
 @pytest.mark.skipif(GPUS == 0, reason="no GPU")
-@pytest.mark.parametrize("routing, extra", [("residual", ()), ("dar", ()), ("dar", ("--query", "dynamic"))])
+@pytest.mark.parametrize("routing, extra", [("residual", ()), ("dar", ()), ("dar", ("--query", "dynamic")),
+                                            ("attnres", ()), ("unet", ())])
 def test_run_on_a_gpu(digits, encoder_folder, tmp_path, routing, extra):
     """bf16 autocast, the fused optimiser and online features: the loss falls, the run resumes, nothing is skipped."""
     command = [sys.executable, "train_repa_dar.py", "--config", "digits", "--data", digits, "--encoder", encoder_folder,
