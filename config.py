@@ -56,16 +56,16 @@ class Config:
     """How often the label is dropped, for classifier-free guidance."""
 
     # ---- routing ----
-    routing: Literal["residual", "dar"] = "residual"
-    """What joins the sublayers: residual addition, or Diffusion-Adaptive Routing."""
+    routing: Literal["residual", "dar", "attnres", "unet"] = "residual"
+    """Joins the sublayers: residual addition, DAR, or as baselines Attention Residuals and U-ViT's long skips."""
     query: Literal["static", "timestep", "dynamic"] = "timestep"
     """DAR query: w, w + e(t), or W v of the newest output."""
     chunk_size: int = 4
-    """DAR chunk size S in sublayers (two per block)."""
+    """DAR and AttnRes chunk size S in sublayers (two per block)."""
     final_aggregator: Literal["auto", "dedicated", "shared"] = "auto"
     """DAR state of the head; auto is shared with alignment and dedicated without."""
     route_backend: Literal["auto", "torch", "triton"] = "auto"
-    """DAR kernels: fused Triton, plain PyTorch, or auto, which is Triton on a GPU."""
+    """DAR and AttnRes kernels: fused Triton, plain PyTorch, or auto, which is Triton on a GPU."""
 
     # ---- alignment ----
     alignment: Literal["none", "repa"] = "none"

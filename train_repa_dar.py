@@ -1,4 +1,4 @@
-"""Trains SiT with residual or DAR routing, with or without REPA.
+"""Trains SiT with residual or DAR routing, or that of two baselines, with or without REPA.
 
     python train_repa_dar.py --config digits --routing dar --alignment repa
     torchrun --nproc_per_node=8 train_repa_dar.py --config cifar10 --routing dar --alignment repa
@@ -430,7 +430,7 @@ class Trainer:
         parts = parameters_by_part(model)
         total = sum(parts.values())
         routing = config.routing
-        if routing == "dar":
+        if model.router:
             routing += f" by {KERNELS[resolve_backend(config.route_backend, self.device)]}"
         alignment = config.alignment
         if 0 < self.aligned_steps < config.max_steps:

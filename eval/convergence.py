@@ -22,6 +22,10 @@ NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "s
                "log_every", "micro_batch_size", "dry_run", "checkpoint_activations", "diagnose_every",
                "diagnose_images"}
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
+NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}     # of routings; others by their own
+# Options that tell nothing apart with another routing.
+OF_ROUTING = {"dar": {"query", "chunk_size", "final_aggregator", "route_backend"},
+              "attnres": {"chunk_size", "route_backend"}}
 TARGETS_AT = (0.25, 0.5, 0.75, 1.0)      # default targets: what the reference has reached at these shares of its run
 
 
@@ -112,12 +116,12 @@ def group(runs):
 
 def label(config, varied):
     """A name for an arm from the settings in which the given runs differ."""
-    dar = config.get("routing") == "dar"
-    name = "DAR" if dar else config.get("routing", "run")
+    routing = config.get("routing", "run")
+    name = NAMES.get(routing, routing)
     if config.get("alignment") == "repa":
         name += " + REPA"
-    # Options of DAR and of REPA tell nothing apart where these are off.
-    idle = set() if dar else {"query", "chunk_size", "final_aggregator", "route_backend"}
+    idle = set().union(*OF_ROUTING.values()) - OF_ROUTING.get(routing, set())
+    # Nor do options of REPA where that is off.
     idle |= {"projector_dim"} if config.get("projector") == "conv" else set()
     idle |= set() if config.get("alignment") == "repa" else {"align_depth", "proj_coeff", "projector", "projector_dim",
                                                              "spatial_norm", "align_steps", "encoder_features"}

@@ -1,4 +1,4 @@
-"""Looks inside a SiT, residual or DAR: what its states hold, what routes them, and how close they are to an encoder.
+"""Looks inside a SiT of any routing: what its states hold, what routes them, and how close they are to an encoder.
 
     python -m eval.diagnose runs/digits/dar-repa-seed0/last.pt --out diagnosis/dar
     python -m eval.diagnose SiT-XL-2-256.pt --model SiT-XL/2 --data data/imagenet256 --autoencoder sd-vae-ft-ema \\
@@ -7,7 +7,8 @@
 Writes a PNG and a JSON for each figure:
 
     states      RMS of the state after each block and of the loss gradient in it, and the cosine of neighbouring states
-    routing     DAR: the weights of each aggregator; residual: the importance of each earlier output to each read
+    routing     DAR, AttnRes: the weights of each aggregator; residual: the importance of each earlier output to each
+                read; not for U-ViT's long skips
     time        how well t can be read from the state that each sublayer and the head receive: R^2 on held-out images
     alignment   CKNNA with the frozen encoder, and accuracy of a linear probe on held-out images, after each block
 
@@ -15,7 +16,8 @@ The network computes in float32 with plain PyTorch routing. `states` and `routin
 and `alignment` the null label. Probes are fitted on three quarters of the images and judged on the others.
 
 Shapes: N images, B batch, C channels, H = W size, T tokens, D width, n sources. There are L sublayers, two in a block;
-h_l is what sublayer l receives, h_{L+1} what the head does, v_0 the embedded input and v_l what sublayer l gives.
+h_l is what sublayer l receives (long skips: before it takes one up), h_{L+1} what the head does, v_0 the embedded input
+and v_l what sublayer l gives (AttnRes: the sum of that over its chunk so far).
 """
 
 import contextlib
@@ -129,13 +131,16 @@ def diagnose(model, data, autoencoder, encoder, out, figures=FIGURES, times=TIME
     check(figures, times, num_images, batch_size, seed)
     if "alignment" in figures and encoder is None:
         raise ValueError("figure 'alignment' needs an encoder")
+    if "routing" in figures and model.routing == "unet":
+        raise ValueError("figure 'routing': with long skips no state is a weighted sum of outputs; choose from " +
+                         ", ".join(name for name in FIGURES if name != "routing"))
     sample = Sample(model, data, autoencoder, num_images, batch_size, seed, path)
     for name in figures:
         if name in ("time", "alignment") and len(sample.x) < FEWEST:
             raise ValueError(f"num_images: figure {name!r} needs at least {FEWEST} images, not {len(sample.x)}")
     settings = {"num_images": len(sample.x), "batch_size": batch_size, "seed": seed, "path": path,
                 "data": str(data.folder), "content of data": data.content, "autoencoder": autoencoder.name,
-                "encoder": encoder and encoder.name, "routing": "dar" if model.router else "residual"}
+                "encoder": encoder and encoder.name, "routing": model.routing}
     Path(out).mkdir(parents=True, exist_ok=True)
     results = {}
     for name in figures:
@@ -218,7 +223,9 @@ def observed(model, weights=False):
         states    h_1 .. h_{L+1}, each (B, T, D)
         reads     the same values, but only sublayer l depends on the l-th: the residual stream goes past it
         outputs   v_0 .. v_L, each (B, T, D)
-        weights   with `weights`, those of the aggregators of a DAR model, each (n, B, T)
+        weights   with `weights`, those of the aggregators of a DAR or AttnRes model, each (n, B, T)
+
+    Long skips leave `reads` and `outputs` empty.
 
     Within the block the model is in eval mode, frozen, and routes with PyTorch; afterwards it is as it was found.
     """
@@ -242,6 +249,12 @@ def observed(model, weights=False):
             super().write(output)
             trace.outputs.append(output)
 
+    class Skipping(sit.SkipStream):
+        def read(self, shift, scale):
+            x, state = super().read(shift, scale)
+            trace.states.append(state)
+            return x, state
+
     class Routed(sit.RoutedStream):
         def __init__(self, *arguments):
             super().__init__(*arguments)
@@ -264,15 +277,16 @@ def observed(model, weights=False):
 
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    streams, backend = (sit.ResidualStream, sit.RoutedStream), model.router and model.router.backend
+    streams = sit.ResidualStream, sit.SkipStream, sit.RoutedStream
+    backend = model.router and model.router.backend
     try:
-        sit.ResidualStream, sit.RoutedStream = Residual, Routed
+        sit.ResidualStream, sit.SkipStream, sit.RoutedStream = Residual, Skipping, Routed
         model.eval().requires_grad_(False)
         if model.router:
             model.router.backend = "torch"
         yield look
     finally:
-        sit.ResidualStream, sit.RoutedStream = streams
+        sit.ResidualStream, sit.SkipStream, sit.RoutedStream = streams
         for module, training in modes.items():
             module.training = training
         for parameter in trained:
@@ -294,9 +308,9 @@ def loss_gradients(look, x_t, t, target, y, of):
 def states(look, model, sample, times, encoder=None):
     """After every block k = 0 .. depth (0: the embedded input), and at every time:
 
-    rms:           of the state: the residual stream, or with DAR z_k, the aggregate that block k + 1 receives.
-    gradient_rms:  of the gradient of an image's own loss with respect to that state. (A state of DAR is read once; the
-                   residual stream's gradient is that of all that follows.)
+    rms:           of the state: the residual stream, or with a router z_k, the aggregate that block k + 1 receives.
+    gradient_rms:  of the gradient of an image's own loss with respect to that state. (An aggregate is read once;
+                   the residual stream's gradient is that of all that follows.)
     cosine:        of the states after block k and k + 1, mean over tokens, k = 0 .. depth - 1.
     """
     rows = {"rms": [], "gradient_rms": [], "cosine": []}
@@ -319,16 +333,16 @@ def states(look, model, sample, times, encoder=None):
 def routing(look, model, sample, times, encoder=None):
     """By time and by reader l = 1 .. L+1, the last of which is the head; `sources` lists the i of each reader:
 
-    weights:       DAR: the softmax over sources, mean over images and tokens. Residual: the importance as a share, so
-                   that the weights of a reader sum to 1 as well.
+    weights:       DAR, AttnRes: the softmax over sources, mean over images and tokens. Residual: the importance as a
+                   share, so that the weights of a reader sum to 1 as well.
     importance:    residual only. With gates g_{l,i} in h_l = sum_{i<l} g_{l,i} v_i, all of them 1, it is the mean over
                    images of |d loss / d g_{l,i}|, loss being the image's own. As g_{l,i} scales v_i for this one read,
                    that derivative is the sum over tokens of <d loss / d h_l, v_i>, the former through the read alone.
                    (LayerNorm undoes a common factor, so over the sources of a reader the derivatives of one image sum
                    to almost zero: importance tells sources of a reader apart, not what the reader is worth, and no
                    share of a reader with several sources is much above a half.)
-    entropy:       in nats, and entropy_share: of log n, None for a single source. largest: the largest weight. DAR:
-                   of each token's own softmax, mean over images and tokens; residual: of the weights above.
+    entropy:       in nats, and entropy_share: of log n, None for a single source. largest: the largest weight.
+                   With a router of each token's own softmax, mean over images and tokens; else of the weights above.
     """
     data = {"sources": [list(read) for read in model.router.plan] if model.router else
             [list(range(reader)) for reader in range(1, 2 * len(model.blocks) + 2)], "times": list(times)}

@@ -2,6 +2,7 @@
 
 Sublayers are numbered l = 1..L (attention, MLP, attention, ...); v_0 is the embedded input and v_l the output of
 sublayer l. Aggregator l forms the input h_l of sublayer l from earlier outputs; one more forms the input of the head.
+Block Attention Residuals (AttnRes, arXiv 2603.15031), a baseline, are the same with other sources.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -84,6 +85,8 @@ class DepthRouter(nn.Module):
     backend: "auto", "torch" or "triton" (`kernels.route`).
     """
 
+    summed = 1                              # every so many sublayers a new sum of outputs begins: DAR adds none up
+
     def __init__(self, num_sublayers, width, query, chunk_size, final_aggregator, backend="auto"):
         super().__init__()
         if query not in QUERIES:
@@ -115,8 +118,28 @@ class DepthRouter(nn.Module):
         return self.plan[index], aggregator(v[-1], t_embedding), aggregator.norm_weight
 
 
+# AttnRes, its block variant
+class AttnResRouter(DepthRouter):
+    """All aggregators of Block Attention Residuals for L sublayers in chunks of S (their blocks).
+
+    With it v_l is the sum of the outputs of l's chunk up to sublayer l, so that v_{nS} summarises chunk n. A state
+    sees v_0, the summaries of all finished chunks and the sum of its own chunk so far, if that has begun; the head
+    sees v_0 and all chunks. Queries are static, the head has its own, and logits are w . k without 1 / sqrt(D).
+    S = 1 sees every output by itself (full AttnRes). S need not divide L; the last chunk is then shorter.
+    """
+
+    def __init__(self, num_sublayers, width, chunk_size, backend="auto"):
+        super().__init__(num_sublayers, width, "static", chunk_size, "dedicated", backend)
+        self.summed = chunk_size
+        self.plan = [(*range(0, latest, chunk_size), latest) for latest in range(num_sublayers + 1)]
+
+    def aggregation(self, v, t_embedding):
+        read, query, norm_weight = super().aggregation(v, t_embedding)
+        return read, math.sqrt(len(query)) * query, norm_weight            # by which the kernels divide
+
+
 class RoutedStream:
-    """The states of one forward pass with DAR: what `ResidualStream` (models/sit.py) is to residual addition.
+    """The states of one forward pass with a router: what `ResidualStream` (models/sit.py) is to residual addition.
 
     tokens: v_0 (B, T, D); t_embedding: (B, D).
     """
@@ -139,5 +162,7 @@ class RoutedStream:
         return x, h
 
     def write(self, output):
-        """v_l, the output of the sublayer that read last."""
-        self.v.append(output.to(self.v[0].dtype))
+        """v_l from the output of the sublayer that read last: that output, or with AttnRes its chunk's sum."""
+        begins = (len(self.v) - 1) % self.router.summed == 0
+        output = output.to(self.v[0].dtype)
+        self.v.append(output if begins else self.v[-1] + output)

@@ -1,5 +1,6 @@
 """SiT (arXiv 2401.08740) with a choice of what joins its sublayers: residual addition, or DAR (arXiv 2605.20708).
 
+Two baselines beside them: Attention Residuals (arXiv 2603.15031), and U-ViT's long skips (arXiv 2209.12152).
 In residual mode parameter names and shapes are those of the published SiT and REPA checkpoints.
 
 Shapes: B batch, C channels, H = W input size, T tokens, D width.
@@ -14,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.dar import FINAL_AGGREGATORS, QUERIES, DepthRouter, RoutedStream
+from models.dar import FINAL_AGGREGATORS, QUERIES, AttnResRouter, DepthRouter, RoutedStream
 from models.projector import PROJECTORS, ConvProjector, Projector
 
-ROUTINGS = ("residual", "dar")
+ROUTINGS = ("residual", "dar", "attnres", "unet")
 FREQUENCIES = 256                                   # width of the sinusoidal timestep embedding
 MAX_PERIOD = 10_000
 
@@ -29,11 +30,13 @@ class SiT(nn.Module):
     hidden_size D, depth (blocks), num_heads, mlp_ratio, qk_norm: the transformer.
     num_classes: labels are 0 .. num_classes - 1; the null class of classifier-free guidance is num_classes.
     class_dropout_prob: how often training replaces the label by the null class.
-    routing: "residual" or "dar"; query, chunk_size and final_aggregator belong to "dar" (models/dar.py).
+    routing: "residual", "dar" (models/dar.py), or a baseline: "attnres" (`AttnResRouter`), "unet" (`SkipStream`).
+    query and final_aggregator belong to "dar", chunk_size and route_backend to "dar" and "attnres".
     final_aggregator: "auto" is "shared" with alignment and "dedicated" without (DAR, Appendix C.3).
     route_backend: "auto", "torch" or "triton" (`kernels.route`).
-    align_depth: 1-based block numbers; the state after block k is projected, which with DAR is z_k, the aggregate
-        passed on to block k + 1 (Section 3). align_dims: one width per encoder; () builds no projector.
+    align_depth: 1-based block numbers; the state after block k is projected, which with DAR and AttnRes is z_k, the
+        aggregate passed on to block k + 1 (DAR, Section 3), and with long skips the stream before it takes up one.
+        align_dims: one width per encoder; () builds no projector.
     projector: "mlp", whose hidden width is projector_dim, or "conv" (models/projector.py).
     checkpoint_activations: recompute every sublayer in the backward pass instead of keeping what it needs. States and
         sources are kept; values and gradients are the same.
@@ -64,7 +67,7 @@ class SiT(nn.Module):
                              f"for the projectors of align_dims = {tuple(align_dims)}")
 
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_classes, self.checkpoint_activations = num_classes, checkpoint_activations
+        self.num_classes, self.checkpoint_activations, self.routing = num_classes, checkpoint_activations, routing
         self.align_depth, self.num_encoders = align_depth, len(align_dims)      # without encoders nothing is projected
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -85,10 +88,16 @@ class SiT(nn.Module):
             if query == "timestep":                          # so that the first aggregation is a plain mean
                 nn.init.zeros_(self.t_embedder.mlp[2].weight)
                 nn.init.zeros_(self.t_embedder.mlp[2].bias)
+        elif routing == "attnres":
+            self.router = AttnResRouter(2 * depth, hidden_size, chunk_size, route_backend)
         self.projectors = nn.ModuleList(
             ConvProjector(hidden_size, grid, dim) if projector == "conv" else Projector(hidden_size, projector_dim, dim)
             for _ in align_depth for dim in align_dims)
         self.projectors.apply(_xavier)
+        self.skips = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size)
+                                   for _ in range(depth // 2 if routing == "unet" else 0))
+        for parameter in self.skips.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x, t, y, label_draw=None):
         """Velocity at x_t, and the projected tokens.
@@ -102,7 +111,8 @@ class SiT(nn.Module):
         e = self.t_embedder(t)                                             # (B, D)
         c = e + self.y_embedder(y, label_draw)                             # (B, D)
 
-        stream = RoutedStream(self.router, tokens, e) if self.router else ResidualStream(tokens)
+        stream = (RoutedStream(self.router, tokens, e) if self.router else
+                  SkipStream(tokens, self.skips, len(self.blocks)) if self.skips else ResidualStream(tokens))
         aligned = []
         for k, block in enumerate(self.blocks):
             (shift_1, scale_1, gate_1), (shift_2, scale_2, gate_2) = block.modulation(c)
@@ -165,6 +175,36 @@ class ResidualStream:
 
     def write(self, output):
         self.h = self.h + output
+
+
+class SkipStream(ResidualStream):
+    """Residual addition with U-ViT's long skips (arXiv 2209.12152), which join mirrored blocks k and n + 1 - k of n.
+
+    With s the state after block k, for k = 1 .. n / 2, what block n + 1 - k reads is a linear map of [h; s]:
+
+        h <- h + W [h; s] + b
+
+    W = 0 and b = 0 at first, the identity on h and nothing of s, so that training starts as the residual model; U-ViT
+    draws the whole map at random. The identity stands apart so that autocast keeps the stream in float32. An odd n has
+    a middle block without skip; with an even n the innermost s is h itself.
+    skips: linear maps (2 D) -> (D), in the order in which they are used.
+    """
+
+    def __init__(self, tokens, skips, num_blocks):
+        super().__init__(tokens)
+        self.skips, self.num_blocks, self.reads, self.kept = skips, num_blocks, 0, []
+
+    def read(self, shift, scale):
+        """As in residual addition, but that the state (B, T, D) is the one before it takes up a skip."""
+        h, (k, of_mlp) = self.h, divmod(self.reads, 2)                     # after k blocks, unless the MLP reads it
+        self.reads += 1
+        first = self.num_blocks - len(self.skips)
+        if not of_mlp and 1 <= k <= len(self.skips):
+            self.kept.append(h)
+        if not of_mlp and first <= k < self.num_blocks:
+            self.write(self.skips[k - first](torch.cat([h, self.kept.pop()], dim=-1)))
+        x, _ = super().read(shift, scale)
+        return x, h
 
 
 class Block(nn.Module):
@@ -246,10 +286,10 @@ def load_published(model, state_dict):
     Three things may differ and are mended. Released SiT models predict a variance beside the velocity, of which the
     velocity half is kept, and by which they are known: their time runs from noise to data and is turned round.
     Projectors that only one side has are left out: the model's keep their initial values.
-    Weights without any router, of residual routing, leave the routers of a DAR model as they are. A timestep query
+    Weights without routers and skips, of residual routing, leave those of the model as they are. A timestep query
     w + e(t) then starts with the e(t) of those weights instead of zero, so that aggregation is no plain mean at first.
     Returns the names of parameters that were not loaded and of weights that were not used.
-    Raises ValueError that names the missing, unknown (routers, if the model is residual) or differently shaped ones.
+    Raises ValueError that names the missing, unknown (such as routers, if the model has none) or differently shaped.
     """
     own = model.state_dict()
     state_dict = dict(state_dict)
@@ -260,8 +300,8 @@ def load_published(model, state_dict):
             state_dict[name] = both[:, 0].flatten(0, 1)                    # (p * p * C, ...)
     missing = sorted(own.keys() - state_dict.keys())
     unused = sorted(state_dict.keys() - own.keys())
-    routed = any(name.startswith("router.") for name in state_dict)
-    optional = ("projectors.",) if routed else ("projectors.", "router.")
+    joined = any(name.startswith(("router.", "skips.")) for name in state_dict)
+    optional = ("projectors.",) if joined else ("projectors.", "router.", "skips.")
     problems = [f"missing {name}" for name in missing if not name.startswith(optional)]
     problems += [f"unknown {name}" for name in unused if not name.startswith("projectors.")]
     problems += [f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(own[name].shape)}"
@@ -288,7 +328,7 @@ def _reverse_time(model):
 
 
 def parameters_by_part(model):
-    """Trainable parameters of those parts that a SiT has: embedders, blocks, head, router, projectors -> count."""
+    """Trainable parameters by part, of those that a SiT has: embedders, blocks, head, router, projectors, skips."""
     counts = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -301,9 +341,9 @@ def parameters_by_part(model):
 def flops_per_image(model):
     """Floating-point operations of one forward pass of a SiT for one image, two per multiply-add.
 
-    Matrix products (dynamic queries included, and projectors where states are aligned) and attention. Elementwise work
-    is left out, and with it norms, softmax and the routing's sums over sources. A training step takes about three times
-    as many, or four with `checkpoint_activations`.
+    Matrix products (dynamic queries and long skips included, and projectors where states are aligned) and attention.
+    Elementwise work is left out, and with it norms, softmax and the routing's sums over sources. A training step takes
+    about three times as many, or four with `checkpoint_activations`.
     """
     def weights(*modules):
         return sum(w.numel() for module in modules for w in module.parameters() if w.ndim > 1)
@@ -311,7 +351,8 @@ def flops_per_image(model):
     _, tokens, width = model.pos_embed.shape
     per_image = weights(model.t_embedder, model.final_layer.adaLN_modulation,
                         *(block.adaLN_modulation for block in model.blocks))
-    per_token = weights(model.x_embedder, model.final_layer.linear, *(model.projectors if model.align_depth else ()),
+    per_token = weights(model.x_embedder, model.final_layer.linear, model.skips,
+                        *(model.projectors if model.align_depth else ()),
                         *(sublayer for block in model.blocks for sublayer in (block.attn, block.mlp)))
     per_token += len(model.blocks) * 2 * tokens * width                    # scores, and the sum that they weight
     if model.router and model.router.aggregators[0].kind == "dynamic":

@@ -62,6 +62,8 @@ ARMS = {
     "dynamic, dedicated, aligned": ["--routing", "dar", "--query", "dynamic", "--chunk-size", "1", "--alignment",
                                     "repa", "--final-aggregator", "dedicated"],
     "convolved": ["--alignment", "repa", "--align-depth", "2", "1", "--projector", "conv", "--routing", "dar"],
+    "attnres": ["--routing", "attnres", "--chunk-size", "3"],
+    "unet, aligned": ["--routing", "unet", "--alignment", "repa"],
     "qk norm, four heads": ["--qk-norm", "--num-heads", "4"],
     "patches of 4": ["--model", "SiT-S/4", "--encoder-features", "online"],
 }

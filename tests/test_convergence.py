@@ -16,6 +16,7 @@ from eval.convergence import (Options, Run, common_steps, compare, default_targe
 STEPS = range(100, 1001, 100)
 BATCH = 64
 DAR = {"routing": "dar"}
+ATTNRES, UNET = {"routing": "attnres"}, {"routing": "unet"}
 REPA = {"alignment": "repa"}
 
 
@@ -254,6 +255,15 @@ def test_summary_of_an_arm():
      ["align_steps", "projector", "projector_dim", "spatial_norm"],
      "residual + REPA, align_steps=9, projector=conv, spatial_norm=0.6"),
     (REPA | {"projector_dim": 8}, ["projector", "projector_dim"], "residual + REPA, projector=mlp, projector_dim=8"),
+    (ATTNRES, ["routing"], "AttnRes"),
+    (UNET | REPA, ["routing", "alignment"], "U-ViT skips + REPA"),
+    (ATTNRES | {"chunk_size": 2, "route_backend": "torch"}, ["chunk_size", "route_backend"],
+     "AttnRes, chunk_size=2, route_backend=torch"),
+    (ATTNRES | {"query": "static", "final_aggregator": "shared"}, ["query", "final_aggregator"], "AttnRes"),
+    (UNET | {"query": "static", "chunk_size": 2, "final_aggregator": "shared", "route_backend": "torch", "lr": 0.5},
+     ["query", "chunk_size", "final_aggregator", "route_backend", "lr"], "U-ViT skips, lr=0.5"),
+    (DAR | {"query": "static", "final_aggregator": "shared", "route_backend": "torch"},
+     ["query", "final_aggregator", "route_backend"], "DAR, query=static, final_aggregator=shared, route_backend=torch"),
     ({"encoder": "tiny"}, ["encoder"], "residual, encoder=tiny"),      # it measures the distance too
 ])
 def test_label(settings, varied, name):

@@ -20,7 +20,7 @@ GPUS = int(subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda
 
 @pytest.mark.skipif(GPUS == 0, reason="no GPU")
 @pytest.mark.parametrize("routing, extra", [
-    ("residual", ()), ("dar", ()), ("dar", ("--query", "dynamic")),
+    ("residual", ()), ("dar", ()), ("dar", ("--query", "dynamic")), ("attnres", ()), ("unet", ()),
     ("dar", ("--projector", "conv", "--spatial-norm", 0.7, "--align-steps", 150))])
 def test_run_on_a_gpu(digits, encoder_folder, tmp_path, routing, extra):
     """bf16 autocast, the fused optimiser and online features: the loss falls, the run resumes, nothing is skipped."""

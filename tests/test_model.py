@@ -365,14 +365,16 @@ def test_training_drops_a_fraction_p_of_the_labels(p):
 
 def test_one_seed_gives_every_arm_the_same_backbone():
     arms = {}
-    for routing, query in (("residual", "timestep"), ("dar", "static"), ("dar", "timestep"), ("dar", "dynamic")):
+    for routing, query in (("residual", "timestep"), ("dar", "static"), ("dar", "timestep"), ("dar", "dynamic"),
+                           ("attnres", "timestep"), ("unet", "timestep")):
         for dims in ((), (5, 6)):
             arms[routing, query, dims] = build(routing=routing, query=query, align_dims=dims, randomized=False)
     baseline = arms["residual", "timestep", ()].state_dict()
     for (routing, query, dims), model in arms.items():
         state = model.state_dict()
         extra = {name.split(".")[0] for name in state.keys() - baseline.keys()}
-        assert extra == ({"router"} if routing == "dar" else set()) | ({"projectors"} if dims else set())
+        own = {"residual": set(), "dar": {"router"}, "attnres": {"router"}, "unet": {"skips"}}[routing]
+        assert extra == own | ({"projectors"} if dims else set())
         for name, value in baseline.items():
             if name.startswith("t_embedder.mlp.2") and (routing, query) == ("dar", "timestep"):
                 assert not state[name].any(), name                     # e(t) must start at zero there
@@ -380,9 +382,10 @@ def test_one_seed_gives_every_arm_the_same_backbone():
                 assert torch.equal(state[name], value), (routing, query, dims, name)
     other = build(seed=1, randomized=False).state_dict()
     assert not torch.equal(other["blocks.0.attn.qkv.weight"], baseline["blocks.0.attn.qkv.weight"])
-    projections = [arms[routing, "timestep", (5, 6)].state_dict()["projectors.0.0.weight"] for routing in
-                   ("residual", "dar")]
-    assert torch.equal(*projections)                                   # alignment starts alike, too
+    for routing in ("dar", "attnres", "unet"):                         # alignment starts alike, too
+        for name, value in arms["residual", "timestep", (5, 6)].state_dict().items():
+            if name.startswith("projectors."):
+                assert torch.equal(arms[routing, "timestep", (5, 6)].state_dict()[name], value), (routing, name)
     convolved = build(projector="conv", randomized=False).state_dict()
     assert all(torch.equal(convolved[name], value) for name, value in baseline.items())
     assert convolved.keys() - baseline.keys() == {f"projectors.{i}.{part}" for i in range(4)
@@ -661,6 +664,9 @@ def test_files_without_weights_are_named(tmp_path, name):
     (dict(routing="dar", final_aggregator="mean"), "'mean'"),
     (dict(routing="dar", chunk_size=0), "chunk_size = 0"),
     (dict(routing="dar", chunk_size=7), "chunk_size = 7"),
+    (dict(routing="attnres", chunk_size=0), "chunk_size = 0"),
+    (dict(routing="attnres", chunk_size=7), "chunk_size = 7"),
+    (dict(routing="attnres", route_backend="cuda"), "'cuda'"),
 ])
 def test_constructor_refuses_bad_values_by_name(change, message):
     SiT(**SMALL)
@@ -688,10 +694,11 @@ def test_half_precision_keeps_no_more_for_backward_than_float32():
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "checkpoint"])
-def test_compiles_without_graph_breaks(recompute):
-    """What `compile` relies on: the DAR forward and backward are one graph, with the values of the eager ones."""
+@pytest.mark.parametrize("routing", ["dar", "attnres", "unet"])
+def test_compiles_without_graph_breaks(routing, recompute):
+    """What `compile` relies on: forward and backward are one graph, with the values of the eager ones."""
     torch.manual_seed(0)
-    model = SiT(**{**SMALL, "routing": "dar", "depth": 2, "align_depth": (1,)}, checkpoint_activations=recompute)
+    model = SiT(**{**SMALL, "routing": routing, "depth": 2, "align_depth": (1,)}, checkpoint_activations=recompute)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     size, channels = model.input_size, model.in_channels
@@ -711,7 +718,8 @@ def test_compiles_without_graph_breaks(recompute):
 # ---- activation checkpointing ----
 
 CHECKPOINTED = [dict(), dict(qk_norm=True, align_dims=()), dict(routing="dar", final_aggregator="shared"),
-                dict(routing="dar", query="dynamic", final_aggregator="dedicated", align_dims=())]
+                dict(routing="dar", query="dynamic", final_aggregator="dedicated", align_dims=()),
+                dict(routing="attnres", chunk_size=5), dict(routing="unet")]
 TRITON = dict(routing="dar", depth=1, align_depth=1, chunk_size=2, input_size=2, route_backend="triton")   # slow here
 
 
@@ -751,7 +759,7 @@ def test_checkpointing_recomputes_every_sublayer_and_changes_no_bit(changes, hal
         assert torch.equal(results[True][name], value), name
 
 
-@pytest.mark.parametrize("routing", ["residual", "dar"])
+@pytest.mark.parametrize("routing", ["residual", "dar", "attnres", "unet"])
 def test_checkpointing_keeps_nothing_of_the_insides_of_sublayers(routing):
     """What is kept does not know how wide the MLP is, or how many heads the attention has; and it is far less."""
     B, T, D = 3, 16, 24
@@ -771,7 +779,7 @@ def test_checkpointing_keeps_nothing_of_the_insides_of_sublayers(routing):
         assert kept(checkpoint_activations=True, depth=4) - lean == 4 * B * block
 
 
-@pytest.mark.parametrize("routing", ["residual", "dar"])
+@pytest.mark.parametrize("routing", ["residual", "dar", "attnres", "unet"])
 def test_checkpointing_works_in_distributed_data_parallel(routing):
     """Every parameter is ready once per pass, also with accumulation; DDP raises where one is not, or is twice."""
     model = build(checkpoint_activations=True, routing=routing, query="dynamic").train()
@@ -846,7 +854,8 @@ def counted_flops(model, inputs):
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("changes", [
     *RESIDUAL, dict(qk_norm=True), dict(input_size=12, hidden_size=40, num_heads=5, depth=2, align_depth=2),
-    dict(input_size=16, patch_size=8, projector_dim=33, align_dims=(4,)),
+    dict(input_size=16, patch_size=8, projector_dim=33, align_dims=(4,)), dict(routing="attnres", chunk_size=2),
+    dict(routing="unet"), dict(routing="unet", depth=4, align_dims=()), dict(routing="unet", depth=1, align_depth=1),
     *[dict(routing="dar", query=query, final_aggregator=final, depth=2, align_depth=1)
       for query in ("static", "timestep", "dynamic") for final in ("dedicated", "shared")]], ids=str)
 def test_flops_are_those_of_a_forward_pass(changes, B):
@@ -912,4 +921,5 @@ def test_kept_for_backward_grows_with_the_batch(changes):
     for recompute in (False, True):
         model = build(checkpoint_activations=recompute, **changes)
         two, four, six = (kept_for_backward(model, *batch(B)) for B in (2, 4, 6))
-        assert four == 2 * two and six == 3 * two > 0
+        shared = 7 * 24 * 4 if changes.get("routing") == "attnres" else 0  # its seven scaled queries
+        assert four - shared == 2 * (two - shared) and six - shared == 3 * (two - shared) > 0
