@@ -85,7 +85,7 @@ class DepthRouter(nn.Module):
     backend: "auto", "torch" or "triton" (`kernels.route`).
     """
 
-    summed = 1                              # every so many sublayers a new sum of outputs begins: DAR adds none up
+    summed = 1                              # outputs added up in one source (RoutedStream.write): with DAR none are
 
     def __init__(self, num_sublayers, width, query, chunk_size, final_aggregator, backend="auto"):
         super().__init__()
@@ -125,7 +125,8 @@ class AttnResRouter(DepthRouter):
     With it v_l is the sum of the outputs of l's chunk up to sublayer l, so that v_{nS} summarises chunk n. A state
     sees v_0, the summaries of all finished chunks and the sum of its own chunk so far, if that has begun; the head
     sees v_0 and all chunks. Queries are static, the head has its own, and logits are w . k without 1 / sqrt(D).
-    S = 1 sees every output by itself (full AttnRes). S need not divide L; the last chunk is then shorter.
+    S = 1 sees every output by itself (full AttnRes). S need not divide L; the last chunk is then shorter. Sums have the
+    dtype of sources, which under autocast is half precision with the fused kernels and float32 without.
     """
 
     def __init__(self, num_sublayers, width, chunk_size, backend="auto"):
