@@ -21,6 +21,17 @@ PRESETS = Path(__file__).parent / "configs"
 # A run may be continued with other values of these: they change nothing but rounding in its weights.
 FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every",
                   "tensorboard", "dry_run", "checkpoint_activations"}
+# What is read only where another option has one of these values.
+READ_ONLY_WITH = {
+    "query": ("routing", {"dar"}),
+    "chunk_size": ("routing", {"dar"}),
+    "final_aggregator": ("routing", {"dar"}),
+    "route_backend": ("routing", {"dar"}),
+    "align_depth": ("alignment", {"repa"}),
+    "proj_coeff": ("alignment", {"repa"}),
+    "projector_dim": ("alignment", {"repa"}),
+    "encoder_features": ("alignment", {"repa"}),
+}
 
 
 @dataclass(frozen=True)
@@ -189,26 +200,35 @@ def _require(condition, name, value, rule):
 
 def parse(argv=None):
     """The configuration of a command line (default: the process's own). Prints and exits with 2 on a bad option."""
+    try:
+        config, preset, name = resolve(argv)
+    except ValueError as error:
+        raise SystemExit(f"configuration error: {error}") from None
+    if config.batch_size != preset.batch_size and os.environ.get("RANK", "0") == "0":
+        print(f"note: batch_size = {config.batch_size}, where {name} has {preset.batch_size}, for which "
+              f"its learning rate and steps were chosen", file=sys.stderr)
+    return config
+
+
+def resolve(argv=None):
+    """The configuration of a command line, that of its preset alone, and the preset's name.
+
+    Raises ValueError on an unknown option and on a value out of range; tyro itself exits on what it cannot read.
+    """
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", default="digits")
     chosen, overrides = files.parse_known_args(argv)
     overrides = _switched_on(overrides)
-    try:
-        options = [word.partition("=")[0] for word in overrides
-                   if word.startswith("--") and not word.startswith(("--help", "--tyro"))]
-        for option in options:
-            _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
-        preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
-        if "--model" in options:
-            preset = dataclasses.replace(preset, depth=None, hidden_size=None, num_heads=None)
-        config = _parse(overrides, preset, prog="train_repa_dar.py")
-        config.check()
-        if config.batch_size != preset.batch_size and os.environ.get("RANK", "0") == "0":
-            print(f"note: batch_size = {config.batch_size}, where {chosen.config} has {preset.batch_size}, for which "
-                  f"its learning rate and steps were chosen", file=sys.stderr)
-    except ValueError as error:
-        raise SystemExit(f"configuration error: {error}") from None
-    return config
+    options = [word.partition("=")[0] for word in overrides
+               if word.startswith("--") and not word.startswith(("--help", "--tyro"))]
+    for option in options:
+        _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
+    preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
+    if "--model" in options:
+        preset = dataclasses.replace(preset, depth=None, hidden_size=None, num_heads=None)
+    config = _parse(overrides, preset, prog="train_repa_dar.py")
+    config.check()
+    return config, preset, chosen.config
 
 
 def _switched_on(words):
@@ -275,6 +295,11 @@ def save(config, path):
 def load_saved(path):
     """What `save` wrote there, as a dict; {} where there is no such file."""
     return _read_yaml(path) if path.is_file() else {}
+
+
+def idle(settings):
+    """The options that nothing reads with these settings (a dict)."""
+    return {option for option, (switch, values) in READ_ONLY_WITH.items() if settings.get(switch) not in values}
 
 
 def differences(wanted, saved):

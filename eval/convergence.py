@@ -17,6 +17,8 @@ import numpy as np
 import tyro
 import yaml
 
+from config import idle
+
 # Settings that tell one run of an arm from another, or say nothing about how it learns.
 NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
                "log_every", "micro_batch_size", "dry_run", "checkpoint_activations"}
@@ -111,15 +113,11 @@ def group(runs):
 
 def label(config, varied):
     """A name for an arm from the settings in which the given runs differ."""
-    dar = config.get("routing") == "dar"
-    name = "DAR" if dar else config.get("routing", "run")
+    name = "DAR" if config.get("routing") == "dar" else config.get("routing", "run")
     if config.get("alignment") == "repa":
         name += " + REPA"
-    # Options of DAR and of REPA tell nothing apart where these are off.
-    idle = set() if dar else {"query", "chunk_size", "final_aggregator", "route_backend"}
-    idle |= set() if config.get("alignment") == "repa" else {"align_depth", "proj_coeff", "projector_dim",
-                                                             "encoder_features"}
-    extra = [f"{key}={shown(config.get(key))}" for key in varied if key not in {"routing", "alignment"} | idle]
+    unsaid = {"routing", "alignment"} | idle(config)            # the name has the two, and nothing reads the others
+    extra = [f"{key}={shown(config.get(key))}" for key in varied if key not in unsaid]
     return ", ".join([name, *extra])
 
 
@@ -193,11 +191,16 @@ def compare(arms, options):
                       "folders": [run.folder for run in runs.values()],
                       "encoder": sorted({shown(run.config.get("encoder", "")) for run in runs.values()})}
                for name, runs in arms.items()}
-    of_one_start = {"command", "from_step"}
-    machines = {json.dumps({key: value for key, value in start.items() if key not in of_one_start}, sort_keys=True)
-                for runs in arms.values() for run in runs.values() for start in run.environments}
     return {"metric": options.metric, "goal": options.goal, "reference": reference, "arms": summary,
-            "targets": rows, "environments": [json.loads(machine) for machine in sorted(machines)]}
+            "targets": rows, "environments": machines(run for runs in arms.values() for run in runs.values())}
+
+
+def machines(runs):
+    """The different environments in which the runs were started, as dicts."""
+    of_one_start = {"command", "from_step"}
+    found = {json.dumps({key: value for key, value in start.items() if key not in of_one_start}, sort_keys=True)
+             for run in runs for start in run.environments}
+    return [json.loads(machine) for machine in sorted(found)]
 
 
 def mean(values):
