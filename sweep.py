@@ -43,7 +43,7 @@ TRAINER = Path(__file__).resolve().with_name("train_repa_dar.py")
 NO_LIMIT = 10 * 365 * 24 * 60                       # minutes; submitit ends local jobs after two by default
 REQUEUES = 1000                                     # a run that needs many time slots is queued again for each
 LINGER = 300                                        # seconds that a stopped job leaves to Slurm to requeue or end it
-POLL = {"local": 1.0, "slurm": 10.0}                # seconds between two looks at the running cells
+POLL = {"local": 1.0, "slurm": 5.0}                 # seconds between two looks at the running cells
 ORDER = ("running", "failed", "stopped", "queued", "elsewhere", "waiting", "done")      # of what a small terminal shows
 LOG_TAIL = 1 << 16                                  # bytes of metrics.jsonl that a look reads
 
@@ -98,7 +98,7 @@ def main(argv=None):
             print(forecast(cells, options, len(places)))
             return
         lock = lock_folder(Path(options.out))
-    except (ValueError, NameError, RuntimeError) as error:          # the last two are submitit's
+    except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     with lock, Stop() as stop:
         run_all(cells, options, places, stop)
@@ -247,8 +247,11 @@ def free_places(options, count):
 
 
 def make_executor(options, folder):
-    """submitit's executor for one cell. Raises NameError or ValueError on parameters that it does not know."""
-    executor = submitit.AutoExecutor(folder, cluster=options.cluster, slurm_max_num_timeout=REQUEUES)
+    """submitit's executor for one cell. Raises ValueError on parameters that it does not know, and without Slurm."""
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=options.cluster, slurm_max_num_timeout=REQUEUES)
+    except RuntimeError as error:
+        raise ValueError(f"cluster = {options.cluster!r}: {error}") from None
     if options.cluster == "local":
         executor.update_parameters(timeout_min=NO_LIMIT)
         return executor
@@ -259,7 +262,10 @@ def make_executor(options, folder):
     parameters = {f"slurm_{name}": json_or_text(value) for name, value in given.items()}
     if not given.keys() & {"gres", "gpus_per_node", "gpus_per_task"}:
         parameters["gpus_per_node"] = options.gpus_per_run
-    executor.update_parameters(**{"name": Path(options.out).name, "tasks_per_node": 1, **parameters})
+    try:
+        executor.update_parameters(**{"name": Path(options.out).name, "tasks_per_node": 1, **parameters})
+    except NameError as error:
+        raise ValueError(f"slurm = {' '.join(options.slurm)!r}: {error}") from None
     return executor
 
 
@@ -449,7 +455,7 @@ def finish(cell, stop):
     elif stop.signal or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         cell.state, cell.reason = "stopped", "stopped by a signal"
     else:
-        cell.state = "failed"
+        cell.state, cell.reason = "failed", f"{cell.reason}: {log_end(cell, lines=1)}".removesuffix(": ")
     shutil.rmtree(cell.folder / "job", ignore_errors=True)      # what is there now may still come to run
 
 

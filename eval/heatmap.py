@@ -128,6 +128,7 @@ def title(settings):
 
 
 def caption(grid):
+    """Sentences on what is marked."""
     low, high = grid["optimal_chunk_size"]
     words = []
     if grid["chunk_size"] != [None]:
@@ -135,7 +136,7 @@ def caption(grid):
                      f"{high:.1f} at alpha = {ALPHAS[1]}.")
     if grid["align_depth"] != [[]]:
         words.append(f"REPA aligns {grid['model']} after block {grid['repa_depth']}.")
-    return " ".join(words)
+    return words
 
 
 def markdown(result):
@@ -153,7 +154,7 @@ def markdown(result):
             lines += [f"| {row_label(grid, depth)} | {' | '.join(map(entry_text, row))} |"
                       for depth, row in zip(grid["align_depth"], grid[key])]
             lines.append("")
-        lines += [caption(grid), ""] if caption(grid) else []
+        lines += [" ".join(caption(grid)), ""] if caption(grid) else []
     lines += ["Mean [lowest, highest] over seeds. < and >: a bound, where a run had passed the target before its first "
               "evaluation, or never reached it; such places list their seeds and have no mean.", ""]
     missing = [cell for cell in result["cells"] if "last" not in cell]
@@ -198,7 +199,7 @@ def draw(result, path):
         for panel, grid, value in zip(column, maps, values):
             draw_map(panel, grid, grid[key], value, plt.get_cmap(colours), scale)
             panel.set_title(f"{heading}\n{title(grid['settings'])}".removesuffix("\nall cells"), fontsize=9, pad=14)
-    figure.text(0.01, 0.005, "\n".join(dict.fromkeys(filter(None, map(caption, maps)))), fontsize=7)
+    figure.text(0.01, 0.005, " ".join(dict.fromkeys(words for grid in maps for words in caption(grid))), fontsize=7)
     figure.tight_layout(rect=(0, 0.03 + 0.12 / height * len(maps), 1, 1))
     figure.savefig(path, dpi=140)
     plt.close(figure)
@@ -206,9 +207,8 @@ def draw(result, path):
 
 def draw_map(panel, grid, entries, values, colours, scale):
     """One heat map. values: (depths, chunk sizes), nan where there is no mean; those places show their text on grey."""
-    colours = colours.copy()
-    colours.set_bad("0.85")
-    image = panel.imshow(np.ma.masked_invalid(values), cmap=colours, aspect="auto", origin="lower", **scale)
+    image = panel.imshow(np.ma.masked_invalid(values), cmap=colours.with_extremes(bad="0.85"), aspect="auto",
+                         origin="lower", **scale)
     for (row, column), value in np.ndenumerate(values):
         dark = np.isfinite(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
         panel.text(column, row, entry_text(entries[row][column], spread=False).replace(", ", "\n"), ha="center",
@@ -221,9 +221,9 @@ def draw_map(panel, grid, entries, values, colours, scale):
     if chunks[0] is not None and chunks[0] <= high and low <= chunks[-1]:
         # Where Prop. 1's range lies between the columns, which are even in log2 where sizes double.
         ends = np.interp(np.log2([low, high]), np.log2(chunks), range(len(chunks)))
-        panel.axvspan(*ends, ymin=1.01, ymax=1.06, clip_on=False, color="tab:red")
-        panel.annotate("S*", (ends.mean(), 1.07), xycoords=("data", "axes fraction"), ha="center", fontsize=7,
-                       color="tab:red", annotation_clip=False)
+        panel.axvspan(*ends, ymin=1.01, ymax=1.05, clip_on=False, color="tab:red")
+        panel.annotate(" S*", (ends[1], 1.01), xycoords=("data", "axes fraction"), fontsize=7, color="tab:red",
+                       annotation_clip=False)
     for row, depth in enumerate(grid["align_depth"]):
         if depth == [grid["repa_depth"]]:
             panel.axhspan(row - 0.48, row + 0.48, fill=False, edgecolor="tab:red", linestyle="--")

@@ -37,8 +37,8 @@ def arguments(small_data, encoder_folder):
                   "log_every": 2, "checkpoint_every": 1000, "eval_every": steps // 3, "eval_samples": 6,
                   "eval_batch_size": 4, "sample_steps": 2, "tensorboard": False}
         words = {f"--{key.replace('_', '-')}": str(value) for key, value in values.items()}
-        return ["--out", str(out), *(word for option in words if option not in extra for word in (option, words[option])),
-                *map(str, extra)]
+        kept = [word for option in words if option not in extra for word in (option, words[option])]
+        return ["--out", str(out), *kept, *map(str, extra)]
     return build
 
 
@@ -555,11 +555,12 @@ FAKE_SLURM = '''#!{python}
 import os, signal, subprocess, sys
 from pathlib import Path
 root, name, arguments = Path({root!r}), Path(sys.argv[0]).name, sys.argv[1:]
+quiet = dict(start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 if name == "sbatch" and arguments[0] != "run":
     job = str(101 + len(list(root.glob("*.script"))))
     (root / f"{{job}}.script").write_text(Path(arguments[0]).read_text())
     (root / f"{{job}}.state").write_text("PENDING")
-    subprocess.Popen([sys.argv[0], "run", job], start_new_session=True, stdout=subprocess.DEVNULL)
+    subprocess.Popen([sys.argv[0], "run", job], **quiet)
     print("Submitted batch job", job)
 elif name == "sbatch":
     job = arguments[1]
@@ -589,7 +590,7 @@ elif name == "scancel":
     (root / f"{{arguments[0]}}.cancel").touch()
     task = int((root / f"{{arguments[0]}}.task").read_text())
     os.kill(task, signal.SIGTERM)
-    subprocess.Popen(["sh", "-c", f"sleep 8; kill -9 {{task}}"], start_new_session=True)
+    subprocess.Popen(["sh", "-c", f"sleep 8; kill -9 {{task}}"], **quiet)
 elif name == "scontrol":
     (root / f"{{arguments[1]}}.requeue").touch()
 '''
