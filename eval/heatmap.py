@@ -120,7 +120,7 @@ def entry_text(entry, spread=True):
 
 
 def number(value):
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.4g}" if abs(value) < 9999 else f"{value:.0f}"
 
 
 def title(settings):

@@ -435,6 +435,16 @@ def test_dry_run_estimates_from_what_was_logged(cells, tmp_path, capsys, argumen
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("every, step, evaluations", [(20, 0, 4), (20, 39, 3), (20, 40, 2), (20, 61, 1), (20, 70, 0),
+                                                      (35, 0, 2), (0, 0, 0), (100, 0, 1)])
+def test_time_left_counts_the_evaluations_that_are_left(every, step, evaluations):
+    """Of 70 steps; the last one is always followed by an evaluation."""
+    settings = dataclasses.replace(config.Config(), max_steps=70, eval_every=every, batch_size=6)
+    pace = {"samples_per_second": 3.0, "evaluation_seconds": 1000.5}
+    assert sweep.seconds_left(settings, {"step": step}, pace) == (70 - step) * 2 + evaluations * 1000.5
+    assert sweep.seconds_left(settings, {"step": step}, {}) is None
+
+
 @pytest.mark.parametrize("seconds, text", [(12.4, "12 s"), (100, "2 min"), (3600, "1 h 00 min"), (90061, "25 h 01 min"),
                                            (400_000, "4.6 days")])
 def test_durations(seconds, text):
