@@ -21,6 +21,15 @@ PRESETS = Path(__file__).parent / "configs"
 # A run may be continued with other values of these: they change nothing but rounding in its weights.
 FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every",
                   "tensorboard", "dry_run", "checkpoint_activations", "diagnose_every", "diagnose_images"}
+# What is read only where other options have one of these values.
+_ROUTED, _ALIGNED = {"routing": {"dar", "attnres"}}, {"alignment": {"repa"}}
+READ_ONLY_WITH = {
+    "query": {"routing": {"dar"}}, "final_aggregator": {"routing": {"dar"}},
+    "chunk_size": _ROUTED, "route_backend": _ROUTED,
+    "align_depth": _ALIGNED, "proj_coeff": _ALIGNED, "spatial_norm": _ALIGNED, "align_steps": _ALIGNED,
+    "projector": _ALIGNED, "projector_dim": {**_ALIGNED, "projector": {"mlp"}}, "encoder_features": _ALIGNED,
+    "inception": {"eval_metric": {"fid"}}, "fid_reference": {"eval_metric": {"fid"}},
+}
 
 
 @dataclass(frozen=True)
@@ -210,26 +219,35 @@ def _require(condition, name, value, rule):
 
 def parse(argv=None):
     """The configuration of a command line (default: the process's own). Prints and exits with 2 on a bad option."""
+    try:
+        config, preset, name = resolve(argv)
+    except ValueError as error:
+        raise SystemExit(f"configuration error: {error}") from None
+    if config.batch_size != preset.batch_size and os.environ.get("RANK", "0") == "0":
+        print(f"note: batch_size = {config.batch_size}, where {name} has {preset.batch_size}, for which "
+              f"its learning rate and steps were chosen", file=sys.stderr)
+    return config
+
+
+def resolve(argv=None):
+    """The configuration of a command line, that of its preset alone, and the preset's name.
+
+    Raises ValueError on an unknown option and on a value out of range; tyro itself exits on what it cannot read.
+    """
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", default="digits")
     chosen, overrides = files.parse_known_args(argv)
     overrides = _switched_on(overrides)
-    try:
-        options = [word.partition("=")[0] for word in overrides
-                   if word.startswith("--") and not word.startswith(("--help", "--tyro"))]
-        for option in options:
-            _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
-        preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
-        if "--model" in options:
-            preset = dataclasses.replace(preset, depth=None, hidden_size=None, num_heads=None)
-        config = _parse(overrides, preset, prog="train_repa_dar.py")
-        config.check()
-        if config.batch_size != preset.batch_size and os.environ.get("RANK", "0") == "0":
-            print(f"note: batch_size = {config.batch_size}, where {chosen.config} has {preset.batch_size}, for which "
-                  f"its learning rate and steps were chosen", file=sys.stderr)
-    except ValueError as error:
-        raise SystemExit(f"configuration error: {error}") from None
-    return config
+    options = [word.partition("=")[0] for word in overrides
+               if word.startswith("--") and not word.startswith(("--help", "--tyro"))]
+    for option in options:
+        _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
+    preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
+    if "--model" in options:
+        preset = dataclasses.replace(preset, depth=None, hidden_size=None, num_heads=None)
+    config = _parse(overrides, preset, prog="train_repa_dar.py")
+    config.check()
+    return config, preset, chosen.config
 
 
 def _switched_on(words):
@@ -296,6 +314,13 @@ def save(config, path):
 def load_saved(path):
     """What `save` wrote there, as a dict; {} where there is no such file."""
     return _read_yaml(path) if path.is_file() else {}
+
+
+def idle(settings):
+    """The options that nothing reads with these settings (a dict)."""
+    settings = {**dataclasses.asdict(Config()), **settings}
+    return {option for option, needed in READ_ONLY_WITH.items()
+            if any(settings[switch] not in values for switch, values in needed.items())}
 
 
 def differences(wanted, saved):

@@ -179,8 +179,9 @@ def replaced(path):
     os.replace(unfinished, path)
 
 
-def load_file(path, device="cpu"):
-    """The content of a checkpoint, read without executing any code that it may hold.
+def load_file(path, device="cpu", mmap=False):
+    """The content of a checkpoint, read without executing any code that it may hold; with `mmap`, tensors only when
+    they are looked at.
 
     Raises ValueError, with the path, where there is no such file or it is not a checkpoint of tensors and plain values.
     """
@@ -191,7 +192,7 @@ def load_file(path, device="cpu"):
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device=str(device))
         with torch.serialization.safe_globals([argparse.Namespace]):        # REPA keeps its arguments in one
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{str(path)!r} is not a weights file, or holds code, which is never executed "
                          f"({type(error).__name__})") from None

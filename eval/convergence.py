@@ -17,15 +17,14 @@ import numpy as np
 import tyro
 import yaml
 
+from config import idle
+
 # Settings that tell one run of an arm from another, or say nothing about how it learns.
 NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
                "log_every", "micro_batch_size", "dry_run", "checkpoint_activations", "diagnose_every",
                "diagnose_images"}
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
 NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}     # of routings; others by their own
-# Options that tell nothing apart with another routing.
-OF_ROUTING = {"dar": {"query", "chunk_size", "final_aggregator", "route_backend"},
-              "attnres": {"chunk_size", "route_backend"}}
 TARGETS_AT = (0.25, 0.5, 0.75, 1.0)      # default targets: what the reference has reached at these shares of its run
 
 
@@ -120,12 +119,8 @@ def label(config, varied):
     name = NAMES.get(routing, routing)
     if config.get("alignment") == "repa":
         name += " + REPA"
-    idle = set().union(*OF_ROUTING.values()) - OF_ROUTING.get(routing, set())
-    # Nor do options of REPA where that is off.
-    idle |= {"projector_dim"} if config.get("projector") == "conv" else set()
-    idle |= set() if config.get("alignment") == "repa" else {"align_depth", "proj_coeff", "projector", "projector_dim",
-                                                             "spatial_norm", "align_steps", "encoder_features"}
-    extra = [f"{key}={shown(config.get(key))}" for key in varied if key not in {"routing", "alignment"} | idle]
+    unsaid = {"routing", "alignment"} | idle(config)            # the name has the two, and nothing reads the others
+    extra = [f"{key}={shown(config.get(key))}" for key in varied if key not in unsaid]
     return ", ".join([name, *extra])
 
 
@@ -199,11 +194,16 @@ def compare(arms, options):
                       "folders": [run.folder for run in runs.values()],
                       "encoder": sorted({shown(run.config.get("encoder", "")) for run in runs.values()})}
                for name, runs in arms.items()}
-    of_one_start = {"command", "from_step"}
-    machines = {json.dumps({key: value for key, value in start.items() if key not in of_one_start}, sort_keys=True)
-                for runs in arms.values() for run in runs.values() for start in run.environments}
     return {"metric": options.metric, "goal": options.goal, "reference": reference, "arms": summary,
-            "targets": rows, "environments": [json.loads(machine) for machine in sorted(machines)]}
+            "targets": rows, "environments": machines(run for runs in arms.values() for run in runs.values())}
+
+
+def machines(runs):
+    """The different environments in which the runs were started, as dicts."""
+    of_one_start = {"command", "from_step"}
+    found = {json.dumps({key: value for key, value in start.items() if key not in of_one_start}, sort_keys=True)
+             for run in runs for start in run.environments}
+    return [json.loads(machine) for machine in sorted(found)]
 
 
 def mean(values):

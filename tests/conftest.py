@@ -52,3 +52,11 @@ def digits(tmp_path_factory, encoder_folder):
     folder = tmp_path_factory.mktemp("data") / "digits"
     prepare.main(["digits", "--out", str(folder), "--encoder", str(encoder_folder)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory, encoder_folder):
+    """The first 70 of them."""
+    folder = tmp_path_factory.mktemp("data") / "some-digits"
+    prepare.main(["digits", "--out", str(folder), "--encoder", str(encoder_folder), "--limit", "70"])
+    return folder

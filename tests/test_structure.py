@@ -36,7 +36,7 @@ MAY_IMPORT = [
 ]
 MAY_IMPORT_TRITON = ["kernels/*_triton.py", "kernels/bench.py"]
 
-NOT_SOURCE = {"data", "runs", "venv"}               # and anything hidden
+NOT_SOURCE = {"data", "runs", "sweeps", "venv"}               # and anything hidden
 
 
 def project_files(pattern):
@@ -103,7 +103,7 @@ def function(source, dotted):
 # ---- imports ----
 
 def test_the_files_are_found():
-    expected = {"train_repa_dar.py", "config.py", "loss.py", "runtime.py", "models/sit.py", "models/dar.py",
+    expected = {"train_repa_dar.py", "sweep.py", "config.py", "loss.py", "runtime.py", "models/sit.py", "models/dar.py",
                 "kernels/__init__.py", "kernels/reference.py", "dataset/prepare.py", "eval/samplers.py"}
     assert expected <= set(FILES)
 

@@ -34,14 +34,6 @@ def command(digits, encoder_folder, small_data):
     return build
 
 
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory, encoder_folder):
-    from dataset import prepare
-    folder = tmp_path_factory.mktemp("data") / "some-digits"
-    prepare.main(["digits", "--out", str(folder), "--encoder", str(encoder_folder), "--limit", "70"])
-    return folder
-
-
 def records(folder, without=TIMING):
     return [{key: value for key, value in line.items() if key not in without}
             for line in read_lines(folder / "metrics.jsonl")]
