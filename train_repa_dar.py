@@ -200,6 +200,7 @@ class Trainer:
                               self.config.tensorboard, self.ranks)
 
     def close(self):
+        self.wrapped = None                         # it must go before the process group, or gloo may wait for ever
         self.log.close()
         if self.lock:
             self.lock.close()
@@ -413,14 +414,13 @@ class Trainer:
     def write_diagnosis(self):
         """The figures of eval.diagnose for the first average, by the main process; the others wait."""
         if self.ranks.main:
-            from eval.diagnose import FIGURES, diagnose         # nothing else needs matplotlib and scikit-learn
+            from eval.diagnose import diagnose                  # nothing else needs matplotlib and scikit-learn
             config, encoder = self.config, self.encoders[0] if self.encoders else None
             data = PreparedImages(config.data, latents=self.autoencoder.fingerprint if self.latent else "")
             decay, model = next(iter(self.ema.models.items()))
             diagnose(model, data, self.autoencoder, encoder, self.folder / "diagnosis" / f"{self.step:07d}",
-                     [name for name in FIGURES if encoder or name != "alignment"], num_images=config.diagnose_images,
-                     path=config.path, provenance={"average": str(decay), "step": self.step,
-                                                   **environment(self.ranks)})
+                     num_images=config.diagnose_images, path=config.path,
+                     provenance={"average": str(decay), "step": self.step, **environment(self.ranks)})
         self.diagnosis_due = False
         self.ranks.barrier()
 

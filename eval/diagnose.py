@@ -61,8 +61,8 @@ class Options:
     """Folder to write."""
     data: str = ""
     """Folder made by `python -m dataset.prepare`; the run's own if not given."""
-    figures: tuple[str, ...] = FIGURES
-    """Any of states, routing, time and alignment."""
+    figures: tuple[str, ...] = ()
+    """Any of states, routing, time and alignment; all that the model has if not given."""
     times: tuple[float, ...] = TIMES
     """Times in [0, 1] at which to look, 1 being noise; the figure `time` draws its own."""
     num_images: int = 1024
@@ -108,27 +108,30 @@ def diagnose_checkpoint(options, ranks):
     autoencoder = load_autoencoder(setting("autoencoder"))
     latents = "" if autoencoder.name == "pixels" else autoencoder.fingerprint
     data, encoder = PreparedImages(setting("data"), latents=latents), None
-    if "alignment" in options.figures:
+    if not options.figures or "alignment" in options.figures:
         # Weights of the run's encoder are not those of another one.
         weights = options.encoder_weights or next(iter(() if options.encoder else run.get("encoder_weights", ())), "")
         encoder = FrozenEncoder(setting("encoder"), model.input_size // model.patch_size, weights).to(ranks.device)
     provenance = {"checkpoint": options.checkpoint, "average": run.get("average"), "step": run.get("step"),
                   **environment(ranks)}
-    diagnose(model.to(ranks.device), data, autoencoder, encoder, options.out, options.figures, options.times,
-             options.num_images, options.batch_size, options.seed, setting("path", "linear"), provenance)
-    print("written: " + ", ".join(f"{Path(options.out) / name}.png, .json" for name in options.figures))
+    done = diagnose(model.to(ranks.device), data, autoencoder, encoder, options.out, options.figures, options.times,
+                    options.num_images, options.batch_size, options.seed, setting("path", "linear"), provenance)
+    print("written: " + ", ".join(f"{Path(options.out) / name}.png, .json" for name in done))
 
 
-def diagnose(model, data, autoencoder, encoder, out, figures=FIGURES, times=TIMES, num_images=1024, batch_size=16,
+def diagnose(model, data, autoencoder, encoder, out, figures=(), times=TIMES, num_images=1024, batch_size=16,
              seed=0, path="linear", provenance=None):
     """Write NAME.png and NAME.json for each figure into the folder `out`. Leaves the model as it was found.
 
     model: SiT, also one in training. data: PreparedImages with images, and with latents if the autoencoder makes any.
-    encoder: FrozenEncoder, or None without the figure "alignment". provenance: what the JSON shall say beside the
-    settings, such as {"step": ..., **environment(ranks)}.
+    encoder: FrozenEncoder, or None without the figure "alignment". figures: of FIGURES; () is all that can be drawn,
+    without "alignment" if there is no encoder, and without "routing" for long skips. provenance: what the JSON shall
+    say beside the settings, such as {"step": ..., **environment(ranks)}.
     Returns {name: data of the figure}. Raises ValueError on values out of range and on data that do not fit the model.
     """
     check(figures, times, num_images, batch_size, seed)
+    figures = figures or [name for name in FIGURES if not (name == "alignment" and encoder is None or
+                                                           name == "routing" and model.routing == "unet")]
     if "alignment" in figures and encoder is None:
         raise ValueError("figure 'alignment' needs an encoder")
     if "routing" in figures and model.routing == "unet":
@@ -158,8 +161,8 @@ def diagnose(model, data, autoencoder, encoder, out, figures=FIGURES, times=TIME
 
 def check(figures, times, num_images, batch_size, seed):
     unknown = [name for name in figures if name not in FIGURES]
-    if unknown or not figures:
-        raise ValueError(f"figures = {tuple(unknown or figures)}: choose from {', '.join(FIGURES)}")
+    if unknown:
+        raise ValueError(f"figures = {tuple(unknown)}: choose from {', '.join(FIGURES)}")
     if not times or not all(0 <= t <= 1 for t in times):
         raise ValueError(f"times = {tuple(times)}: give times in [0, 1]")
     for name, value, low in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):

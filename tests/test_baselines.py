@@ -337,7 +337,8 @@ def test_figures_of_a_run(runs, tmp_path, routing):
     folder, _ = runs[routing]
     names = ["states", "time", "alignment"] + ["routing"] * (routing == "attnres")
     arguments = [str(folder / "last.pt"), "--average", "none", "--times", "0.1", "1", "--num-images", "24", "--out"]
-    diagnosis.main([*arguments, str(tmp_path / "a"), "--figures", *names])
+    diagnosis.main([*arguments, str(tmp_path / "a")])
+    assert {file.stem for file in (tmp_path / "a").iterdir()} == set(names)
     content = {name: json.loads((tmp_path / "a" / f"{name}.json").read_text()) for name in names}
     assert {figure["settings"]["routing"] for figure in content.values()} == {routing}
     assert len(content["states"]["data"]["rms"][0]) == 4 and len(content["time"]["data"]["r2"]) == 7
@@ -349,7 +350,7 @@ def test_figures_of_a_run(runs, tmp_path, routing):
             assert all(sum(row) == pytest.approx(1) for row in rows)
     else:
         with pytest.raises(SystemExit, match="'routing': .* long skips .* choose from states, time, alignment"):
-            diagnosis.main([*arguments, str(tmp_path / "b")])
+            diagnosis.main([*arguments, str(tmp_path / "b"), "--figures", "routing"])
         assert not (tmp_path / "b").exists()
 
 
