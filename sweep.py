@@ -214,7 +214,8 @@ def complete(cell):
         checkpoint = load_file(cell.folder / "last.pt", mmap=True)
         wanted = dataclasses.asdict(cell.config)
         saved = {key: value for key, value in checkpoint["config"].items() if key in wanted}
-        return (checkpoint["step"] >= cell.config.max_steps and not checkpoint["evaluation_due"]
+        diagnosis_due = cell.config.diagnose_every and checkpoint.get("diagnosis_due", False)
+        return (checkpoint["step"] >= cell.config.max_steps and not checkpoint["evaluation_due"] and not diagnosis_due
                 and not configuration.differences(wanted, saved))
     except (ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -460,17 +460,20 @@ def test_durations(seconds, text):
 
 
 def test_only_a_run_with_these_settings_at_its_end_is_complete(cells):
-    cell, = cells()
+    cell, = cells("--diagnose-every", 20)
     checkpoint = {"config": {**dataclasses.asdict(cell.config), "content of data": "x"}, "step": STEPS, "log_lines": 3,
                   "evaluation_due": False, "model": {"weight": torch.zeros(3)}}
     cell.folder.mkdir(parents=True)
     assert not sweep.complete(cell)
     for change, expected in (({}, True), ({"step": STEPS + 5}, True), ({"step": STEPS - 1}, False),
-                             ({"evaluation_due": True}, False),
+                             ({"evaluation_due": True}, False), ({"diagnosis_due": True}, False),
+                             ({"diagnosis_due": False}, True),
                              ({"config": {**checkpoint["config"], "lr": 7.0}}, False),
                              ({"config": {**checkpoint["config"], "num_workers": 7}}, True)):
         torch.save({**checkpoint, **change}, cell.folder / "last.pt")
         assert sweep.complete(cell) == expected, change
+    torch.save({**checkpoint, "diagnosis_due": True}, cell.folder / "last.pt")      # which is no longer wanted
+    assert sweep.complete(dataclasses.replace(cell, config=dataclasses.replace(cell.config, diagnose_every=0)))
     for content in ([1], {"ema": {}}):
         torch.save(content, cell.folder / "last.pt")
         assert not sweep.complete(cell)
