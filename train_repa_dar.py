@@ -189,7 +189,8 @@ class Trainer:
             self.tally.load_state_dict(checkpoint["tally"])
             self.step, self.seconds, self.logged = (checkpoint[key] for key in ("step", "seconds", "logged"))
             self.evaluation_due = checkpoint["evaluation_due"]
-            self.diagnosis_due = checkpoint.get("diagnosis_due", False)
+            # The option may have been taken back, such as after a diagnosis that failed.
+            self.diagnosis_due = self.config.diagnose_every > 0 and checkpoint.get("diagnosis_due", False)
             self.say(f"resumed    at step {self.step}")
         self.ranks.barrier()                        # nobody writes before all have read
         if self.ranks.main and (self.step < self.config.max_steps or self.evaluation_due or self.diagnosis_due):

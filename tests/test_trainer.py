@@ -640,6 +640,25 @@ def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
     assert first != second
 
 
+def test_a_diagnosis_that_fails_can_be_done_without(command, tmp_path, monkeypatch):
+    """The checkpoint owes it, yet a run that no longer wants any goes on to its end."""
+    from eval import diagnose
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no diagnosis")
+
+    monkeypatch.setattr(diagnose, "diagnose", fail)
+    settings = ("--max-steps", 12, "--eval-every", 0, "--checkpoint-every", 6)
+    watched = command(tmp_path / "run", *settings, "--diagnose-every", 6, "--diagnose-images", 20)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no diagnosis"):
+            train_repa_dar.main(watched)
+    assert load_file(tmp_path / "run" / "last.pt")["diagnosis_due"]
+    train_repa_dar.main(command(tmp_path / "run", *settings))
+    last = load_file(tmp_path / "run" / "last.pt")
+    assert last["step"] == 12 and not last["diagnosis_due"]
+
+
 def test_diagnosis_of_too_few_images_is_refused(command, tmp_path):
     with pytest.raises(SystemExit, match="diagnose_images = 256: .* has 70 images"):
         train_repa_dar.main(command(tmp_path / "run", "--diagnose-every", 5))
