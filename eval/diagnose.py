@@ -125,13 +125,14 @@ def diagnose(model, data, autoencoder, encoder, out, figures=(), times=TIMES, nu
 
     model: SiT, also one in training. data: PreparedImages with images, and with latents if the autoencoder makes any.
     encoder: FrozenEncoder, or None without the figure "alignment". figures: of FIGURES; () is all that can be drawn,
-    without "alignment" if there is no encoder, and without "routing" for long skips. provenance: what the JSON shall
-    say beside the settings, such as {"step": ..., **environment(ranks)}.
+    without "alignment" if there is no encoder or one class alone, and without "routing" for long skips. provenance:
+    what the JSON shall say beside the settings, such as {"step": ..., **environment(ranks)}.
     Returns {name: data of the figure}. Raises ValueError on values out of range and on data that do not fit the model.
     """
     check(figures, times, num_images, batch_size, seed)
-    figures = figures or [name for name in FIGURES if not (name == "alignment" and encoder is None or
-                                                           name == "routing" and model.routing == "unet")]
+    figures = figures or [name for name in FIGURES if not (
+        name == "alignment" and (encoder is None or data.num_classes < 2) or
+        name == "routing" and model.routing == "unet")]
     if "alignment" in figures and encoder is None:
         raise ValueError("figure 'alignment' needs an encoder")
     if "routing" in figures and model.routing == "unet":

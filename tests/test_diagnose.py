@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import random
+import shutil
 import types
 
 import numpy as np
@@ -528,3 +529,20 @@ def test_data_that_do_not_fit_the_model_are_refused(images, tmp_path, settings):
 def test_alignment_without_encoder_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="'alignment' needs an encoder"):
         diagnose(small_model(torch.float32), images, Pixels(), None, tmp_path / "out", ("alignment",))
+
+
+def test_images_of_one_class_have_no_alignment_and_still_make_the_other_figures(digits, encoder_folder, tmp_path):
+    """As from a folder of unsorted photographs: a run on them must not end at its first diagnosis."""
+    folder = tmp_path / "data"
+    shutil.copytree(digits, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "class_names": ["all"]}))
+    np.save(folder / "labels.npy", np.zeros_like(np.load(folder / "labels.npy")))
+    torch.manual_seed(0)
+    model = SiT(input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=1,
+                align_dims=())
+    encoder = FrozenEncoder(str(encoder_folder), 4)
+    done = diagnose(model, PreparedImages(folder), Pixels(), encoder, tmp_path / "out", times=(0.5,), num_images=20)
+    assert sorted(done) == ["routing", "states", "time"]
+    with pytest.raises(ValueError, match="'alignment' needs images of two classes"):
+        diagnose(model, PreparedImages(folder), Pixels(), encoder, tmp_path / "out", ("alignment",), (0.5,), 20)
