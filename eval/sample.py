@@ -141,13 +141,13 @@ def sample(options, ranks):
     npz = folder / f"{folder.resolve().name}.npz"
     lock = claim(folder, settings) if ranks.main else None
     with contextlib.closing(lock) if lock else contextlib.nullcontext():
-        ranks.barrier()                             # nobody writes before the folder is known to be ours
         chunks = {folder / "samples" / f"{first // CHUNK:05}.npy": range(first, min(first + CHUNK, shape[0]))
                   for first in range(0, shape[0], CHUNK)}
         missing = {path: indices for path, indices in chunks.items() if not npz.is_file() and not path.is_file()}
         if ranks.main and (missing or options.npz and not npz.is_file()):
             describe(options, settings, origin, folder, shape, sum(map(len, missing.values())), ranks)
             record(options, settings, origin, folder, ranks)
+        ranks.barrier()                             # nobody writes before the folder is known to be ours, and is there
         draw(missing, list(chunks)[ranks.rank::ranks.world], model, autoencoder, settings, options, ranks)
         if ranks.main:
             while not npz.is_file() and not all(path.is_file() for path in chunks):

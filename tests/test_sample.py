@@ -443,6 +443,26 @@ def test_damaged_chunks_and_small_disks_are_named(whole, checkpoint, tmp_path, m
         sampling.main(arguments(checkpoint, folder))
 
 
+@pytest.mark.parametrize("free, made", [(1 << 40, True), (10_000, False)])
+def test_processes_are_let_go_once_the_folder_is_there(checkpoint, tmp_path, monkeypatch, free, made):
+    """And not at all where the main one refuses to make it."""
+    options = sampling.tyro.cli(sampling.Options, args=arguments(checkpoint, tmp_path / "out"))
+    monkeypatch.setattr(sampling.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    events, ranks = [], Ranks()
+    ranks.barrier = lambda: events.append((tmp_path / "out" / "samples").is_dir())
+
+    def draw(missing, *anything):
+        events.append("drawn")
+        for path in missing:
+            path.touch()
+
+    monkeypatch.setattr(sampling, "draw", draw)
+    monkeypatch.setattr(sampling, "finish", lambda *anything: None)
+    with contextlib.nullcontext() if made else pytest.raises(ValueError, match="GiB more"):
+        sampling.sample(options, ranks)
+    assert events == [False, True, "drawn"] if made else events == [False]      # the first: the autoencoder is loaded
+
+
 def test_batch_size_and_checkpoint_are_checked_first(checkpoint, tmp_path):
     for words, message in ((["--batch-size", 0], "batch_size = 0: must be at least 1"),
                            (["--average", "0.5"], "no average '0.5'; choose one of none, 0.99")):
