@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import datetime
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 # What random numbers are for, so that no two uses share a seed (see derive_seed).
 INITIAL_WEIGHTS, TRAINING, EVALUATION = range(3)
+PATIENCE = datetime.timedelta(days=2)               # of processes that wait for another one
 
 
 def derive_seed(*numbers):
@@ -49,8 +51,10 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if distributed:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        # Flags travel by gloo, so that exchanging them never waits for the device.
-        self.host_group = dist.new_group(backend="gloo") if distributed else None
+        # Flags travel by gloo, so that exchanging them never waits for the device. What one process does while the
+        # others wait, such as a diagnosis or a download, may take longer than gloo's half hour; torchrun ends those
+        # that wait for one that has died.
+        self.host_group = dist.new_group(backend="gloo", timeout=PATIENCE) if distributed else None
 
     def sum(self, tensor):
         """Sum a device tensor over all processes, in place."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
 import train_repa_dar
 from runtime import load_file
 from tests.conftest import read_lines
@@ -638,6 +639,19 @@ def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
     first, second = (json.loads((tmp_path / "run" / "diagnosis" / step / "states.json").read_text())["data"]["rms"]
                      for step in ("0000006", "0000012"))
     assert first != second
+
+
+def test_processes_wait_longer_than_half_an_hour(monkeypatch):
+    """Gloo's own limit, which the diagnosis of a large model may well exceed while the others wait."""
+    groups = []
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(runtime.dist, "new_group", lambda **options: groups.append(options) or "group")
+    waited = []
+    monkeypatch.setattr(runtime.dist, "barrier", lambda group: waited.append(group))
+    runtime.Ranks().barrier()
+    assert waited == ["group"] and groups[0]["backend"] == "gloo" and groups[0]["timeout"].total_seconds() >= 86400
 
 
 def test_a_diagnosis_that_fails_can_be_done_without(command, tmp_path, monkeypatch):
