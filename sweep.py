@@ -121,23 +121,21 @@ def make_cells(options, words):
     """
     values = values_by_key(words)
     values.setdefault("seed", [])
-    base = [word for key, given in values.items() if len(given) < 2 and (given or key != "seed")
-            for word in as_option(key, given)]
+    fixed = {key: given for key, given in values.items() if len(given) < 2 and (given or key != "seed")}
     varied = {key: given for key, given in values.items() if len(given) > 1}
     varied = {key: varied[key] for key in sorted(varied, key=lambda key: key != "seed")}     # a whole seed comes first
     cells = {}
     for combination in itertools.product(*varied.values()):
-        chosen = dict(zip(varied, combination))
-        settings = dataclasses.asdict(resolve(options, base, chosen))
+        chosen = {**fixed, **{key: [word] for key, word in zip(varied, combination)}}
         # What nothing reads stays as in the preset, so that a run does not depend on the other cells of its sweep.
-        unread = configuration.idle(settings)
-        chosen = {key: word for key, word in chosen.items() if key not in unread}
-        config = resolve(options, base, chosen)
+        unread = configuration.idle(dataclasses.asdict(resolve(options, chosen)))
+        chosen = {key: given for key, given in chosen.items() if key not in unread}
+        config = resolve(options, chosen)
         named = [key for key in dict.fromkeys([*AXES, *varied, "seed"]) if key not in unread and key != "seed"]
         settings = {key: getattr(config, key) for key in [*named, "seed"]}
         name = cell_name(settings)
         folder = Path(options.out) / name
-        line = ["--config", options.config, *base, *(word for key in chosen for word in as_option(key, [chosen[key]]))]
+        line = ["--config", options.config, *(word for key, given in chosen.items() for word in as_option(key, given))]
         cells.setdefault(name, Cell(name, folder, config, settings, [*line, f"--out={folder}"]))
     return list(cells.values())
 
@@ -166,13 +164,13 @@ def as_option(key, given):
     return [name, *given[0].split(",")] if given and several else [f"{name}={given[0]}"] if given else [name]
 
 
-def resolve(options, base, chosen):
-    words = [word for key in chosen for word in as_option(key, [chosen[key]])]
+def resolve(options, chosen):
+    words = [word for key, given in chosen.items() for word in as_option(key, given)]
     try:
-        return configuration.resolve(["--config", options.config, *base, *words])[0]
+        return configuration.resolve(["--config", options.config, *words])[0]
     except SystemExit:                              # tyro has printed what is wrong, but knows nothing of cells
-        if any("," not in word and isinstance(getattr(configuration.Config, key, None), tuple)
-               for key, word in chosen.items()):
+        if any(given and "," not in given[0] and isinstance(getattr(configuration.Config, key, None), tuple)
+               for key, given in chosen.items()):
             print("note: here a word is the value of one cell; commas join a list, as in --betas 0.9,0.999",
                   file=sys.stderr)
         raise
@@ -206,6 +204,8 @@ def check(cells, options):
         if options.metric == "frechet_distance" and not config.eval_every:
             raise ValueError("metric = 'frechet_distance' is only logged with eval_every above 0; "
                              "give another --metric, such as loss")
+        if options.metric.startswith("fid") and not (config.eval_every and config.eval_metric == "fid"):
+            raise ValueError(f"metric = {options.metric!r} is only logged with --eval-metric fid and eval_every above 0")
 
 
 def complete(cell):

@@ -88,6 +88,9 @@ def test_options_that_nothing_reads_make_no_cells(cells):
     assert all("chunk_size" not in cell.name and "query" not in cell.name for cell in residual)
     # What is not read stays the preset's, whichever values the rest of the sweep has.
     assert {(cell.config.chunk_size, cell.config.query) for cell in residual} == {(4, "timestep")}
+    # And whether the sweep has one of them or several, so that another may be added later.
+    one, several = (cells("--routing", "residual", "dar", "--chunk-size", *sizes) for sizes in ([2], [2, 4]))
+    assert one[0] == several[0] and one[0].config.chunk_size == 4 and one[1].config.chunk_size == 2
 
 
 OF_DAR, OF_REPA = ("routing", "residual"), ("alignment", "none")
@@ -144,6 +147,8 @@ def test_names_differ_where_settings_do(values):
     (("--model", "SiT-S/2", "SiT-M/2"), "'SiT-M/2' is unknown"),
     (("--lr", 1, "--lr", 2), "--lr is given twice"),
     (("--eval-every", 0), "'frechet_distance' is only logged with eval_every above 0"),
+    (("--metric", "fid"), "metric = 'fid' is only logged with --eval-metric fid"),
+    (("--metric", "fid_5000", "--eval-metric", "fid", "--eval-every", 0), "'fid_5000' .* eval_every above 0"),
     (("--config", "nothing"), "'nothing' is neither a preset"),
     (("--jobs", 0), "jobs = 0"),
     (("--gpus-per-run", 3), "batch_size = 8 cannot be shared evenly.* 3"),
