@@ -205,7 +205,8 @@ def check(cells, options):
             raise ValueError("metric = 'frechet_distance' is only logged with eval_every above 0; "
                              "give another --metric, such as loss")
         if options.metric.startswith("fid") and not (config.eval_every and config.eval_metric == "fid"):
-            raise ValueError(f"metric = {options.metric!r} is only logged with --eval-metric fid and eval_every above 0")
+            raise ValueError(f"metric = {options.metric!r} is only logged with --eval-metric fid, and eval_every "
+                             "above 0")
 
 
 def complete(cell):
