@@ -297,6 +297,17 @@ def test_several_values_are_named_as_on_the_command_line():
     assert (plain, other) == ("residual, encoder=dinov2-vit-b", "residual, encoder=tiny hf:small")
 
 
+def test_a_run_older_than_some_options_is_of_the_same_arm(tmp_path):
+    folders = [write_run(tmp_path / str(seed), line(0.1), seed=seed) for seed in (0, 1)]
+    path = folders[0] / "config.yaml"
+    saved = config.load_saved(path)
+    for option in ("eval_metric", "projector", "spatial_norm", "align_depth"):
+        saved.pop(option)
+    path.write_text(json.dumps(saved))                      # which is YAML too
+    arms = group([read_run(folder, "frechet_distance") for folder in folders])
+    assert {name: sorted(runs) for name, runs in arms.items()} == {"residual": [0, 1]}
+
+
 def test_same_settings_and_seed_twice_are_refused():
     with pytest.raises(ValueError, match="b and a have the same settings and seed 1"):
         group([curve(line(0.1), seed=1, folder="a"), curve(line(0.1), seed=1, folder="b", max_steps=7)])
