@@ -31,7 +31,7 @@ from loss import alignment_loss, denoising_loss, interpolant, sample_times, spat
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from models.sit import SIT_MODELS, flops_per_image, kept_for_backward, load_published, parameters_by_part
-from eval.metrics import npz_statistics
+from eval.metrics import check_weights, npz_statistics
 from eval.online import OnlineEvaluation
 from runtime import (EMA, INITIAL_WEIGHTS, TRAINING, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file,
                      load_weights, lock_folder, replaced)
@@ -127,6 +127,7 @@ class Trainer:
         if "pool3" not in (found := npz_statistics(config.fid_reference)):
             raise ValueError(f"fid_reference = {config.fid_reference!r} holds no statistics (mu, sigma); "
                              "`python -m eval.metrics --save-reference` makes a file that does")
+        check_weights(config.fid_reference, inception)
         return inception, found["pool3"]
 
     def build_model(self):

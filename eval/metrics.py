@@ -93,10 +93,8 @@ def run(options, ranks):
     with ranks.one_first():
         inception = InceptionFeatures(options.inception).to(ranks.device)
         dinov2 = DinoV2Features(options.dinov2, options.dinov2_weights).to(ranks.device) if options.fd_dinov2 else None
-    made_with = statistics and npz_text(options.reference, "inception_sha256")
-    if made_with and made_with != inception.sha256:
-        raise ValueError(f"{str(options.reference)!r} was made with the Inception weights {made_with[:12]}, not "
-                         f"{inception.fingerprint} ({inception.file})")
+    if statistics:
+        check_weights(options.reference, inception)
     networks = [inception, *([dinov2] if dinov2 else [])]
 
     def batches(source, what):
@@ -488,6 +486,14 @@ def npz_statistics(path):
                                  f"floats of shape {shape}")
         found[name] = tuple(torch.from_numpy(arrays[key].astype(np.float64)) for key in (mean, covariance))
     return found
+
+
+def check_weights(path, inception):
+    """Raises ValueError where the statistics of an npz are, by its own word, of other Inception weights."""
+    made_with = npz_text(path, "inception_sha256")
+    if made_with and made_with != inception.sha256:
+        raise ValueError(f"{str(path)!r} was made with the Inception weights {made_with[:12]}, not "
+                         f"{inception.fingerprint} ({inception.file})")
 
 
 def save_reference(path, reference, images, inception):

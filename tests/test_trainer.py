@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -564,7 +565,7 @@ def test_a_residual_checkpoint_starts_a_dar_run(command, tmp_path, capsys):
 
 class FlatFeatures(torch.nn.Module):
     """In place of Inception: the mean of each channel."""
-    dim, fingerprint = 3, "flat"
+    dim, fingerprint, sha256, file = 3, "flat", "flat", "flat.pth"
 
     def __init__(self, weights):
         super().__init__()
@@ -577,6 +578,8 @@ def test_fid_beside_the_distance(command, tmp_path, monkeypatch):
     """It is logged with the other, which it leaves as it is, and against the training images or the file."""
     from eval import inception
     run(command(tmp_path / "without"))
+    monkeypatch.chdir(tmp_path)
+    np.savez("some.npz", np.zeros(1))
     monkeypatch.setattr(inception, "InceptionFeatures", FlatFeatures)
     mean, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 255.0, dtype=torch.float64)
     for name, center in (("near", mean), ("far", far)):
@@ -598,7 +601,6 @@ def test_fid_beside_the_distance(command, tmp_path, monkeypatch):
     (("--fid-reference", "nowhere.npz"), "nowhere.npz"),
     (("--fid-reference", "images.npz"), "images.npz.*holds no statistics.*--save-reference")])
 def test_fid_without_what_it_needs_is_refused_at_once(command, tmp_path, monkeypatch, extra, message):
-    import numpy as np
     from eval import inception
     monkeypatch.chdir(tmp_path)
     np.savez("images.npz", np.zeros((4, 8, 8, 3), np.uint8))
@@ -606,6 +608,16 @@ def test_fid_without_what_it_needs_is_refused_at_once(command, tmp_path, monkeyp
         monkeypatch.setattr(inception, "InceptionFeatures", FlatFeatures)
     with pytest.raises(SystemExit, match=message):
         train_repa_dar.main(command(tmp_path / "run", "--eval-metric", "fid", *extra))
+    assert not (tmp_path / "run").exists()
+
+
+def test_statistics_of_other_inception_weights_are_refused(command, tmp_path, monkeypatch):
+    from eval import inception
+    monkeypatch.setattr(inception, "InceptionFeatures", FlatFeatures)
+    monkeypatch.setattr(train_repa_dar, "npz_statistics", lambda path: {"pool3": (torch.zeros(3), torch.eye(3))})
+    np.savez(tmp_path / "kept.npz", inception_sha256="sharp")
+    with pytest.raises(SystemExit, match="kept.npz' was made with the Inception weights sharp, not flat"):
+        train_repa_dar.main(command(tmp_path / "run", "--eval-metric", "fid", "--fid-reference", tmp_path / "kept.npz"))
     assert not (tmp_path / "run").exists()
 
 
