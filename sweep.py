@@ -403,7 +403,7 @@ def run_all(cells, options, places, stop):
         if complete(cell):
             cell.state = "done"
         elif job := earlier_job(cell, options):
-            cell.job, cell.state, cell.place = job, "running", free.pop() if free else {}
+            cell.job, cell.state, cell.place = job, "running", free.pop() if free else None
     while True:
         for i, cell in enumerate(cell for cell in cells if cell.job):
             # Slurm is asked at once where that was waited for; one answer is about all jobs.
@@ -411,7 +411,8 @@ def run_all(cells, options, places, stop):
                 cell.state = "queued" if cell.job.state in ("PENDING", "REQUEUED", "UNKNOWN") else "running"
             else:
                 finish(cell, stop)
-                free.append(cell.place)
+                if cell.place is not None:          # earlier jobs may be more than there are places
+                    free.append(cell.place)
                 if cell.state == "failed":
                     table.say(f"{cell.name} failed: {cell.reason}\n{indented(log_end(cell))}")
                 if cell.state == "done":

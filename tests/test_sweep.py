@@ -491,6 +491,34 @@ def test_one_sweep_in_a_folder_at_a_time(arguments, tmp_path):
         sweep.main(arguments(tmp_path / "sweep"))
 
 
+def test_earlier_jobs_make_no_further_places(cells, tmp_path, monkeypatch):
+    """Three of five still run from a command without --jobs; from now on it is to be one at a time."""
+    made, running, most = cells("--seeds", 0, 1, 2, 3, 4), set(), []
+
+    class Job:
+        state, looks = "RUNNING", 0
+
+        def done(self, force_check=False):
+            self.looks += 1
+            return self.looks > 2
+
+    def start(cell, options):
+        cell.job = Job()
+        running.add(cell.name)
+        most.append(len(running))
+
+    def finish(cell, stop):
+        cell.job, cell.state = None, "done"
+        running.discard(cell.name)
+
+    monkeypatch.setattr(sweep, "earlier_job", lambda cell, options: Job() if cell.config.seed < 3 else None)
+    for name, stand_in in (("start", start), ("finish", finish), ("write_result", lambda *anything: None)):
+        monkeypatch.setattr(sweep, name, stand_in)
+    monkeypatch.setitem(sweep.POLL, "local", 0)
+    sweep.run_all(made, options(), [{}], types.SimpleNamespace(signal=0))
+    assert most == [1, 1] and {cell.state for cell in made} == {"done"}
+
+
 def test_a_run_that_goes_on_elsewhere_is_seen(tmp_path):
     assert not sweep.in_use(tmp_path / "run") and not (tmp_path / "run").exists()
     with lock_folder(tmp_path / "run"):
