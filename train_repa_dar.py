@@ -119,16 +119,16 @@ class Trainer:
         config = self.config
         if not config.eval_every or config.eval_metric != "fid":
             return None, None
+        found = npz_statistics(config.fid_reference) if config.fid_reference else {}
+        if config.fid_reference and "pool3" not in found:
+            raise ValueError(f"fid_reference = {config.fid_reference!r} holds no statistics (mu, sigma); "
+                             "`python -m eval.metrics --save-reference` makes a file that does")
         from eval.inception import InceptionFeatures            # nothing else needs torch-fidelity
         with self.ranks.one_first():
             inception = InceptionFeatures(config.inception).to(self.device)
-        if not config.fid_reference:
-            return inception, None
-        if "pool3" not in (found := npz_statistics(config.fid_reference)):
-            raise ValueError(f"fid_reference = {config.fid_reference!r} holds no statistics (mu, sigma); "
-                             "`python -m eval.metrics --save-reference` makes a file that does")
-        check_weights(config.fid_reference, inception)
-        return inception, found["pool3"]
+        if found:
+            check_weights(config.fid_reference, inception)
+        return inception, found.get("pool3")
 
     def build_model(self):
         config = self.config

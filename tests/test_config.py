@@ -97,6 +97,7 @@ WRONG = {
     "snapshot_every": {"-1": "-1", **WRONG_INTEGERS},
     "tensorboard": WRONG_BOOLEANS,
     "eval_every": {"-1": "-1", **WRONG_INTEGERS},
+    "eval_metric": {"kid": "'kid'"},
     "eval_samples": {"1": "1", **WRONG_INTEGERS},
     "eval_batch_size": {"0": "0", **WRONG_INTEGERS},
     "sampler": {"ddim": "'ddim'"},
@@ -104,6 +105,8 @@ WRONG = {
     "cfg_scale": {"-1": "-1.0", **WRONG_FLOATS},
     "guidance_interval": {"0.5 0.5": "(0.5, 0.5)", "0.9 0.1": "(0.9, 0.1)", "-0.1 1": "(-0.1, 1.0)",
                           "0 1.1": "(0.0, 1.1)", "nan 1": "(nan, 1.0)", "a b": "'a'"},
+    "diagnose_every": {"-1": "-1", **WRONG_INTEGERS},
+    "diagnose_images": {"19": "19", **WRONG_INTEGERS},
 }
 
 # The same limits from inside: the last value that must still be taken.
@@ -114,7 +117,7 @@ ALLOWED = {
     "max_steps": "1", "lr": "1e-12", "betas": "0 0", "weight_decay": "0", "grad_clip": "1e-12", "ema_decays": "0 0.5",
     "num_workers": "0", "max_skipped_steps": "1", "log_every": "1", "checkpoint_every": "1", "snapshot_every": "0",
     "eval_every": "0", "eval_samples": "2", "eval_batch_size": "1", "sample_steps": "2", "cfg_scale": "0",
-    "guidance_interval": "0 1",
+    "guidance_interval": "0 1", "diagnose_every": "0", "diagnose_images": "20",
 }
 
 # ---- wrong values that only the trainer can judge: field -> other settings, and what the message must contain.
@@ -150,6 +153,11 @@ WRONG_FOR_A_RUN = {
     # The features of the fixture are for 16 tokens; this model has 4.
     "encoder_features": [({"encoder_features": "prepared", "alignment": "repa", "model": "SiT-S/4"},
                           "--encoder-features")],
+    "inception": [({"eval_metric": "fid", "inception": "{missing}"}, "{missing}"),
+                  ({"eval_metric": "fid", "inception": "{file}"}, "{file}")],
+    "fid_reference": [({"eval_metric": "fid", "fid_reference": "{missing}"}, "{missing}"),
+                      ({"eval_metric": "fid", "fid_reference": "{file}"}, "{file}")],
+    "diagnose_images": [({"diagnose_every": 1, "diagnose_images": 10_000}, "diagnose_images = 10000")],
 }
 
 
