@@ -9,7 +9,7 @@ divided by those of the other arm with the same seed: above 1, the other arm is 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 import yaml
 
-from config import idle
+from config import Config, idle, plain
 
 # Settings that tell one run of an arm from another, or say nothing about how it learns.
 NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
@@ -90,7 +90,9 @@ def read_run(folder, metric):
         raise ValueError(f"{folder} never logged {metric!r}; it has {', '.join(known) or 'nothing yet'}")
     rates = [record["samples_per_second"] for record in records if "samples_per_second" in record]
     environment = folder / "environment.jsonl"
-    return Run(str(folder), yaml.safe_load((folder / "config.yaml").read_text()),
+    # An option that is younger than the run had, in effect, its default.
+    config = {**plain(asdict(Config())), **yaml.safe_load((folder / "config.yaml").read_text())}
+    return Run(str(folder), config,
                {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
                np.array([point[metric] for point in points], dtype=float),
                float(np.median(rates)) if rates else None,
