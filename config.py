@@ -302,12 +302,15 @@ def _check_key(key, problem):
         raise ValueError(f"{problem}; the nearest valid one is {near!r} (--{near.replace('_', '-')})")
 
 
+def plain(settings):
+    """A dict of options as YAML and JSON hold them, with lists for tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
 def save(config, path):
     """Write the resolved configuration as YAML that `--config` accepts."""
-    values = {name: list(value) if isinstance(value, tuple) else value
-              for name, value in dataclasses.asdict(config).items()}
     unfinished = Path(f"{path}.unfinished")
-    unfinished.write_text(yaml.safe_dump(values, sort_keys=False))
+    unfinished.write_text(yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False))
     os.replace(unfinished, path)
 
 
@@ -330,8 +333,6 @@ def differences(wanted, saved):
     """
     defaults = dataclasses.asdict(Config())
     saved = {**{key: defaults[key] for key in wanted.keys() & defaults.keys()}, **saved}
-
-    def plain(value):
-        return list(value) if isinstance(value, tuple) else value
+    new, old = plain(wanted), plain(saved)
     return [f"{key}: {saved.get(key)!r} -> {wanted.get(key)!r}" for key in sorted(wanted.keys() | saved.keys())
-            if key not in FREE_TO_CHANGE and plain(wanted.get(key)) != plain(saved.get(key))]
+            if key not in FREE_TO_CHANGE and new.get(key) != old.get(key)]

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 import yaml
 
-from config import Config, idle
+from config import Config, idle, plain
 
 # Settings that tell one run of an arm from another, or say nothing about how it learns.
 NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
@@ -91,8 +91,8 @@ def read_run(folder, metric):
     rates = [record["samples_per_second"] for record in records if "samples_per_second" in record]
     environment = folder / "environment.jsonl"
     # An option that is younger than the run had, in effect, its default.
-    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(Config()).items()}
-    return Run(str(folder), {**defaults, **yaml.safe_load((folder / "config.yaml").read_text())},
+    config = {**plain(asdict(Config())), **yaml.safe_load((folder / "config.yaml").read_text())}
+    return Run(str(folder), config,
                {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
                np.array([point[metric] for point in points], dtype=float),
                float(np.median(rates)) if rates else None,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import plain
 from eval.convergence import machines, read_run, shown, starts_beyond, time_to_target
 from models.dar import optimal_chunk_size
 from models.sit import SIT_MODELS, SIT_SIZES
@@ -72,10 +73,6 @@ def curve(cell, metric):
     if not len(run.y) or not np.isfinite(run.y).all():
         raise ValueError(f"{metric} is not a finite number all along")
     return run
-
-
-def plain(settings):
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def heat_map(rest, members):

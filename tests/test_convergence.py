@@ -270,6 +270,17 @@ def test_label(settings, varied, name):
     assert label(curve(line(0.1), **settings).config, varied) == name
 
 
+def test_a_run_from_before_an_option_had_its_default(tmp_path):
+    old = write_run(tmp_path / "old", line(0.1), **REPA)
+    lines = (old / "config.yaml").read_text().splitlines(keepends=True)
+    (old / "config.yaml").write_text("".join(text for text in lines if not text.startswith(("projector:", "mirror:"))))
+    new = write_run(tmp_path / "new", line(0.2), seed=1, **REPA)
+    other = write_run(tmp_path / "other", line(0.2), projector="conv", **REPA)
+    arms = group([read_run(folder, "frechet_distance") for folder in (old, new, other)])
+    assert {name: sorted(seeds) for name, seeds in arms.items()} == {
+        "residual + REPA, projector=mlp": [0, 1], "residual + REPA, projector=conv": [0]}
+
+
 def test_idle_options_neither_split_nor_name_arms():
     runs = [curve(line(0.1), seed=0), curve(line(0.1), seed=1, chunk_size=2, query="static", align_depth=(2,)),
             curve(line(0.1), seed=0, **DAR), curve(line(0.1), seed=0, chunk_size=2, **DAR)]
@@ -295,17 +306,6 @@ def test_settings_that_tell_arms_apart(name, value):
 def test_several_values_are_named_as_on_the_command_line():
     plain, other = group([curve(line(0.1)), curve(line(0.1), encoder=["tiny", "hf:small"])])
     assert (plain, other) == ("residual, encoder=dinov2-vit-b", "residual, encoder=tiny hf:small")
-
-
-def test_a_run_older_than_some_options_is_of_the_same_arm(tmp_path):
-    folders = [write_run(tmp_path / str(seed), line(0.1), seed=seed) for seed in (0, 1)]
-    path = folders[0] / "config.yaml"
-    saved = config.load_saved(path)
-    for option in ("eval_metric", "projector", "spatial_norm", "align_depth"):
-        saved.pop(option)
-    path.write_text(json.dumps(saved))                      # which is YAML too
-    arms = group([read_run(folder, "frechet_distance") for folder in folders])
-    assert {name: sorted(runs) for name, runs in arms.items()} == {"residual": [0, 1]}
 
 
 def test_same_settings_and_seed_twice_are_refused():
