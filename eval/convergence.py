@@ -21,8 +21,8 @@ from config import Config, idle, plain
 
 # Settings that tell one run of an arm from another, or say nothing about how it learns.
 NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
-               "log_every", "micro_batch_size", "dry_run", "checkpoint_activations", "diagnose_every",
-               "diagnose_images"}
+               "log_every", "micro_batch_size", "dry_run", "checkpoint_activations", "eval_metric",
+               "diagnose_every", "diagnose_images"}
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
 NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}     # of routings; others by their own
 TARGETS_AT = (0.25, 0.5, 0.75, 1.0)      # default targets: what the reference has reached at these shares of its run

@@ -291,7 +291,7 @@ def test_idle_options_neither_split_nor_name_arms():
 
 @pytest.mark.parametrize("name, value", [("out", "x"), ("max_steps", 7), ("num_workers", 3), ("checkpoint_every", 7),
                                          ("snapshot_every", 7), ("tensorboard", False), ("log_every", 7),
-                                         ("micro_batch_size", 8)])
+                                         ("micro_batch_size", 8), ("eval_metric", "fid"), ("diagnose_every", 7)])
 def test_settings_that_do_not_tell_arms_apart(name, value):
     assert list(group([curve(line(0.1)), curve(line(0.1), seed=1, **{name: value})])) == ["residual"]
 
