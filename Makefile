@@ -51,7 +51,7 @@ study: setup
 study-cpu: digits
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32
 	$(RUN) -m dataset.standin_encoder $(CIFAR) --out $(CIFAR)/encoder --patch-size 4 --epochs 5 --batch-size 128
-	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32 --encoder $(CIFAR)/encoder
+	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32 --encoder $(CIFAR)/encoder --token-grid 8
 	$(RUN) sweep.py --config digits --out $(STUDY)/digits \
 		--routing residual dar attnres unet --query timestep static dynamic --alignment none repa --seeds 0 1 2
 	$(RUN) sweep.py --config digits --out $(STUDY)/digits-depth-chunk \

@@ -223,9 +223,17 @@ def parse(argv=None):
         config, preset, name = resolve(argv)
     except ValueError as error:
         raise SystemExit(f"configuration error: {error}") from None
-    if config.batch_size != preset.batch_size and os.environ.get("RANK", "0") == "0":
-        print(f"note: batch_size = {config.batch_size}, where {name} has {preset.batch_size}, for which "
-              f"its learning rate and steps were chosen", file=sys.stderr)
+    words = sys.argv[1:] if argv is None else argv
+    given = {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+    unread = sorted(given & idle(dataclasses.asdict(config)))
+    if os.environ.get("RANK", "0") == "0":
+        if config.batch_size != preset.batch_size:
+            print(f"note: batch_size = {config.batch_size}, where {name} has {preset.batch_size}, for which "
+                  f"its learning rate and steps were chosen", file=sys.stderr)
+        if unread:
+            switches = dict.fromkeys(switch for option in unread for switch in READ_ONLY_WITH[option])
+            print(f"note: {', '.join(unread)} {'is' if len(unread) == 1 else 'are'} not read with " +
+                  ", ".join(f"{switch} = {getattr(config, switch)}" for switch in switches), file=sys.stderr)
     return config
 
 

@@ -456,7 +456,7 @@ def finish(cell, stop):
     if status == 0 or complete(cell):
         cell.state, cell.reason = "done", ""
     elif stop.signal or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        cell.state, cell.reason = "stopped", "stopped by a signal"
+        cell.state, cell.reason = "stopped", "by a signal"
     else:
         cell.state, cell.reason = "failed", f"{cell.reason}: {log_end(cell, lines=1)}".removesuffix(": ")
     shutil.rmtree(cell.folder / "job", ignore_errors=True)      # what is there now may still come to run

@@ -16,6 +16,8 @@ def load_trained(path, average="", name="", route_backend="auto"):
     To the options of ours are added `step` and the resolved `average`.
     Raises ValueError where there is no such checkpoint, average or model.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give the checkpoint in it, such as {Path(path) / 'last.pt'}")
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {str(path)!r}")
     checkpoint = load_file(path)

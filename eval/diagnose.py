@@ -495,6 +495,7 @@ def curves(panel, x, rows, times, title, xlabel):
     for t, row in zip(times, np.array(rows, dtype=float)):
         panel.plot(x, row, marker="o", markersize=2.5, color=colormaps["viridis"](0.9 * t), label=f"t = {t:g}")
     panel.set(title=title, xlabel=xlabel)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
 
 
@@ -544,6 +545,7 @@ def plot_time(data):
     panel = figure.subplots()
     panel.plot(data["readers"], data["r2"], marker="o", markersize=3)
     panel.set(xlabel="reader (last: head)", ylabel="R² of t on held-out images")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
     return figure
 

@@ -88,7 +88,8 @@ def heat_map(rest, members):
     depths, chunks = depths or [()], chunks or [None]
     return {"settings": rest, "model": config.model, "blocks": blocks(config),
             "optimal_chunk_size": [optimal_chunk_size(2 * blocks(config), alpha) for alpha in ALPHAS],
-            "repa_depth": REPA_DEPTH[size_of(config)], "align_depth": list(map(list, depths)), "chunk_size": chunks,
+            "repa_depth": REPA_DEPTH[size_of(config.model)],
+            "align_depth": list(map(list, depths)), "chunk_size": chunks,
             "metric": [[over_seeds(entries.get((depth, chunk), {}), "last") for chunk in chunks] for depth in depths],
             "steps_to_target": [[over_seeds(entries.get((depth, chunk), {}), "steps_to_target") for chunk in chunks]
                                 for depth in depths]}
@@ -132,7 +133,8 @@ def caption(grid):
         words.append(f"S* of Prop. 1 for {2 * grid['blocks']} sublayers is {low:.1f} at alpha = {ALPHAS[0]} and "
                      f"{high:.1f} at alpha = {ALPHAS[1]}.")
     if grid["align_depth"] != [[]]:
-        words.append(f"REPA aligns {grid['model']} after block {grid['repa_depth']}.")
+        words.append(f"REPA aligns {grid['model']}, of {SIT_SIZES[size_of(grid['model'])][0]} blocks, after block "
+                     f"{grid['repa_depth']}.")
     return words
 
 
@@ -229,8 +231,8 @@ def draw_map(panel, grid, entries, values, colours, scale):
 def blocks(config):
     if config.model not in SIT_MODELS:
         raise ValueError(f"model = {config.model!r} is unknown; choose one of {', '.join(SIT_MODELS)}")
-    return config.depth or SIT_SIZES[size_of(config)][0]
+    return config.depth or SIT_SIZES[size_of(config.model)][0]
 
 
-def size_of(config):
-    return config.model.removeprefix("SiT-").partition("/")[0]
+def size_of(model):
+    return model.removeprefix("SiT-").partition("/")[0]

@@ -88,6 +88,8 @@ def run(options, ranks):
                          f"{options.num_workers} at least 0")
     samples = open_images(options.samples)
     statistics, images = open_reference(options.reference)
+    if options.save_reference and not options.save_reference.endswith(".npz"):
+        raise ValueError(f"save_reference = {options.save_reference!r}: must end in .npz")
     if options.save_reference and statistics:
         raise ValueError(f"save_reference = {options.save_reference!r}: {str(options.reference)!r} has its statistics")
     with ranks.one_first():
@@ -103,6 +105,7 @@ def run(options, ranks):
     reference = Reference(statistics, batches(images, "reference"), len(images), networks, ranks, options.batch_size)
     if options.save_reference and ranks.main:
         save_reference(options.save_reference, reference, images, inception)
+        print(f"reference kept in {options.save_reference}")
     metrics, warnings = measure(batches(samples, "samples"), reference, networks, ranks, options.batch_size,
                                 samples.labels)
     if not ranks.main:
@@ -449,6 +452,8 @@ def open_images(path):
     """Something with a length, `__getitems__(indices)` -> uint8 (B, 3, H, W), labels (N) or None, and size (H, W)."""
     path = Path(path)
     if path.is_dir():
+        if (path / "samples").is_dir():
+            raise ValueError(f"{str(path)!r} is a folder of eval.sample; give the npz in it")
         prepared = any((path / name).is_file() for name in ("meta.json", "settings.json"))
         return FolderOfPrepare(path) if prepared else FolderImages(path)
     if not path.is_file():

@@ -157,3 +157,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a weights file"):
         load_trained(path, name="SiT-S/2")
+
+
+def test_a_folder_is_pointed_to_its_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=f"'{tmp_path}' is a folder; give .*{tmp_path}/last.pt"):
+        load_trained(tmp_path)

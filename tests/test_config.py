@@ -567,3 +567,15 @@ def test_readme_lists_every_option_with_its_meaning():
             assert len(rows) == 1 and meaning.value.value in rows[0], field.target.id
             listed += 1
     assert listed == len(dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize("words, note", [
+    (["--projector", "conv", "--spatial-norm=0.6"], "projector, spatial_norm are not read with alignment = none"),
+    (["--query", "static"], "query is not read with routing = residual"),
+    (["--routing", "unet", "--chunk_size=2"], "chunk_size is not read with routing = unet"),
+    (["--alignment", "repa", "--projector", "conv", "--projector-dim", "8"],
+     "projector_dim is not read with alignment = repa, projector = conv"),
+    (["--routing", "dar", "--query", "static", "--chunk-size", "2"], ""), (["--seed", "3"], "")])
+def test_options_that_nothing_reads_are_noted(capsys, words, note):
+    config.parse(words)
+    assert capsys.readouterr().err == (f"note: {note}\n" if note else "")

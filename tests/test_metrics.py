@@ -706,6 +706,13 @@ def test_small_images_are_magnified_by_repetition(data, encoder):
         assert torch.equal(grid[:, top + 3:top + 32:4, left + 3:left + 32:4], images[i])
 
 
+def test_a_folder_of_the_sampling_script_is_pointed_to_its_npz(tmp_path):
+    (tmp_path / "dar" / "samples").mkdir(parents=True)
+    (tmp_path / "dar" / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="dar' is a folder of eval.sample; give the npz in it"):
+        metrics.open_images(tmp_path / "dar")
+
+
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("given", [False, True])
 def test_fid_of_the_first_samples_and_of_all(data, encoder, monkeypatch, world, given):

@@ -391,7 +391,8 @@ def test_the_marks(tmp_path, model, depth, marked, low, high):
     assert f"| {marked} (REPA) |" in text and text.count("(REPA)") == 2
     assert ("chunk size 4 (S*)" in text) == (low <= 4 <= high) and "chunk size 8 (S*)" not in text
     assert (f"S* of Prop. 1 for {2 * (depth or blocks_of(model))} sublayers is {low:.1f} at alpha = 0.6 and "
-            f"{high:.1f} at alpha = 0.4. REPA aligns {model} after block {marked}.") in text
+            f"{high:.1f} at alpha = 0.4. REPA aligns {model}, of {blocks_of(model)} blocks, after block "
+            f"{marked}.") in text
 
 
 def blocks_of(model):
