@@ -246,7 +246,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(prepared, autoencoder_f
     train(prepared, tmp_path / "run", "--autoencoder", autoencoder_folder, "--eval-every", 0, "--dry-run",
           "--micro-batch-size", 4)
     printed = capsys.readouterr().out
-    for words in ("parameters 0.0", "GFLOP for an image",
+    for words in ("parameters 0.0", "GFLOP of matrix products for an image",
                   "8 global = 1 processes x 8 local, in 2 accumulated parts of 4",
                   "2.625 steps in an epoch", "16 tokens", "memory     about", "GiB for a checkpoint"):
         assert words in printed, words
