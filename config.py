@@ -23,12 +23,17 @@ FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkp
                   "tensorboard", "dry_run", "checkpoint_activations", "diagnose_every", "diagnose_images"}
 # What is read only where other options have one of these values.
 _ROUTED, _ALIGNED = {"routing": {"dar", "attnres"}}, {"alignment": {"repa"}}
+_EVER = range(1, sys.maxsize)
+_EVALUATED = {"eval_every": _EVER}
 READ_ONLY_WITH = {
     "query": {"routing": {"dar"}}, "final_aggregator": {"routing": {"dar"}},
     "chunk_size": _ROUTED, "route_backend": _ROUTED,
     "align_depth": _ALIGNED, "proj_coeff": _ALIGNED, "spatial_norm": _ALIGNED, "align_steps": _ALIGNED,
     "projector": _ALIGNED, "projector_dim": {**_ALIGNED, "projector": {"mlp"}}, "encoder_features": _ALIGNED,
-    "inception": {"eval_metric": {"fid"}}, "fid_reference": {"eval_metric": {"fid"}},
+    **dict.fromkeys(("eval_metric", "eval_samples", "eval_batch_size", "sampler", "sample_steps", "cfg_scale",
+                     "guidance_interval"), _EVALUATED),
+    **dict.fromkeys(("inception", "fid_reference"), {**_EVALUATED, "eval_metric": {"fid"}}),
+    "diagnose_images": {"diagnose_every": _EVER},
 }
 
 

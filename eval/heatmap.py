@@ -16,6 +16,7 @@ from config import plain
 from eval.convergence import machines, read_run, shown, starts_beyond, time_to_target
 from models.dar import optimal_chunk_size
 from models.sit import SIT_MODELS, SIT_SIZES
+from runtime import replaced
 
 AXES = ("align_depth", "chunk_size")                # rows and columns
 REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8, "Plus": 8}          # for S and Plus as for B and XL, as in configs/
@@ -26,9 +27,12 @@ def write_result(cells, out, metric, goal="min", target=None):
     """OUT/sweep.json, sweep.md and sweep.png. Returns the Markdown."""
     result = summarise(cells, metric, goal, target)
     out, table = Path(out), markdown(result)
-    (out / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "sweep.md").write_text(table)
-    draw(result, out / "sweep.png")
+    with replaced(out / "sweep.json") as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+    with replaced(out / "sweep.md") as file:
+        file.write(table.encode())
+    with replaced(out / "sweep.png") as file:
+        draw(result, file)
     return table
 
 
@@ -174,7 +178,7 @@ def column_label(grid, chunk):
     return "no chunks" if chunk is None else f"chunk size {chunk}" + (" (S*)" if low <= chunk <= high else "")
 
 
-def draw(result, path):
+def draw(result, file):
     """One row of panels for each map: the metric, and the steps to the target where one of the runs is complete."""
     import matplotlib
     matplotlib.use("Agg")
@@ -200,7 +204,7 @@ def draw(result, path):
             panel.set_title(f"{heading}\n{title(grid['settings'])}".removesuffix("\nall cells"), fontsize=9, pad=14)
     figure.text(0.01, 0.005, " ".join(dict.fromkeys(words for grid in maps for words in caption(grid))), fontsize=7)
     figure.tight_layout(rect=(0, 0.03 + 0.12 / height * len(maps), 1, 1))
-    figure.savefig(path, dpi=140)
+    figure.savefig(file, dpi=140, format="png")
     plt.close(figure)
 
 
