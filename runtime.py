@@ -169,7 +169,13 @@ def environment(ranks):
     return {"processes": ranks.world, "cpu": f"{cpu}, {os.cpu_count()} cores",
             "gpu": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "none",
             "python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown",
-            "command": shlex.join(sys.argv)}
+            "command": command()}
+
+
+def command():
+    """What this process was started with, less the folder that the project lies in."""
+    module = sys.modules["__main__"].__spec__          # of `python -m`, whose argv[0] is a whole path
+    return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
 @contextlib.contextmanager

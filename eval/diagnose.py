@@ -507,7 +507,7 @@ def plot_states(data):
         curves(panel, data["blocks"][:len(data[name][0])], data[name], data["times"], title, "after block")
         if name != "cosine" and np.max(data[name]) > 0:
             panel.set_yscale("log")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -556,7 +556,7 @@ def plot_alignment(data):
     curves(panels[0], data["blocks"], data["cknna"], data["times"], f"CKNNA, k = {data['neighbours']}", "after block")
     curves(panels[1], data["blocks"], data["accuracy"], data["times"], "accuracy of a linear probe", "after block")
     panels[1].axhline(data["encoder_accuracy"], color="black", linestyle="--", label="encoder")
-    panels[1].legend()
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 

@@ -6,8 +6,6 @@
 
 import dataclasses
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from config import plain
 from eval.convergence import machines, read_run, shown, starts_beyond, time_to_target
 from models.dar import optimal_chunk_size
 from models.sit import SIT_MODELS, SIT_SIZES
-from runtime import replaced
+from runtime import command, replaced
 
 AXES = ("align_depth", "chunk_size")                # rows and columns
 REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8, "Plus": 8}          # for S and Plus as for B and XL, as in configs/
@@ -63,7 +61,7 @@ def summarise(cells, metric, goal="min", target=None):
     for cell, record in zip(cells, records):
         rest = {key: value for key, value in record["settings"].items() if key not in (*AXES, "seed")}
         maps.setdefault(json.dumps(rest), []).append((cell, record))
-    return {"metric": metric, "goal": goal, "target": target, "command": shlex.join(sys.argv),
+    return {"metric": metric, "goal": goal, "target": target, "command": command(),
             "cells": records, "maps": [heat_map(json.loads(rest), members) for rest, members in maps.items()],
             "encoders": sorted({shown(cell.config.encoder) for cell in cells}),
             "environments": machines(runs.values())}

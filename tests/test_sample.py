@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,13 +106,15 @@ def small_model():
 # ---- the same images ----
 
 def test_two_processes_and_another_batch_change_only_rounding(checkpoint, whole, tmp_path):
-    torchrun(arguments(checkpoint, tmp_path / "two", "--batch-size", 23))
+    words = arguments(checkpoint, tmp_path / "two", "--batch-size", 23)
+    torchrun(words)
     one, two = npz(whole), npz(tmp_path / "two")
     assert np.array_equal(one["arr_1"], two["arr_1"])
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
     assert one["arr_0"].std(0).mean() > 20                             # the images do differ from each other
     starts = json.loads((tmp_path / "two" / "settings.json").read_text())["starts"]
     assert [(start["processes"], start["batch_size"]) for start in starts] == [(2, 23)]
+    assert starts[0]["command"] == shlex.join(["python", "-m", "eval.sample", *words])
 
 
 @pytest.mark.parametrize("sampler", ["sde", "euler"])
