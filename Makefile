@@ -2,9 +2,10 @@
 # make quickstart   four arms on the embedded digits: grids, convergence.png, table of speedups
 # make test         all tests
 # make study        the study as it is meant: CIFAR-10 on the GPUs of this machine, all of them side by side
+# make study-pilots short runs before it, from which to choose its LR= and DEPTH=
 # make study-cpu    the small one that RESULTS.md reports: digits, and CIFAR-10 at a small width
 #
-# Without a network, both take CIFAR10=path/to/train.parquet, and the first ENCODER=FOLDER in place of DINOv2. STEPS
+# Without a network, they take CIFAR10=path/to/train.parquet, and the first two ENCODER=FOLDER in place of DINOv2. STEPS
 # says how long each run of the first is.
 
 PYTHON ?= python3
@@ -16,9 +17,11 @@ CIFAR10 ?= uoft-cs/cifar10
 CIFAR := data/cifar10
 ENCODER ?= dinov2-vit-b
 STEPS ?= 20000
+LR ?= 1e-4
+DEPTH ?= 12
 STUDY := runs/study
 
-.PHONY: setup quickstart test digits study study-cpu
+.PHONY: setup quickstart test digits cifar10 study study-pilots study-cpu
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -40,24 +43,31 @@ quickstart: digits
 	$(RUN) train_repa_dar.py --config digits --out $(RUNS)/dar-repa --routing dar --alignment repa
 	$(RUN) -m eval.convergence $(RUNS)/residual $(RUNS)/dar $(RUNS)/residual-repa $(RUNS)/dar-repa --out $(RUNS)/convergence
 
-study: setup
+cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32
-	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --max-steps $(STEPS) --eval-every 1000 --out $(STUDY)/cifar10 \
+
+study-pilots: cifar10
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --max-steps 2000 --out $(STUDY)/cifar10-pilots \
+		--routing residual dar --depth 12 28 --lr 1e-4 3e-4 1e-3 --seeds 0
+
+study: cifar10
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
+		--eval-every 1000 --out $(STUDY)/cifar10 \
 		--routing residual dar --query timestep dynamic --alignment none repa --seeds 0 1 2
-	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --max-steps $(STEPS) --eval-every 1000 --out $(STUDY)/cifar10-depth-chunk \
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
+		--eval-every 1000 --out $(STUDY)/cifar10-depth-chunk \
 		--routing dar --alignment repa --align-depth 2 4 6 8 --chunk-size 1 2 4 8 --seeds 0 1
 	$(RUN) -m eval.convergence $(STUDY)/cifar10/*/ --reference residual --out $(STUDY)/cifar10
 
-study-cpu: digits
-	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32
+study-cpu: digits cifar10
 	$(RUN) -m dataset.standin_encoder $(CIFAR) --out $(CIFAR)/encoder --patch-size 4 --epochs 5 --batch-size 128
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32 --encoder $(CIFAR)/encoder --token-grid 8
 	$(RUN) sweep.py --config digits --out $(STUDY)/digits \
-		--routing residual dar attnres unet --query timestep static dynamic --alignment none repa --seeds 0 1 2
+		--routing residual dar attnres unet --query timestep static dynamic --alignment none repa --seeds 0 1
 	$(RUN) sweep.py --config digits --out $(STUDY)/digits-depth-chunk \
 		--routing dar --alignment repa --align-depth 2 4 6 --chunk-size 1 2 4 8 --seeds 0 1
 	$(RUN) sweep.py --config cifar10_cpu --out $(STUDY)/cifar10-cpu \
-		--routing residual dar --alignment none repa --seeds 0 1
+		--routing residual dar --chunk-size 1 4 --alignment none repa --seeds 0 1
 	$(RUN) -m eval.convergence $(STUDY)/digits/*/ --reference residual --out $(STUDY)/digits
 	$(RUN) -m eval.convergence $(STUDY)/cifar10-cpu/*/ --reference residual --out $(STUDY)/cifar10-cpu
 
