@@ -186,6 +186,40 @@ def test_seeds_are_paired():
     assert row(result, "DAR")["step"] == {"per_seed": pytest.approx({0: 300, 1: 250}), "mean": pytest.approx(275)}
 
 
+def test_three_seeds_have_their_mean_and_not_their_median():
+    # Steps to 70: 600, 750 and 500 for the reference, 300, 250 and 250 for DAR; ratios 2, 3 and 2.
+    slopes = {"residual": (0.05, 0.04, 0.06), "dar": (0.1, 0.12, 0.12)}
+    arms = arms_of(*(curve(line(slope), seed=seed, routing=routing) for routing in slopes
+                     for seed, slope in enumerate(slopes[routing])))
+    result = compare(arms, options(targets=(70,)))
+    assert row(result, "residual")["step"]["mean"] == pytest.approx(1850 / 3)
+    assert row(result, "DAR")["step"]["mean"] == pytest.approx(800 / 3)
+    assert ratio_text(row(result, "DAR")["step_speedup"]) == "2.33 [2.00, 3.00]"
+    assert result["arms"]["DAR"]["last"] == result["arms"]["DAR"]["best"] == pytest.approx(-40 / 3)
+
+
+def test_a_seed_that_never_arrives_leaves_no_mean_time():
+    # 70: at step 600 by seed 0; seed 1 is at 80 when its run ends.
+    result = compare(arms_of(curve(line(0.05), seed=0), curve(line(0.02), seed=1)), options(targets=(70,)))
+    assert row(result, "residual")["step"] == {"per_seed": {0: pytest.approx(600), 1: None}, "mean": None}
+    cells, = table_rows(convergence.markdown(result), "`frechet_distance` reaches")
+    assert cells[2] == cells[4] == "not reached by 1 of 2"
+
+
+def test_a_metric_that_is_better_when_large():
+    """Targets, times, ratios and bounds of 0.05 step and 0.1 step; the latter is at 10 by its first point."""
+    slow, fast = ([(step, slope * step) for step in STEPS] for slope in (0.05, 0.1))
+    arms = arms_of(curve(slow), curve(fast, **DAR))
+    result = compare(arms, options(goal="max"))
+    rows = [entry for entry in result["targets"] if entry["arm"] == "DAR"]
+    assert [entry["target"] for entry in rows] == pytest.approx([10, 25, 35, 50])      # of steps 200, 500, 700, 1000
+    assert [entry["step"]["mean"] for entry in rows] == pytest.approx([100, 250, 350, 500])
+    assert [entry["step_speedup"]["per_seed"][0] for entry in rows] == [{"ratio": pytest.approx(2), "bound": ""}] * 4
+    never, before = (row(compare(arms, options(goal="max", targets=(target,))), "DAR") for target in (80, 8))
+    assert never["step_speedup"]["per_seed"][0] == {"ratio": pytest.approx(1000 / 800), "bound": ">"}
+    assert before["step_speedup"]["per_seed"][0] == {"ratio": pytest.approx(160 / 100), "bound": ">"}
+
+
 def test_seeds_of_one_arm_alone_have_no_ratio():
     arms = arms_of(curve(line(0.05), seed=0), curve(line(0.05), seed=3),
                    curve(line(0.1), seed=0, **DAR), curve(line(0.1), seed=2, **DAR))
@@ -232,6 +266,12 @@ def test_summary_of_an_arm():
                 "folders": ["run0", "run1"], "encoder": ["tiny"]}
     assert compare(arms_of(*runs), options())["arms"] == {"residual": expected}
     assert compare(arms_of(*runs), options(goal="max"))["arms"]["residual"]["best"] == 8.5
+
+
+def test_an_arm_is_as_long_as_its_longest_run():
+    short, long = curve(line(0.05)[:4], seed=0), curve(line(0.05)[:7], seed=1)
+    for runs in ((short, long), (long, short)):
+        assert compare(arms_of(*runs), options(targets=(90,)))["arms"]["residual"]["last_step"] == 700
 
 
 # ---- arms ----
@@ -303,6 +343,18 @@ def test_settings_that_tell_arms_apart(name, value):
     assert (plain, other) == (f"residual, {name}={getattr(Config(), name)}", f"residual, {name}={value}")
 
 
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
+def test_every_option_that_changes_what_is_learnt_or_measured_tells_arms_apart(name):
+    """And no other; with everything switched on, so that each option is read."""
+    others = {"seed", "out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_activations", "dry_run",
+              "log_every", "checkpoint_every", "snapshot_every", "tensorboard", "eval_metric", "diagnose_every",
+              "diagnose_images"}
+    on = {"seed": 0, "eval_metric": "fid", "diagnose_every": 1, **DAR, **REPA}
+    other = 7 if name in ("eval_every", "diagnose_every") else "another"
+    runs = [curve(line(0.1), **on), curve(line(0.1), **{**on, "seed": 1, name: other})]
+    assert len(group(runs)) == (1 if name in others else 2)
+
+
 def test_several_values_are_named_as_on_the_command_line():
     plain, other = group([curve(line(0.1)), curve(line(0.1), encoder=["tiny", "hf:small"])])
     assert (plain, other) == ("residual, encoder=dinov2-vit-b", "residual, encoder=tiny hf:small")
@@ -354,6 +406,15 @@ def test_reading_a_run(tmp_path):
                                                                "images": [100 * BATCH, 200 * BATCH]}
     assert (run.config["seed"], run.config["routing"], run.samples_per_second) == (5, "dar", 64.0)
     assert run.environments == machines
+
+
+def test_speed_is_the_median_of_the_log(tmp_path):
+    """So that a slow beginning, or a pause, counts once."""
+    folder = write_run(tmp_path / "a", [(100, 9.0)], rate=None)
+    with open(folder / "metrics.jsonl", "a") as file:
+        for step, rate in ((200, 10.0), (300, 100.0), (400, 130.0), (500, 110.0), (600, 900.0)):
+            file.write(json.dumps({"step": step, "loss": 1.0, "samples_per_second": rate}) + "\n")
+    assert read_run(folder, "frechet_distance").samples_per_second == 110.0
 
 
 def test_last_line_of_a_running_log_is_left_out(tmp_path):
@@ -477,6 +538,13 @@ def test_plot_over_images(study, monkeypatch):
         corners = band.get_paths()[0].vertices
         last = corners[corners[:, 0] == images[-1]][:, 1]
         assert (last.min(), last.max()) == pytest.approx((100 - 1000 * max(slopes), 100 - 1000 * min(slopes)))
+
+
+def test_plot_of_three_seeds_is_their_mean(tmp_path, monkeypatch):
+    slopes = 0.05, 0.06, 0.1
+    runs = [write_run(tmp_path / str(seed), line(slope), seed=seed) for seed, slope in enumerate(slopes)]
+    panel, = plotted(monkeypatch, [*map(str, runs), "--out", str(tmp_path / "plot"), "--x", "step"]).axes
+    assert panel.lines[0].get_ydata() == pytest.approx(100 - sum(slopes) / 3 * np.array(STEPS))
 
 
 def test_plot_has_a_panel_for_each_axis(study, monkeypatch):

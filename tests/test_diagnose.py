@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from torch.nn import functional as F
 
 import train_repa_dar
@@ -120,6 +120,18 @@ def test_what_is_seen_of_a_routed_model(images):
         torch.testing.assert_close(trace.weights[reader - 1], weights)
 
 
+def test_looking_is_in_float32_with_plain_routing_whatever_the_caller_has_set(images):
+    model = small_model(torch.float32, **DAR)
+    x_t, t, _, y = whole(sample_of(model, images), 0.4)
+    expected, _ = model(x_t, t, y)
+    model.router.backend = "triton"
+    with torch.autocast("cpu", torch.bfloat16), observed(model, weights=True) as look:
+        assert model.router.backend == "torch"
+        trace = look(x_t, t, y)
+    assert model.router.backend == "triton"
+    assert trace.velocity.dtype == torch.float32 and torch.equal(trace.velocity, expected)
+
+
 @pytest.mark.parametrize("settings", [{}, DAR])
 def test_model_and_random_state_are_left_as_found(images, encoder_folder, tmp_path, settings):
     model = small_model(torch.float32, **settings).train()
@@ -160,6 +172,14 @@ def test_sample_follows_from_the_seed_and_not_from_the_batches(images):
     assert torch.equal(x_t, expected[0]) and torch.equal(target, expected[1]) and torch.equal(t, one.times.float())
     assert torch.equal(one.x, Pixels().encode(images.__getitems__(one.items)["images"]))
     assert torch.equal(y, images.labels[one.items]) and set(whole(one, 0.5, True)[3].tolist()) == {10}
+
+
+def test_images_are_noised_on_the_path_of_the_run(images):
+    sample = Sample(small_model(), images, Pixels(), 5, 3, 0, "cosine")
+    x_t, _, target, _ = whole(sample, 0.3)
+    cos, sin, x, noise = math.cos(0.15 * math.pi), math.sin(0.15 * math.pi), sample.x.double(), sample.noise.double()
+    torch.testing.assert_close(x_t, cos * x + sin * noise)
+    torch.testing.assert_close(target, math.pi / 2 * (cos * noise - sin * x))
 
 
 def test_sample_of_latents_is_a_draw_from_the_posterior():
@@ -349,6 +369,20 @@ def test_probe_is_fitted_on_three_quarters_and_scored_on_the_rest():
     assert held_out_score(LogisticRegression(max_iter=500), x, labels) < 0.1
 
 
+def test_probe_is_standardised_by_the_fitted_images_alone():
+    """Against ridge regression in closed form; the held-out images lie elsewhere, which may not move the scale."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 3)) * [1, 5, 20]
+    x[30:] = 6 * x[30:] + 50
+    y = x @ [1.0, -0.5, 0.2] + rng.normal(size=40)
+    mean, deviation = x[:30].mean(0), x[:30].std(0)
+    z, offset = (x - mean) / deviation, y[:30].mean()
+    weights = np.linalg.solve(z[:30].T @ z[:30] + 10 * np.eye(3), z[:30].T @ (y[:30] - offset))
+    rest = y[30:] - offset - z[30:] @ weights
+    expected = 1 - np.square(rest).sum() / np.square(y[30:] - y[30:].mean()).sum()
+    assert held_out_score(Ridge(10.0), x, y) == pytest.approx(expected, rel=1e-9)
+
+
 def cknna_by_loops(a, b, k):
     count = len(a)
     unit = [[row / math.sqrt(sum(row * row)) for row in features] for features in (a, b)]
@@ -397,6 +431,68 @@ def test_alignment_with_itself_is_complete(images, encoder_folder, monkeypatch):
     data = diagnosis.alignment(None, model, sample, (0.5,), encoder)
     assert data["cknna"] == [[pytest.approx(score) for score in (cknna(noise, tokens), 1, cknna(noise, tokens))]]
     assert data["accuracy"][0][1] == data["encoder_accuracy"] > data["accuracy"][0][0]
+
+
+def test_alignment_looks_at_every_time_that_is_asked_for(images, encoder_folder, monkeypatch):
+    """Where the states at t = 0.7 alone are the encoder's tokens."""
+    model = small_model(torch.float32)
+    sample, encoder = sample_of(model, images, 80, 40), FrozenEncoder(str(encoder_folder), 4)
+    tokens, noise = sample.encoded(encoder), np.random.default_rng(0).normal(size=(80, 24))
+    monkeypatch.setattr(diagnosis, "pooled_states",
+                        lambda look, sample, t: np.stack([tokens if t == 0.7 else noise] * 5))
+    data = diagnosis.alignment(None, model, sample, TIMES, encoder)
+    assert data["cknna"] == [[pytest.approx(cknna(noise, tokens))] * 3, [pytest.approx(1)] * 3]
+    assert data["accuracy"][1] == [data["encoder_accuracy"]] * 3
+
+
+# ---- the pictures ----
+
+def test_picture_of_routing_puts_each_weight_at_its_source():
+    """Readers of four sublayers in chunks of two; columns that a reader does not see stay empty."""
+    sources, times = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]], [0.2, 0.7]
+    rng = np.random.default_rng(0)
+    weights = [[rng.dirichlet(np.ones(len(read))).tolist() for read in sources] for _ in times]
+    shares, largest = rng.random((2, 2, 5)).tolist()
+    figure = diagnosis.plot_routing({"sources": sources, "times": times, "weights": weights, "largest": largest,
+                                     "entropy_share": [[None, *row[1:]] for row in shares]})
+    maps = [panel for panel in figure.axes if panel.images]
+    assert [panel.get_title() for panel in maps] == ["t = 0.2", "t = 0.7"]
+    for panel, rows in zip(maps, weights):
+        expected = np.full((5, 5), np.nan)
+        for reader, (read, values) in enumerate(zip(sources, rows)):
+            for i, value in zip(read, values):
+                expected[reader, i] = value
+        np.testing.assert_array_equal(np.ma.filled(panel.images[0].get_array(), np.nan), expected)
+    panels = {panel.get_title(): panel.lines for panel in figure.axes if panel.lines}
+    for reader in (1, 3, 5):
+        drawn = {line.get_label(): list(line.get_ydata()) for line in panels[f"reader {reader}"]}
+        assert drawn == {f"v{i}": [rows[reader - 1][place] for rows in weights]
+                         for place, i in enumerate(sources[reader - 1])}
+    for title, rows in (("entropy / log n", shares), ("largest weight", largest)):
+        for line, row in zip(panels[title], rows, strict=True):
+            np.testing.assert_array_equal(line.get_ydata()[1:], row[1:])
+            assert line.get_xdata().tolist() == [1, 2, 3, 4, 5]
+
+
+def test_pictures_of_curves_show_their_own_numbers():
+    times, blocks = [0.2, 0.7], [0, 1, 2]
+    rms, gradient, cosine, cknna_rows, accuracy = np.random.default_rng(0).uniform(0.1, 1, size=(5, 2, 3)).tolist()
+    cosine = [row[:2] for row in cosine]
+    states = diagnosis.plot_states({"times": times, "blocks": blocks, "rms": rms, "gradient_rms": gradient,
+                                    "cosine": cosine})
+    alignment = diagnosis.plot_alignment({"times": times, "blocks": blocks, "cknna": cknna_rows, "accuracy": accuracy,
+                                          "neighbours": 10, "encoder_accuracy": 0.55})
+    time = diagnosis.plot_time({"readers": [1, 2, 3], "r2": [0.1, 0.9, 0.4]})
+    for figure, kinds in ((states, {"RMS of the state": rms, "RMS of the loss gradient": gradient,
+                                    "cosine with the next state": cosine}),
+                          (alignment, {"CKNNA, k = 10": cknna_rows, "accuracy of a linear probe": accuracy})):
+        panels = {panel.get_title(): {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+                  for panel in figure.axes}
+        assert panels.keys() == kinds.keys()
+        for title, rows in kinds.items():
+            assert [panels[title][f"t = {t:g}"] for t in times] == rows
+    assert panels["accuracy of a linear probe"]["encoder"] == [0.55, 0.55]
+    assert time.axes[0].lines[0].get_ydata().tolist() == [0.1, 0.9, 0.4]
 
 
 # ---- the command ----
@@ -485,6 +581,25 @@ def test_command_ends_in_a_clear_error(checkpoints, tmp_path, extra, message):
     with pytest.raises(SystemExit, match="error: .*" + message):
         command(checkpoints["residual"], tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("extra, expected", [
+    ((), ("{own}", "own.pt")), (("--encoder", "other"), ("other", "")),
+    (("--encoder-weights", "b.pt"), ("{own}", "b.pt")),
+    (("--encoder", "other", "--encoder-weights", "b.pt"), ("other", "b.pt"))], ids=str)
+def test_weights_of_the_run_are_for_its_own_encoder(checkpoints, encoder_folder, tmp_path, monkeypatch, extra,
+                                                    expected):
+    def refuse(name, grid, weights):
+        raise ValueError(f"asked for {name!r} with {weights!r}")
+
+    content = torch.load(checkpoints["dar"], weights_only=False)
+    content["config"]["encoder_weights"] = ["own.pt"]
+    torch.save(content, tmp_path / "last.pt")
+    monkeypatch.setattr(diagnosis, "FrozenEncoder", refuse)
+    name, weights = expected
+    with pytest.raises(SystemExit) as stop:
+        command(str(tmp_path / "last.pt"), tmp_path / "out", *extra)
+    assert str(stop.value.code) == f"error: asked for {name.format(own=encoder_folder)!r} with {weights!r}"
 
 
 def test_missing_checkpoint_is_a_clear_error(tmp_path):

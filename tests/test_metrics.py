@@ -25,7 +25,7 @@ from dataset.latents import PreparedImages
 from eval import inception, metrics, online
 from eval.metrics import FeatureStatistics, Reference, SampleFeatures, frechet_distance, measure
 from eval.online import OnlineEvaluation
-from eval.samplers import IndexedNoise
+from eval.samplers import IndexedNoise, sample_ode, sample_sde
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import EVALUATION, Ranks, derive_seed
@@ -218,6 +218,7 @@ def test_order_of_classes_is_noticed(classes):
     assert metrics.class_ordered(torch.from_numpy(noisy))
     for seed in range(20):
         assert not metrics.class_ordered(np.random.default_rng(seed).permutation(labels))
+    assert metrics.class_ordered(np.arange(2000))                      # in order, though no two neighbours are alike
     assert not metrics.class_ordered(np.resize(np.arange(classes), 2000))
     assert not metrics.class_ordered(np.zeros(2000)) and not metrics.class_ordered(np.zeros(0))
 
@@ -278,6 +279,23 @@ def test_measure_against_numpy():
         "precision and recall are against 25 images instead of 10000"]
 
 
+def test_fd_dinov2_is_the_distance_of_its_own_features():
+    class Tokens(torch.nn.Module):
+        dims = {"dinov2": 3}
+
+        def forward(self, images):
+            return {"dinov2": images.float().mean((2, 3)) / 9}
+
+    samples, reference = some_images(30), some_images(25, seed=1)
+    networks, ranks = [NarrowInception(), Tokens()], Group(1).ranks[0]
+    against = Reference({}, reference.split(4), 25, networks, ranks, 4)
+    found, _ = measure(samples.split(4), against, networks, ranks, 4)
+    x, y = (Tokens()(images)["dinov2"].double().numpy() for images in (samples, reference))
+    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cx + cy - 2 * scipy.linalg.sqrtm(cx @ cy).real)
+    assert found["fd_dinov2"] == pytest.approx(expected, rel=1e-6) and found["fd_dinov2"] != found["fid"]
+
+
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_processes_measure_what_one_does(monkeypatch, world):
     monkeypatch.setattr(metrics, "IS_CHUNK", 7)                        # so that the order matters
@@ -307,6 +325,19 @@ def test_class_ordered_samples_are_warned_about(monkeypatch):
     order = NarrowInception()(samples)["logits"].argmax(1).argsort()
     assert not any("ordered" in text for text in narrow(Group(1), samples, reference)[1])
     assert "by their predicted classes" in narrow(Group(1), samples[order], reference)[1][-1]
+
+
+@pytest.mark.parametrize("count, heads", [
+    (10, ["10 samples: distances grow", "the inception score is of one chunk of 10 samples instead of 12"]),
+    (20, ["20 samples: distances grow", "20 samples are no multiple of 12"]),      # one chunk: order is all the same
+    (30, ["30 samples: distances grow", "30 samples are no multiple of 12", "the samples look ordered by class"]),
+    (40, ["40 samples are no multiple of 12", "the samples look ordered by class"]),
+    (48, ["the samples look ordered by class"])])
+def test_warnings_of_numbers_that_do_not_compare(monkeypatch, count, heads):
+    for name, value in (("IS_CHUNK", 12), ("COMPARABLE", 40), ("REFERENCE_ROWS", 6)):
+        monkeypatch.setattr(metrics, name, value)
+    warnings = narrow(Group(1), some_images(count), some_images(6, seed=1), np.arange(count) // 5)[1]
+    assert len(warnings) == len(heads) and all(map(str.startswith, warnings, heads)), warnings
 
 
 def test_too_few_images_and_too_large_batches():
@@ -372,6 +403,24 @@ def test_images_of_an_npz_are_mapped_not_loaded(tmp_path):
     source = metrics.open_images(save_images(tmp_path / "images.npz", images, arr_1=np.arange(9)))
     assert isinstance(source.array, np.memmap) and "array" not in source.__getstate__()
     assert torch.equal(source.__getitems__([3, 0]), images[[3, 0]]) and source.labels.tolist() == list(range(9))
+
+
+def test_an_array_in_fortran_order_is_read_as_it_is(tmp_path):
+    images = some_images(5)
+    np.savez(tmp_path / "images.npz", np.asfortranarray(images.permute(0, 2, 3, 1).numpy()))
+    source = metrics.open_images(tmp_path / "images.npz")
+    assert isinstance(source.array, np.memmap) and torch.equal(source.__getitems__([3, 0]), images[[3, 0]])
+
+
+def test_order_is_judged_by_the_labels_of_the_npz(adm, narrowed, tmp_path, monkeypatch):
+    """Where it has them, whatever the network takes the images for."""
+    monkeypatch.setattr(metrics, "IS_CHUNK", 12)
+    np.savez(tmp_path / "adm.npz", **adm)
+    images, labels = some_images(48), np.arange(48) // 12
+    for name, given, expected in (("ordered", {"arr_1": labels}, True), ("unknown", {}, False)):
+        path = save_images(tmp_path / f"{name}.npz", images, **given)
+        warnings = command(path, tmp_path / "adm.npz")["warnings"]
+        assert any("ordered by class (by their labels)" in text for text in warnings) == expected
 
 
 def test_folder_of_images(tmp_path):
@@ -631,6 +680,25 @@ def test_same_samples_at_every_call(data, encoder):
     assert len(seen[0][0].flatten(1).unique(dim=0)) == 30               # all different noises
     evaluation(data, encoder, eval_batch_size=30, seed=6)(Recall(target))
     assert not torch.equal(seen[0][0], seen[2][0]) and not torch.equal(seen[0][1], seen[2][1])
+
+
+@pytest.mark.parametrize("changes", [{"sampler": "euler", "cfg_scale": 3.0}, {"sampler": "sde", "path": "cosine"},
+                                     {"sampler": "heun", "cfg_scale": 2.0, "guidance_interval": (0.3, 0.8)}], ids=str)
+def test_samples_are_drawn_as_the_options_say(data, encoder, changes):
+    """Against the samplers themselves, which tests/test_samplers.py compares with closed forms."""
+    class Smooth:
+        num_classes = 10
+
+        def __call__(self, x, t, y):
+            return (0.2 * y - t).view(-1, 1, 1, 1) * x, []
+
+    judge = evaluation(data, encoder, sample_steps=4, **changes)
+    noise = IndexedNoise([derive_seed(5, EVALUATION, i) for i in (2, 3, 4)], (3, 8, 8), "cpu")
+    options = {"num_steps": 4, "cfg_scale": 1.0, "guidance_interval": (0.0, 1.0), "path": "linear", **changes}
+    sampler, first, y = options.pop("sampler"), noise(), judge.labels[2:5]
+    x = (sample_sde(Smooth(), first, y, step_noise=noise, **options) if sampler == "sde" else
+         sample_ode(Smooth(), first, y, solver=sampler, **options))
+    assert torch.equal(judge.sample(Smooth(), range(2, 5)), load_autoencoder("pixels").decode(x))
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -201,7 +201,7 @@ def test_images_are_those_of_the_samplers():
     model, indices = small_model(), [3, 17, 4]
     seeds = [derive_seed(5, EVALUATION, i) for i in indices]
     y = sampling.labels_of(settings(), indices, 4)
-    for chosen in (settings(), settings(sampler="heun", path="cosine"),
+    for chosen in (settings(), settings(sampler="heun", cfg_scale=1.5), settings(sampler="sde", path="cosine"),
                    settings(sampler="sde", cfg_scale=2.0, guidance_interval=(0.3, 0.8))):
         noise = IndexedNoise(seeds, (3, 8, 8), "cpu")
         common = dict(num_steps=3, cfg_scale=chosen.cfg_scale, guidance_interval=chosen.guidance_interval,

@@ -116,6 +116,17 @@ def test_what_is_idle(option, switches):
     assert sorted(off) == sorted(switches)
 
 
+def test_no_other_option_is_ever_idle():
+    """With everything off: an option that is wrongly among these would make one cell, or arm, of two that differ."""
+    off = {"routing": "residual", "alignment": "none", "projector": "conv", "eval_every": 0, "eval_metric": "encoder",
+           "diagnose_every": 0}
+    assert config.idle(off) == {
+        "query", "final_aggregator", "chunk_size", "route_backend", "align_depth", "proj_coeff", "spatial_norm",
+        "align_steps", "projector", "projector_dim", "encoder_features", "eval_metric", "eval_samples",
+        "eval_batch_size", "sampler", "sample_steps", "cfg_scale", "guidance_interval", "inception", "fid_reference",
+        "diagnose_images"}
+
+
 def test_commas_join_the_values_of_one_cell(cells):
     made = cells("--routing", "dar", "--alignment", "repa", "--align-depth", 1, "1,2",
                  "--betas", "0.9,0.99", "0.8,0.95")
@@ -131,6 +142,7 @@ def test_the_same_value_twice_is_one_cell(cells):
 @pytest.mark.parametrize("values", [
     [{"model": "SiT-S/2"}, {"model": "SiT-S-2"}, {"model": "SiT-S:2"}],
     [{"encoder": ("a+b",)}, {"encoder": ("a", "b")}],
+    [{"encoder": ("a+b", "c")}, {"encoder": ("a", "b+c")}],
     [{"data": "a,seed=1"}, {"data": "a", "seed": 1}],
     [{"encoder": ("x" * 300 + end,)} for end in "ab"],
     [{"data": "café"}, {"data": "cafè"}],
@@ -360,13 +372,27 @@ def test_a_run_that_went_further_is_read_up_to_max_steps(tmp_path):
     assert (cell["last"], cell["last_step"], cell["best"]) == (3.0, 100, 3.0)
 
 
-@pytest.mark.parametrize("goal, target", [("min", 4.0), ("max", 8.0)])
-def test_the_default_target_is_reached_by_every_run(tmp_path, goal, target):
+@pytest.mark.parametrize("goal, target, steps", [("min", 4.0, [90, 50]), ("max", 8.0, [50, 90])])
+def test_the_default_target_is_reached_by_every_run(tmp_path, goal, target, steps):
     curves = {1: [(50, 8.0), (100, 3.0)], 2: [(50, 4.0), (100, 9.0)]}
     made = [made_cell(tmp_path, points, place(2, chunk, 0)) for chunk, points in curves.items()]
     result = heatmap.summarise(made, "frechet_distance", goal)
     assert result["target"] == target
-    assert all(cell["bound"] != ">" for cell in result["cells"])
+    assert [cell["bound"] for cell in result["cells"]] == ["", ""]         # one is there at its first point, exactly
+    assert [cell["steps_to_target"] for cell in result["cells"]] == pytest.approx(steps)
+
+
+def test_bounds_where_large_is_better(tmp_path):
+    curves = {1: [(50, 2.0), (100, 4.0)], 2: [(50, 7.0), (100, 9.0)], 4: [(50, 2.0), (100, 10.0)]}
+    made = [made_cell(tmp_path, points, place(2, chunk, 0)) for chunk, points in curves.items()]
+    text = heatmap.write_result(made, tmp_path, "frechet_distance", "max", 6.0)
+    assert markdown_tables(text)[1] == [["2", ">100", "<50", "75"]]
+
+
+def test_three_seeds_have_their_mean_and_not_their_median(tmp_path):
+    made = [made_cell(tmp_path, [(100, last)], place(2, 1, seed)) for seed, last in enumerate([1.0, 1.0, 4.0])]
+    text = heatmap.write_result(made, tmp_path, "frechet_distance", target=5.0)
+    assert markdown_tables(text)[0] == [["2", "2 [1, 4]"]]
 
 
 def test_one_map_for_each_combination_of_the_other_settings(tmp_path):
@@ -384,7 +410,7 @@ def test_one_map_for_each_combination_of_the_other_settings(tmp_path):
 
 @pytest.mark.parametrize("model, depth, marked, low, high", [
     ("SiT-S/2", None, 4, 2.449, 3.207), ("SiT-B/2", None, 4, 2.449, 3.207), ("SiT-L/2", None, 8, 3.464, 4.536),
-    ("SiT-XL/2", None, 8, 3.742, 4.899), ("SiT-XL/2", 50, 8, 5.0, 6.547)])
+    ("SiT-XL/2", None, 8, 3.742, 4.899), ("SiT-XL/2", 50, 8, 5.0, 6.547), ("SiT-Plus/2", None, 8, 3.742, 4.899)])
 def test_the_marks(tmp_path, model, depth, marked, low, high):
     """Prop. 1, sqrt(L (1 - a) / (1 + a)) for a = 0.6 and 0.4 with L = 2 x depth, worked out by hand; REPA's depths."""
     made = [made_cell(tmp_path, [(100, 1.0)], place(k, s, 0), model=model, depth=depth)
@@ -399,8 +425,15 @@ def test_the_marks(tmp_path, model, depth, marked, low, high):
             f"{marked}.") in text
 
 
+def test_several_depths_are_not_the_one_of_repa(tmp_path):
+    made = [made_cell(tmp_path, [(100, 1.0)], {"align_depth": depths, "chunk_size": 1, "seed": 0})
+            for depths in ((4,), (4, 8))]
+    rows = markdown_tables(heatmap.write_result(made, tmp_path, "frechet_distance"))[0]
+    assert [row[0] for row in rows] == ["4 (REPA)", "4 8"]
+
+
 def blocks_of(model):
-    return {"S": 12, "B": 12, "L": 24, "XL": 28}[model[4:-2]]
+    return {"S": 12, "B": 12, "L": 24, "XL": 28, "Plus": 28}[model[4:-2]]
 
 
 def test_the_picture_shows_the_values_and_the_marks(tmp_path):
@@ -414,6 +447,7 @@ def test_the_picture_shows_the_values_and_the_marks(tmp_path):
     values = np.array([[2.0, 4, 8], [4, 8, 16]])
     heatmap.draw_map(panel, grid, grid["metric"], values, plt.get_cmap("viridis"), {})
     assert [text.get_text() for text in panel.texts[:6]] == ["2", "4", "8", "4", "8", "16"]
+    assert np.array_equal(panel.images[0].get_array(), values) and panel.images[0].origin == "lower"
     positions = [text.get_position() for text in panel.texts[:6]]
     assert positions == [(column, row) for row in (0, 1) for column in (0, 1, 2)]
     band, row = panel.patches
@@ -421,6 +455,35 @@ def test_the_picture_shows_the_values_and_the_marks(tmp_path):
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((left, right))
     assert row.get_y() < 1 < row.get_y() + row.get_height() and row.get_y() > 0.5
     plt.close(figure)
+
+
+@pytest.mark.parametrize("value, text", [(0.123456, "0.1235"), (31.0, "31"), (9998.4, "9998"), (12345.6, "12346"),
+                                         (400_000.4, "400000"), (-12345.6, "-12346")])
+def test_numbers_have_four_digits_and_steps_all_of_theirs(value, text):
+    assert heatmap.number(value) == text
+
+
+@pytest.mark.parametrize("goal, colours", [("min", "viridis"), ("max", "viridis_r")])
+def test_the_picture_is_of_means_in_one_scale_and_dark_is_good(tmp_path, monkeypatch, goal, colours):
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    sign = 1 if goal == "min" else -1
+    made = [made_cell(tmp_path, [(50, 60.0 * sign), (100, sign * (size * s + 3.0 * seed))],
+                      {**place(2, s, seed), "query": query})
+            for query, size in (("static", 1), ("dynamic", 4)) for s in (1, 2) for seed in (0, 1)]
+    heatmap.write_result(made, tmp_path, "frechet_distance", goal, 30.0 * sign)
+    figure = plt.gcf()
+    images = [image for panel in figure.axes for image in panel.images]
+    monkeypatch.undo()
+    plt.close(figure)
+    lasts = [np.array([[size * s + 1.5 for s in (1, 2)]]) * sign for size in (1, 4)]
+    steps = [np.array([[np.mean([50 + 50 * 30 / (60 - size * s - 3 * seed) for seed in (0, 1)]) for s in (1, 2)]])
+             for size in (1, 4)]
+    for (above, below), expected, name in ((images[::2], lasts, colours), (images[1::2], steps, "viridis")):
+        for image, values in ((above, expected[0]), (below, expected[1])):
+            np.testing.assert_allclose(image.get_array(), values)
+            assert image.get_clim() == pytest.approx((np.min(expected), np.max(expected)))
+            assert image.get_cmap().name == name
 
 
 # ---- what is there already ----
