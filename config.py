@@ -21,19 +21,29 @@ PRESETS = Path(__file__).parent / "configs"
 # A run may be continued with other values of these: they change nothing but rounding in its weights.
 FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every",
                   "tensorboard", "dry_run", "checkpoint_activations", "diagnose_every", "diagnose_images"}
-# What is read only where other options have one of these values.
-_ROUTED, _ALIGNED = {"routing": {"dar", "attnres"}}, {"alignment": {"repa"}}
-_EVER = range(1, sys.maxsize)
-_EVALUATED = {"eval_every": _EVER}
+
+
+def _one_of(*values):
+    return lambda value: value in values
+
+
+def _none_of(*values):
+    return lambda value: value not in values
+
+
+# What is read only where other options have certain values.
+_DAR, _ROUTED, _ALIGNED = ({"routing": _one_of("dar")}, {"routing": _one_of("dar", "attnres")},
+                           {"alignment": _one_of("repa")})
+_EVALUATED = {"eval_every": _none_of(0)}
 READ_ONLY_WITH = {
-    "query": {"routing": {"dar"}}, "final_aggregator": {"routing": {"dar"}},
-    "chunk_size": _ROUTED, "route_backend": _ROUTED,
+    "query": _DAR, "final_aggregator": _DAR, "chunk_size": _ROUTED, "route_backend": _ROUTED,
     "align_depth": _ALIGNED, "proj_coeff": _ALIGNED, "spatial_norm": _ALIGNED, "align_steps": _ALIGNED,
-    "projector": _ALIGNED, "projector_dim": {**_ALIGNED, "projector": {"mlp"}}, "encoder_features": _ALIGNED,
-    **dict.fromkeys(("eval_metric", "eval_samples", "eval_batch_size", "sampler", "sample_steps", "cfg_scale",
-                     "guidance_interval"), _EVALUATED),
-    **dict.fromkeys(("inception", "fid_reference"), {**_EVALUATED, "eval_metric": {"fid"}}),
-    "diagnose_images": {"diagnose_every": _EVER},
+    "projector": _ALIGNED, "projector_dim": {**_ALIGNED, "projector": _one_of("mlp")}, "encoder_features": _ALIGNED,
+    **dict.fromkeys(("eval_metric", "eval_samples", "eval_batch_size", "sampler", "sample_steps", "cfg_scale"),
+                    _EVALUATED),
+    "guidance_interval": {**_EVALUATED, "cfg_scale": _none_of(1)},
+    **dict.fromkeys(("inception", "fid_reference"), {**_EVALUATED, "eval_metric": _one_of("fid")}),
+    "diagnose_images": {"diagnose_every": _none_of(0)},
 }
 
 
@@ -336,7 +346,7 @@ def idle(settings):
     """The options that nothing reads with these settings (a dict)."""
     settings = {**dataclasses.asdict(Config()), **settings}
     return {option for option, needed in READ_ONLY_WITH.items()
-            if any(settings[switch] not in values for switch, values in needed.items())}
+            if not all(suits(settings[switch]) for switch, suits in needed.items())}
 
 
 def differences(wanted, saved):

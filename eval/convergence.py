@@ -22,7 +22,7 @@ from config import Config, idle, plain
 # Settings that tell one run of an arm from another, or say nothing about how it learns.
 NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
                "log_every", "micro_batch_size", "dry_run", "checkpoint_activations", "eval_metric",
-               "diagnose_every", "diagnose_images"}
+               "inception", "diagnose_every", "diagnose_images"}
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
 NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}     # of routings; others by their own
 TARGETS_AT = (0.25, 0.5, 0.75, 1.0)      # default targets: what the reference has reached at these shares of its run
@@ -68,9 +68,9 @@ def main(argv=None):
         table = markdown(result)
         out = Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
+        plot(arms, options, out.with_name(out.name + ".png"))        # first, as it may find that runs do not compare
         out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
         out.with_name(out.name + ".md").write_text(table)
-        plot(arms, options, out.with_name(out.name + ".png"))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(table)

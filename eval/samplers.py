@@ -75,7 +75,7 @@ def score_from_velocity(x, v, t, path="linear"):
 
 def guided_velocity(model, like, y, cfg_scale, guidance_interval):
     """The velocity as a function of (x, t): plain outside the interval, v_null + w (v - v_null) inside it."""
-    low, high = guidance_interval
+    low, high = guidance_interval[0] - 1e-6, guidance_interval[1] + 1e-6       # or rounded times would miss its ends
     y_null = torch.full_like(y, model.num_classes)
 
     def velocity(x, t):

@@ -347,9 +347,9 @@ def test_settings_that_tell_arms_apart(name, value):
 def test_every_option_that_changes_what_is_learnt_or_measured_tells_arms_apart(name):
     """And no other; with everything switched on, so that each option is read."""
     others = {"seed", "out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_activations", "dry_run",
-              "log_every", "checkpoint_every", "snapshot_every", "tensorboard", "eval_metric", "diagnose_every",
-              "diagnose_images"}
-    on = {"seed": 0, "eval_metric": "fid", "diagnose_every": 1, **DAR, **REPA}
+              "log_every", "checkpoint_every", "snapshot_every", "tensorboard", "eval_metric", "inception",
+              "diagnose_every", "diagnose_images"}
+    on = {"seed": 0, "eval_metric": "fid", "cfg_scale": 2.0, "diagnose_every": 1, **DAR, **REPA}
     other = 7 if name in ("eval_every", "diagnose_every") else "another"
     runs = [curve(line(0.1), **on), curve(line(0.1), **{**on, "seed": 1, name: other})]
     assert len(group(runs)) == (1 if name in others else 2)

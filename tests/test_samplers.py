@@ -251,6 +251,15 @@ def test_guidance_in_the_sde_enters_the_score_as_well():
     torch.testing.assert_close(got, middle - 0.04 * drift(middle, 0.04))
 
 
+@pytest.mark.parametrize("steps, low, high, guided", [
+    (10, 0.0, 0.3, 3), (20, 0.15, 0.35, 5), (50, 0.56, 0.68, 7), (250, 0.56, 0.68, 31)])
+def test_rounded_times_do_not_leave_out_an_end_of_the_interval(steps, low, high, guided):
+    """Counted by hand: multiples of 1/steps from low to high, but for 0, where the path ends."""
+    model = Recorder()
+    sample_ode(model, numbers(2), torch.tensor([3, 0]), num_steps=steps, cfg_scale=2.0, guidance_interval=(low, high))
+    assert sum(len(call.y) == 4 for call in model.calls) == guided
+
+
 @pytest.mark.parametrize("sampler, interval, guided", [
     ("euler", (0.0, 1.0), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
     ("euler", (0.25, 0.75), [0.75, 0.625, 0.5, 0.375, 0.25]),          # both ends included

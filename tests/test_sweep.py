@@ -103,15 +103,17 @@ OF_DAR, OF_REPA = ("routing", "residual"), ("alignment", "none")
     ("projector", [OF_REPA]), ("projector_dim", [OF_REPA, ("projector", "conv")]), ("encoder_features", [OF_REPA]),
     ("spatial_norm", [OF_REPA]), ("align_steps", [OF_REPA]),
     *((option, [("eval_every", 0)]) for option in ("eval_metric", "eval_samples", "eval_batch_size", "sampler",
-                                                   "sample_steps", "cfg_scale", "guidance_interval")),
+                                                   "sample_steps", "cfg_scale")),
+    ("guidance_interval", [("eval_every", 0), ("cfg_scale", 1.0)]),
     *((option, [("eval_every", 0), ("eval_metric", "encoder")]) for option in ("inception", "fid_reference")),
     ("diagnose_images", [("diagnose_every", 0)])])
 def test_what_is_idle(option, switches):
-    on = {"routing": "dar", "alignment": "repa", "eval_every": 1, "eval_metric": "fid", "diagnose_every": 1}
+    on = {"routing": "dar", "alignment": "repa", "eval_every": 1, "eval_metric": "fid", "diagnose_every": 1,
+          "cfg_scale": 1.5}
     assert config.idle(on) == set() and option in {field.name for field in dataclasses.fields(config.Config)}
     off = [(switch, value) for switch, value in {OF_DAR, OF_REPA, ("routing", "attnres"), ("routing", "unet"),
                                                  ("projector", "conv"), ("eval_metric", "encoder"),
-                                                 ("eval_every", 0), ("diagnose_every", 0)}
+                                                 ("eval_every", 0), ("diagnose_every", 0), ("cfg_scale", 1.0)}
            if option in config.idle({**on, switch: value})]
     assert sorted(off) == sorted(switches)
 
