@@ -202,7 +202,7 @@ def test_hub_names_fail_within_seconds_without_network(tmp_path, refusing):
     assert result.pop("lazy")
     assert result.keys() == {*timm_names, "hf:someone/vit", "datasets"}
     for name, (seconds, message) in result.items():
-        assert seconds < 10, f"{name}: {seconds:.0f} s"
+        assert seconds < 40, f"{name}: {seconds:.0f} s"                # 1 or 2 of them where nothing else runs
         if name != "datasets":
             assert f"weights of encoder {name!r} could not be loaded" in message
             assert "--encoder" in message and "hf:FOLDER" in message
