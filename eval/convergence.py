@@ -275,7 +275,9 @@ def plot(arms, options, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, len(options.x), figsize=(5.2 * len(options.x), 3.8), squeeze=False, sharey=True)
+    from matplotlib.ticker import LogFormatter
+    figure, panels = plt.subplots(1, len(options.x), figsize=(5.2 * len(options.x) + 2.2, 3.8), squeeze=False,
+                                  sharey=True, layout="constrained")
     for panel, axis in zip(panels[0], options.x):
         for name, runs in arms.items():
             x, y = common_steps(list(runs.values()), axis)
@@ -286,11 +288,12 @@ def plot(arms, options, path):
         values = np.concatenate([run.y for runs in arms.values() for run in runs.values()])
         if values.min() > 0 and values.max() > 10 * values.min():
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(LogFormatter())             # 40 rather than 4 x 10^1
+            panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         panel.set_xlabel(AXES[axis])
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel(options.metric.replace("_", " "))
-    panels[0][0].legend()
-    figure.tight_layout()
+    panels[0][0].set_ylabel(options.metric.replace("_", " ").replace("frechet", "Fréchet"))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 

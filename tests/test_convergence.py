@@ -529,8 +529,9 @@ def test_plot_over_images(study, monkeypatch):
     runs, out = study
     figure = plotted(monkeypatch, [*runs, "--out", str(out), "--x", "images"])
     panel, = figure.axes
-    assert (panel.get_xlabel(), panel.get_ylabel()) == ("images seen", "frechet distance")
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["residual (2 seeds)", "DAR (2 seeds)"]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("images seen", "Fréchet distance")
+    legend, = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["residual (2 seeds)", "DAR (2 seeds)"]
     images = np.array(STEPS) * BATCH
     for drawn, band, slopes in zip(panel.lines, panel.collections, [(0.05, 0.04), (0.1, 0.12)]):
         assert drawn.get_xdata().tolist() == images.tolist()
