@@ -69,7 +69,8 @@ study-cpu: digits cifar10
 	$(RUN) sweep.py --config cifar10_cpu --out $(STUDY)/cifar10-cpu \
 		--routing residual dar --chunk-size 1 4 --alignment none repa --seeds 0 1
 	$(RUN) -m eval.convergence $(STUDY)/digits/*/ --reference residual --out $(STUDY)/digits
-	$(RUN) -m eval.convergence $(STUDY)/cifar10-cpu/*/ --reference residual --out $(STUDY)/cifar10-cpu
+	$(RUN) -m eval.convergence $(STUDY)/cifar10-cpu/*/ --reference residual --targets 30 20 10 7 5 \
+		--out $(STUDY)/cifar10-cpu
 
 test: setup
 	$(RUN) -m pytest -q --durations=15 tests
