@@ -279,6 +279,8 @@ def plot(arms, options, path):
     figure, panels = plt.subplots(1, len(options.x), figsize=(5.2 * len(options.x) + 2.2, 3.8), squeeze=False,
                                   sharey=True, layout="constrained")
     for panel, axis in zip(panels[0], options.x):
+        if len(arms) > 10:                          # where the usual colours begin again
+            panel.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for name, runs in arms.items():
             x, y = common_steps(list(runs.values()), axis)
             title = f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name
