@@ -41,7 +41,7 @@ quickstart: digits
 	$(RUN) train_repa_dar.py --config digits --out $(RUNS)/dar --routing dar
 	$(RUN) train_repa_dar.py --config digits --out $(RUNS)/residual-repa --alignment repa
 	$(RUN) train_repa_dar.py --config digits --out $(RUNS)/dar-repa --routing dar --alignment repa
-	$(RUN) -m eval.convergence $(RUNS)/residual $(RUNS)/dar $(RUNS)/residual-repa $(RUNS)/dar-repa --out $(RUNS)/convergence
+	$(RUN) -m analysis.convergence $(RUNS)/residual $(RUNS)/dar $(RUNS)/residual-repa $(RUNS)/dar-repa --out $(RUNS)/convergence
 
 cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32
@@ -57,7 +57,7 @@ study: cifar10
 	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
 		--eval-every 1000 --out $(STUDY)/cifar10-depth-chunk \
 		--routing dar --alignment repa --align-depth 2 4 6 8 --chunk-size 1 2 4 8 --seeds 0 1
-	$(RUN) -m eval.convergence $(STUDY)/cifar10/*/ --reference residual --out $(STUDY)/cifar10
+	$(RUN) -m analysis.convergence $(STUDY)/cifar10/*/ --reference residual --out $(STUDY)/cifar10
 
 study-cpu: digits cifar10
 	$(RUN) -m dataset.standin_encoder $(CIFAR) --out $(CIFAR)/encoder --patch-size 4 --epochs 5 --batch-size 128
@@ -68,8 +68,8 @@ study-cpu: digits cifar10
 		--routing dar --alignment repa --align-depth 2 4 6 --chunk-size 1 2 4 8 --seeds 0 1
 	$(RUN) sweep.py --config cifar10_cpu --out $(STUDY)/cifar10-cpu \
 		--routing residual dar --chunk-size 1 4 --alignment none repa --seeds 0 1
-	$(RUN) -m eval.convergence $(STUDY)/digits/*/ --reference residual --out $(STUDY)/digits
-	$(RUN) -m eval.convergence $(STUDY)/cifar10-cpu/*/ --reference residual --targets 30 20 10 7 5 \
+	$(RUN) -m analysis.convergence $(STUDY)/digits/*/ --reference residual --out $(STUDY)/digits
+	$(RUN) -m analysis.convergence $(STUDY)/cifar10-cpu/*/ --reference residual --targets 30 20 10 7 5 \
 		--out $(STUDY)/cifar10-cpu
 
 test: setup

@@ -185,7 +185,7 @@ class Config:
 
     # ---- diagnosis ----
     diagnose_every: int = 0
-    """Steps between two diagnoses of the evaluated average (figures of eval.diagnose, in diagnosis/); 0: none."""
+    """Steps between two diagnoses of the evaluated average (figures of analysis.diagnose, in diagnosis/); 0: none."""
     diagnose_images: int = 256
     """Training images that a diagnosis looks at."""
 

@@ -33,9 +33,9 @@ import torch
 import tyro
 
 import config as configuration
-from dataset.latents import PreparedImages
-from eval.convergence import shown
-from eval.heatmap import AXES, blocks, write_result
+from dataset.prepared import PreparedImages
+from analysis.convergence import shown
+from analysis.heatmap import AXES, blocks, write_result
 from models.dar import source_plan
 from runtime import load_file, lock_folder
 

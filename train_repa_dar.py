@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import config as configuration
-from dataset.latents import PreparedImages, ShuffledBatches
+from dataset.prepared import PreparedImages, ShuffledBatches
 from kernels import resolve_backend
 from loss import alignment_loss, denoising_loss, interpolant, sample_times, spatial_normalisation
 from models.autoencoder import load_autoencoder
@@ -123,7 +123,7 @@ class Trainer:
         if config.fid_reference and "pool3" not in found:
             raise ValueError(f"fid_reference = {config.fid_reference!r} holds no statistics (mu, sigma); "
                              "`python -m eval.metrics --save-reference` makes a file that does")
-        from eval.inception import InceptionFeatures            # nothing else needs torch-fidelity
+        from eval.features import InceptionFeatures            # nothing else needs torch-fidelity
         with self.ranks.one_first():
             inception = InceptionFeatures(config.inception).to(self.device)
         if found:
@@ -414,9 +414,9 @@ class Trainer:
         return True
 
     def write_diagnosis(self):
-        """The figures of eval.diagnose for the first average, by the main process; the others wait."""
+        """The figures of analysis.diagnose for the first average, by the main process; the others wait."""
         if self.ranks.main:
-            from eval.diagnose import diagnose                  # nothing else needs matplotlib and scikit-learn
+            from analysis.diagnose import diagnose                  # nothing else needs matplotlib and scikit-learn
             config, encoder = self.config, self.encoders[0] if self.encoders else None
             data = PreparedImages(config.data, latents=self.autoencoder.fingerprint if self.latent else "")
             decay, model = next(iter(self.ema.models.items()))

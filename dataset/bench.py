@@ -18,7 +18,7 @@ import torch
 import tyro
 from torch.utils.data import DataLoader
 
-from dataset.latents import PreparedImages, ShuffledBatches
+from dataset.prepared import PreparedImages, ShuffledBatches
 
 
 @dataclass(frozen=True)

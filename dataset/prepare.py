@@ -35,7 +35,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from dataset.latents import EncodedImages
+from dataset.prepared import EncodedImages
 from dataset.sources import center_crop, limited, open_source, to_rgb
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder

@@ -16,7 +16,7 @@ import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dataset.latents import PreparedImages, ShuffledBatches
+from dataset.prepared import PreparedImages, ShuffledBatches
 import models  # noqa: F401  (before timm: see its docstring)
 import timm
 from timm.models import save_for_hf

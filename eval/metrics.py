@@ -34,7 +34,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.latents import PreparedImages
+from dataset.prepared import PreparedImages
 from runtime import Ranks, environment, replaced
 
 IS_CHUNK = 5000                 # the score is the mean over chunks of so many consecutive images
@@ -81,7 +81,7 @@ def main(argv=None):
 
 def run(options, ranks):
     """The whole command. Raises ValueError on input that cannot be judged."""
-    from eval.inception import DinoV2Features, InceptionFeatures       # here: the trainer can do without torch-fidelity
+    from eval.features import DinoV2Features, InceptionFeatures       # here: the trainer can do without torch-fidelity
 
     if options.batch_size < 1 or options.num_workers < 0:
         raise ValueError(f"batch_size = {options.batch_size} must be at least 1, and num_workers = "
@@ -327,7 +327,7 @@ def precision_and_recall(generated, real, device="cpu"):
     """
     from torch_fidelity import metric_prc
 
-    from eval.inception import full_precision
+    from eval.features import full_precision
     enough(min(len(generated), len(real)), "images in a set")
     with full_precision(device):
         found = metric_prc.prc_features_to_metric(generated.float().to(device), real.float().to(device),
@@ -480,7 +480,7 @@ def npz_statistics(path):
         if missing:
             raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}; a reference has arr_0, {', '.join(keys)} "
                              "(ADM publishes them), or images alone in arr_0")
-    from eval.inception import InceptionFeatures
+    from eval.features import InceptionFeatures
 
     arrays, found = {key: npz_array(path, key) for key in keys}, {}
     for name, (mean, covariance) in STATISTICS.items():

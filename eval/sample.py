@@ -42,7 +42,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from eval.checkpoint import load_trained
+from checkpoint import load_trained
 from eval.online import grid_of
 from eval.samplers import IndexedNoise, sample_ode, sample_sde
 from models.autoencoder import load_autoencoder

@@ -13,8 +13,8 @@ import torch
 
 import kernels
 import train_repa_dar
-from eval import diagnose as diagnosis
-from eval.checkpoint import load_trained
+from analysis import diagnose as diagnosis
+from checkpoint import load_trained
 from models.dar import AttnResRouter, RoutedStream
 from models.sit import SiT, load_published, parameters_by_part
 from runtime import load_file

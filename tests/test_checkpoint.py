@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_repa_dar
-from eval.checkpoint import load_trained
+from checkpoint import load_trained
 from models.sit import SIT_MODELS
 from runtime import load_file
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 import config
 from config import Config
-from eval import convergence
-from eval.convergence import (Options, Run, common_steps, compare, default_targets, group, label, ratio_text, read_run,
+from analysis import convergence
+from analysis.convergence import (Options, Run, common_steps, compare, default_targets, group, label, ratio_text, read_run,
                               speedup, time_to_target)
 
 STEPS = range(100, 1001, 100)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from dataset import prepare
 from dataset.digits import load_digits
-from dataset.latents import PreparedImages, ShuffledBatches
+from dataset.prepared import PreparedImages, ShuffledBatches
 from models.encoders import FrozenEncoder
 
 SIZE = 16

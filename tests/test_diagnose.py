@@ -1,4 +1,4 @@
-"""The figures of eval.diagnose: each number against its definition, written out again here, and the whole command."""
+"""The figures of analysis.diagnose: each number against its definition, written out again here, and the whole command."""
 
 import functools
 import json
@@ -15,9 +15,9 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from torch.nn import functional as F
 
 import train_repa_dar
-from dataset.latents import PreparedImages
-from eval import diagnose as diagnosis
-from eval.diagnose import FIGURES, Sample, cknna, diagnose, held_out_score, observed, pooled_states
+from dataset.prepared import PreparedImages
+from analysis import diagnose as diagnosis
+from analysis.diagnose import FIGURES, Sample, cknna, diagnose, held_out_score, observed, pooled_states
 from kernels import route
 from loss import interpolant
 from models import sit

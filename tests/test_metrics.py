@@ -21,8 +21,8 @@ from PIL import Image
 
 from config import Config
 from dataset import prepare
-from dataset.latents import PreparedImages
-from eval import inception, metrics, online
+from dataset.prepared import PreparedImages
+from eval import features, metrics, online
 from eval.metrics import FeatureStatistics, Reference, SampleFeatures, frechet_distance, measure
 from eval.online import OnlineEvaluation
 from eval.samplers import IndexedNoise, sample_ode, sample_sde
@@ -351,7 +351,7 @@ def test_too_few_images_and_too_large_batches():
 
 @pytest.fixture
 def narrowed(monkeypatch):
-    monkeypatch.setattr(inception, "InceptionFeatures", NarrowInception)
+    monkeypatch.setattr(features, "InceptionFeatures", NarrowInception)
 
 
 def command(samples, reference, *options):
@@ -440,8 +440,8 @@ def test_two_processes_compute_what_one_does(narrowed, tmp_path):
     reference = save_images(tmp_path / "images.npz", some_images(12, seed=2))
     options = [samples, "--reference", reference, "--num-workers=1", "--batch-size=4"]
     alone = command(samples, reference, "--batch-size", 4, "--save-reference", tmp_path / "kept.npz")["metrics"]
-    script = ("import sys; from eval import inception, metrics; from tests.test_metrics import NarrowInception;"
-              "inception.InceptionFeatures = NarrowInception; metrics.main(sys.argv[1:])")
+    script = ("import sys; from eval import features, metrics; from tests.test_metrics import NarrowInception;"
+              "features.InceptionFeatures = NarrowInception; metrics.main(sys.argv[1:])")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            "--no-python", sys.executable, "-c", script, *options],
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,

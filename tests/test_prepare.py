@@ -20,7 +20,7 @@ import timm
 from timm.models import save_for_hf
 
 from dataset import bench, prepare
-from dataset.latents import PreparedImages
+from dataset.prepared import PreparedImages
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import load_file

@@ -20,7 +20,7 @@ from PIL import Image
 
 import train_repa_dar
 from eval import sample as sampling
-from eval.checkpoint import load_trained
+from checkpoint import load_trained
 from eval.samplers import IndexedNoise, sample_ode, sample_sde
 from models.autoencoder import Pixels
 from models.sit import SIT_MODELS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset import standin_encoder
-from dataset.latents import PreparedImages
+from dataset.prepared import PreparedImages
 from models.encoders import FrozenEncoder
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 import config
 import sweep
 import train_repa_dar
-from eval import heatmap
+from analysis import heatmap
 from runtime import load_file, lock_folder
 from tests.conftest import ROOT, read_lines
 from tests.test_trainer import wait_for

@@ -576,11 +576,11 @@ class FlatFeatures(torch.nn.Module):
 
 def test_fid_beside_the_distance(command, tmp_path, monkeypatch):
     """It is logged with the other, which it leaves as it is, and against the training images or the file."""
-    from eval import inception
+    from eval import features
     run(command(tmp_path / "without"))
     monkeypatch.chdir(tmp_path)
     np.savez("some.npz", np.zeros(1))
-    monkeypatch.setattr(inception, "InceptionFeatures", FlatFeatures)
+    monkeypatch.setattr(features, "InceptionFeatures", FlatFeatures)
     mean, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 255.0, dtype=torch.float64)
     for name, center in (("near", mean), ("far", far)):
         monkeypatch.setattr(train_repa_dar, "npz_statistics",
@@ -601,19 +601,19 @@ def test_fid_beside_the_distance(command, tmp_path, monkeypatch):
     (("--fid-reference", "nowhere.npz"), "nowhere.npz"),
     (("--fid-reference", "images.npz"), "images.npz.*holds no statistics.*--save-reference")])
 def test_fid_without_what_it_needs_is_refused_at_once(command, tmp_path, monkeypatch, extra, message):
-    from eval import inception
+    from eval import features
     monkeypatch.chdir(tmp_path)
     np.savez("images.npz", np.zeros((4, 8, 8, 3), np.uint8))
     if "--inception" not in extra:
-        monkeypatch.setattr(inception, "InceptionFeatures", FlatFeatures)
+        monkeypatch.setattr(features, "InceptionFeatures", FlatFeatures)
     with pytest.raises(SystemExit, match=message):
         train_repa_dar.main(command(tmp_path / "run", "--eval-metric", "fid", *extra))
     assert not (tmp_path / "run").exists()
 
 
 def test_statistics_of_other_inception_weights_are_refused(command, tmp_path, monkeypatch):
-    from eval import inception
-    monkeypatch.setattr(inception, "InceptionFeatures", FlatFeatures)
+    from eval import features
+    monkeypatch.setattr(features, "InceptionFeatures", FlatFeatures)
     monkeypatch.setattr(train_repa_dar, "npz_statistics", lambda path: {"pool3": (torch.zeros(3), torch.eye(3))})
     np.savez(tmp_path / "kept.npz", inception_sha256="sharp")
     with pytest.raises(SystemExit, match="kept.npz' was made with the Inception weights sharp, not flat"):
@@ -623,7 +623,7 @@ def test_statistics_of_other_inception_weights_are_refused(command, tmp_path, mo
 
 def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
     """The figures of the steps asked for; the run itself stays as it is without, also if cut short in between."""
-    from eval import diagnose
+    from analysis import diagnose
     settings = ("--max-steps", 12, "--eval-every", 6)
     run(command(tmp_path / "without", *settings))
     calls, original = [], diagnose.diagnose
@@ -668,7 +668,7 @@ def test_processes_wait_longer_than_half_an_hour(monkeypatch):
 
 def test_a_diagnosis_that_fails_can_be_done_without(command, tmp_path, monkeypatch):
     """The checkpoint owes it, yet a run that no longer wants any goes on to its end."""
-    from eval import diagnose
+    from analysis import diagnose
 
     def fail(*arguments, **options):
         raise RuntimeError("no diagnosis")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from config import plain
-from eval.convergence import machines, read_run, shown, starts_beyond, time_to_target
+from analysis.convergence import machines, read_run, shown, starts_beyond, time_to_target
 from models.dar import optimal_chunk_size
 from models.sit import SIT_MODELS, SIT_SIZES
 from runtime import command, replaced

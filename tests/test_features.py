@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval import inception, metrics
-from eval.inception import DinoV2Features, InceptionFeatures
+from eval import features, metrics
+from eval.features import DinoV2Features, InceptionFeatures
 from tests.conftest import save_tiny_encoder
 
 
@@ -22,7 +22,7 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     torch.save({}, path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(features.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         network = InceptionFeatures(path).network
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -77,11 +77,11 @@ def test_images_of_any_size_are_resized_by_the_network(network):
 def test_precision_is_put_back():
     torch.set_float32_matmul_precision("high")
     try:
-        with pytest.raises(KeyError), inception.full_precision("cpu"), torch.autocast("cpu"):
+        with pytest.raises(KeyError), features.full_precision("cpu"), torch.autocast("cpu"):
             assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
             raise KeyError
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-        with torch.autocast("cpu", torch.bfloat16), inception.full_precision("cpu"):
+        with torch.autocast("cpu", torch.bfloat16), features.full_precision("cpu"):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -105,12 +105,12 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
 
 def test_downloaded_weights_are_compared_with_their_checksum(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(inception, "unreachable", lambda url: "")
+    monkeypatch.setattr(features, "unreachable", lambda url: "")
     (tmp_path / "wrong.pth").write_bytes(b"an error page")
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", (tmp_path / "wrong.pth").as_uri())
+    monkeypatch.setattr(features, "URL_INCEPTION_V3", (tmp_path / "wrong.pth").as_uri())
     with pytest.raises(ValueError, match="wrong.pth.*hash"):
         InceptionFeatures()
-    assert inception.PUBLISHED == "6726825d" and not (tmp_path / "hub/checkpoints/wrong.pth").exists()
+    assert features.PUBLISHED == "6726825d" and not (tmp_path / "hub/checkpoints/wrong.pth").exists()
 
 
 def test_dinov2_follows_the_protocol(tmp_path):

@@ -1,7 +1,7 @@
 """Looks inside a SiT of any routing: what its states hold, what routes them, and how close they are to an encoder.
 
-    python -m eval.diagnose runs/digits/dar-repa-seed0/last.pt --out diagnosis/dar
-    python -m eval.diagnose SiT-XL-2-256.pt --model SiT-XL/2 --data data/imagenet256 --autoencoder sd-vae-ft-ema \\
+    python -m analysis.diagnose runs/digits/dar-repa-seed0/last.pt --out diagnosis/dar
+    python -m analysis.diagnose SiT-XL-2-256.pt --model SiT-XL/2 --data data/imagenet256 --autoencoder sd-vae-ft-ema \\
         --encoder dinov2-vit-b --out diagnosis/sit --times 0.1 0.5 1
 
 Writes a PNG and a JSON for each figure:
@@ -37,8 +37,8 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from config import Config
-from dataset.latents import PreparedImages
-from eval.checkpoint import load_trained
+from dataset.prepared import PreparedImages
+from checkpoint import load_trained
 from eval.samplers import IndexedNoise
 from loss import interpolant
 from models import sit
@@ -86,7 +86,7 @@ class Options:
 
 
 def main(argv=None):
-    options = tyro.cli(Options, args=argv, prog="python -m eval.diagnose", description=__doc__)
+    options = tyro.cli(Options, args=argv, prog="python -m analysis.diagnose", description=__doc__)
     with Ranks() as ranks:
         try:
             diagnose_checkpoint(options, ranks)

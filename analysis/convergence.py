@@ -1,7 +1,7 @@
 """Plots runs against each other, and says how much sooner one arm reaches what another reaches.
 
-    python -m eval.convergence runs/digits/* --out convergence
-    python -m eval.convergence runs/cifar10/* --metric loss --x images --reference "residual + REPA"
+    python -m analysis.convergence runs/digits/* --out convergence
+    python -m analysis.convergence runs/cifar10/* --metric loss --x images --reference "residual + REPA"
 
 Runs that differ only in their seed form one arm. Writes OUT.png (mean over seeds, band from lowest to highest),
 OUT.md and OUT.json. A speedup is the steps (or seconds of training) that the reference arm needs to reach a value,
@@ -58,7 +58,7 @@ class Run:
 
 
 def main(argv=None):
-    options = tyro.cli(Options, args=argv, prog="python -m eval.convergence", description=__doc__)
+    options = tyro.cli(Options, args=argv, prog="python -m analysis.convergence", description=__doc__)
     try:
         if not options.x:
             raise ValueError(f"x is empty; choose from {', '.join(AXES)}")
