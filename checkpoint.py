@@ -33,7 +33,7 @@ def load_trained(path, average="", name="", route_backend="auto"):
         raise ValueError(f"average = {average!r}: {path} is not of this trainer, and has no choice of averages")
     else:
         weights = load_weights(path)
-    if ours and name not in ("", options["model"]):                        # the number of heads would be another
+    if ours and name not in ("", options["model"]):  # the number of heads would be another
         raise ValueError(f"model = {name!r}: {path} is of {options['model']}; leave it out")
     name = name or options.get("model", "")
     if name not in SIT_MODELS:
@@ -49,19 +49,38 @@ def load_trained(path, average="", name="", route_backend="auto"):
 def _sizes(weights, name, options):
     """Arguments of SiT that follow from the shapes of its weights; the rest from the options of the run."""
     _, tokens, width = weights["pos_embed"].shape
-    chosen = {key: options[key] for key in ("num_heads", "routing", "query", "chunk_size", "final_aggregator",
-                                            "projector", "class_dropout_prob") if options.get(key) is not None}
-    sizes = {"input_size": math.isqrt(tokens) * int(name.rpartition("/")[2]), "hidden_size": width,
-             "depth": sum(key.endswith(".attn.qkv.weight") for key in weights),
-             "in_channels": weights["x_embedder.proj.weight"].shape[1],
-             "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
-             "qk_norm": any(".q_norm." in key for key in weights), "align_dims": ()}
+    chosen = {
+        key: options[key]
+        for key in (
+            "num_heads",
+            "routing",
+            "query",
+            "chunk_size",
+            "final_aggregator",
+            "projector",
+            "class_dropout_prob",
+        )
+        if options.get(key) is not None
+    }
+    sizes = {
+        "input_size": math.isqrt(tokens) * int(name.rpartition("/")[2]),
+        "hidden_size": width,
+        "depth": sum(key.endswith(".attn.qkv.weight") for key in weights),
+        "in_channels": weights["x_embedder.proj.weight"].shape[1],
+        "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
+        "qk_norm": any(".q_norm." in key for key in weights),
+        "align_dims": (),
+    }
     last = "weight" if options.get("projector") == "conv" else "4.weight"
     outputs = [key for key in weights if key.startswith("projectors.") and key.endswith(f".{last}")]
-    if options and outputs:                         # those of a released model read a depth that it does not tell
-        sizes |= {"align_depth": options["align_depth"], "projector_dim": weights[outputs[0]].shape[1],
-                  "align_dims": [len(weights[f"projectors.{i}.{last}"])
-                                 for i in range(len(outputs) // len(options["align_depth"]))]}
-    if not options:                                 # nor do they tell the heads, so the name has to be right
+    if options and outputs:  # those of a released model read a depth that it does not tell
+        sizes |= {
+            "align_depth": options["align_depth"],
+            "projector_dim": weights[outputs[0]].shape[1],
+            "align_dims": [
+                len(weights[f"projectors.{i}.{last}"]) for i in range(len(outputs) // len(options["align_depth"]))
+            ],
+        }
+    if not options:  # nor do they tell the heads, so the name has to be right
         del sizes["hidden_size"], sizes["depth"]
     return {**chosen, **sizes}

@@ -19,8 +19,19 @@ import yaml
 
 PRESETS = Path(__file__).parent / "configs"
 # A run may be continued with other values of these: they change nothing but rounding in its weights.
-FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every",
-                  "tensorboard", "dry_run", "checkpoint_activations", "diagnose_every", "diagnose_images"}
+FREE_TO_CHANGE = {
+    "out",
+    "max_steps",
+    "micro_batch_size",
+    "num_workers",
+    "checkpoint_every",
+    "snapshot_every",
+    "tensorboard",
+    "dry_run",
+    "checkpoint_activations",
+    "diagnose_every",
+    "diagnose_images",
+}
 
 
 def _one_of(*values):
@@ -32,15 +43,27 @@ def _none_of(*values):
 
 
 # What is read only where other options have certain values.
-_DAR, _ROUTED, _ALIGNED = ({"routing": _one_of("dar")}, {"routing": _one_of("dar", "attnres")},
-                           {"alignment": _one_of("repa")})
+_DAR, _ROUTED, _ALIGNED = (
+    {"routing": _one_of("dar")},
+    {"routing": _one_of("dar", "attnres")},
+    {"alignment": _one_of("repa")},
+)
 _EVALUATED = {"eval_every": _none_of(0)}
 READ_ONLY_WITH = {
-    "query": _DAR, "final_aggregator": _DAR, "chunk_size": _ROUTED, "route_backend": _ROUTED,
-    "align_depth": _ALIGNED, "proj_coeff": _ALIGNED, "spatial_norm": _ALIGNED, "align_steps": _ALIGNED,
-    "projector": _ALIGNED, "projector_dim": {**_ALIGNED, "projector": _one_of("mlp")}, "encoder_features": _ALIGNED,
-    **dict.fromkeys(("eval_metric", "eval_samples", "eval_batch_size", "sampler", "sample_steps", "cfg_scale"),
-                    _EVALUATED),
+    "query": _DAR,
+    "final_aggregator": _DAR,
+    "chunk_size": _ROUTED,
+    "route_backend": _ROUTED,
+    "align_depth": _ALIGNED,
+    "proj_coeff": _ALIGNED,
+    "spatial_norm": _ALIGNED,
+    "align_steps": _ALIGNED,
+    "projector": _ALIGNED,
+    "projector_dim": {**_ALIGNED, "projector": _one_of("mlp")},
+    "encoder_features": _ALIGNED,
+    **dict.fromkeys(
+        ("eval_metric", "eval_samples", "eval_batch_size", "sampler", "sample_steps", "cfg_scale"), _EVALUATED
+    ),
     "guidance_interval": {**_EVALUATED, "cfg_scale": _none_of(1)},
     **dict.fromkeys(("inception", "fid_reference"), {**_EVALUATED, "eval_metric": _one_of("fid")}),
     "diagnose_images": {"diagnose_every": _none_of(0)},
@@ -191,11 +214,32 @@ class Config:
 
     def check(self):
         """Raise a ValueError that names the first value out of range."""
-        at_least = {"seed": 0, "depth": 1, "hidden_size": 4, "num_heads": 1, "chunk_size": 1, "projector_dim": 1,
-                    "align_steps": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "num_workers": 0,
-                    "max_skipped_steps": 1, "log_every": 1, "checkpoint_every": 1, "snapshot_every": 0, "eval_every": 0,
-                    "eval_samples": 2, "eval_batch_size": 1, "sample_steps": 2, "diagnose_every": 0,
-                    "diagnose_images": 20, "proj_coeff": 0, "weight_decay": 0, "cfg_scale": 0}
+        at_least = {
+            "seed": 0,
+            "depth": 1,
+            "hidden_size": 4,
+            "num_heads": 1,
+            "chunk_size": 1,
+            "projector_dim": 1,
+            "align_steps": 1,
+            "batch_size": 1,
+            "micro_batch_size": 1,
+            "max_steps": 1,
+            "num_workers": 0,
+            "max_skipped_steps": 1,
+            "log_every": 1,
+            "checkpoint_every": 1,
+            "snapshot_every": 0,
+            "eval_every": 0,
+            "eval_samples": 2,
+            "eval_batch_size": 1,
+            "sample_steps": 2,
+            "diagnose_every": 0,
+            "diagnose_images": 20,
+            "proj_coeff": 0,
+            "weight_decay": 0,
+            "cfg_scale": 0,
+        }
         for name, low in at_least.items():
             value = getattr(self, name)
             _require(value is None or low <= value < float("inf"), name, value, f"must be at least {low}, and finite")
@@ -204,23 +248,51 @@ class Config:
             _require(0 < value < float("inf"), name, value, "must be above 0, and finite")
         _require(0 <= self.class_dropout_prob < 1, "class_dropout_prob", self.class_dropout_prob, "must be in [0, 1)")
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must both be in [0, 1)")
-        _require(self.ema_decays and all(0 <= d < 1 for d in self.ema_decays), "ema_decays", self.ema_decays,
-                 "needs at least one number, each in [0, 1)")
+        _require(
+            self.ema_decays and all(0 <= d < 1 for d in self.ema_decays),
+            "ema_decays",
+            self.ema_decays,
+            "needs at least one number, each in [0, 1)",
+        )
         _require(len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", self.ema_decays, "repeats a decay")
-        _require(self.cfg_scale == 1 or self.class_dropout_prob > 0, "cfg_scale", self.cfg_scale,
-                 "guidance needs a null class that was trained, so class_dropout_prob above 0")
-        _require(self.spatial_norm is None or 0 <= self.spatial_norm <= 1, "spatial_norm", self.spatial_norm,
-                 "must be in [0, 1], or None for tokens as they are")
+        _require(
+            self.cfg_scale == 1 or self.class_dropout_prob > 0,
+            "cfg_scale",
+            self.cfg_scale,
+            "guidance needs a null class that was trained, so class_dropout_prob above 0",
+        )
+        _require(
+            self.spatial_norm is None or 0 <= self.spatial_norm <= 1,
+            "spatial_norm",
+            self.spatial_norm,
+            "must be in [0, 1], or None for tokens as they are",
+        )
         low, high = self.guidance_interval
         _require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "must be 0 <= low < high <= 1")
-        _require(len(set(self.align_depth)) == len(self.align_depth) and all(k >= 1 for k in self.align_depth),
-                 "align_depth", self.align_depth, "must name different blocks, counted from 1")
-        _require(self.alignment == "none" or self.align_depth, "align_depth", self.align_depth,
-                 "must name a block when alignment = 'repa'")
-        _require(self.encoder and len(set(self.encoder)) == len(self.encoder), "encoder", self.encoder,
-                 "must name at least one encoder, each of them once")
-        _require(len(self.encoder_weights) in (0, len(self.encoder)), "encoder_weights", self.encoder_weights,
-                 f"give one file for each of the {len(self.encoder)} encoders, or none")
+        _require(
+            len(set(self.align_depth)) == len(self.align_depth) and all(k >= 1 for k in self.align_depth),
+            "align_depth",
+            self.align_depth,
+            "must name different blocks, counted from 1",
+        )
+        _require(
+            self.alignment == "none" or self.align_depth,
+            "align_depth",
+            self.align_depth,
+            "must name a block when alignment = 'repa'",
+        )
+        _require(
+            self.encoder and len(set(self.encoder)) == len(self.encoder),
+            "encoder",
+            self.encoder,
+            "must name at least one encoder, each of them once",
+        )
+        _require(
+            len(self.encoder_weights) in (0, len(self.encoder)),
+            "encoder_weights",
+            self.encoder_weights,
+            f"give one file for each of the {len(self.encoder)} encoders, or none",
+        )
 
     def run_folder(self):
         name = f"{self.routing}-{self.alignment}-seed{self.seed}"
@@ -243,12 +315,18 @@ def parse(argv=None):
     unread = sorted(given & idle(dataclasses.asdict(config)))
     if os.environ.get("RANK", "0") == "0":
         if config.batch_size != preset.batch_size:
-            print(f"note: batch_size = {config.batch_size}, where {name} has {preset.batch_size}, for which "
-                  f"its learning rate and steps were chosen", file=sys.stderr)
+            print(
+                f"note: batch_size = {config.batch_size}, where {name} has {preset.batch_size}, for which "
+                f"its learning rate and steps were chosen",
+                file=sys.stderr,
+            )
         if unread:
             switches = dict.fromkeys(switch for option in unread for switch in READ_ONLY_WITH[option])
-            print(f"note: {', '.join(unread)} {'is' if len(unread) == 1 else 'are'} not read with " +
-                  ", ".join(f"{switch} = {getattr(config, switch)}" for switch in switches), file=sys.stderr)
+            print(
+                f"note: {', '.join(unread)} {'is' if len(unread) == 1 else 'are'} not read with "
+                + ", ".join(f"{switch} = {getattr(config, switch)}" for switch in switches),
+                file=sys.stderr,
+            )
     return config
 
 
@@ -261,8 +339,11 @@ def resolve(argv=None):
     files.add_argument("--config", default="digits")
     chosen, overrides = files.parse_known_args(argv)
     overrides = _switched_on(overrides)
-    options = [word.partition("=")[0] for word in overrides
-               if word.startswith("--") and not word.startswith(("--help", "--tyro"))]
+    options = [
+        word.partition("=")[0]
+        for word in overrides
+        if word.startswith("--") and not word.startswith(("--help", "--tyro"))
+    ]
     for option in options:
         _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
     preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
@@ -276,14 +357,22 @@ def resolve(argv=None):
 def _switched_on(words):
     """A switch without a value, such as --dry-run, as `--dry-run=True`."""
     switches = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config) if field.type is bool}
-    return [f"{word}=True" if word.replace("_", "-") in switches and following[:2] in ("", "--") else word
-            for word, following in zip(words, [*words[1:], ""])]
+    return [
+        f"{word}=True" if word.replace("_", "-") in switches and following[:2] in ("", "--") else word
+        for word, following in zip(words, [*words[1:], ""])
+    ]
 
 
 def _parse(arguments, default, prog):
     description = "--config NAME takes the preset configs/NAME.yaml, or a YAML file by its path (default: digits)."
-    return tyro.cli(Config, args=arguments, default=default, prog=prog, description=description,
-                    config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(
+        Config,
+        args=arguments,
+        default=default,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.FlagConversionOff,),
+    )
 
 
 def _preset_arguments(name):
@@ -345,8 +434,11 @@ def load_saved(path):
 def idle(settings):
     """The options that nothing reads with these settings (a dict)."""
     settings = {**dataclasses.asdict(Config()), **settings}
-    return {option for option, needed in READ_ONLY_WITH.items()
-            if not all(suits(settings[switch]) for switch, suits in needed.items())}
+    return {
+        option
+        for option, needed in READ_ONLY_WITH.items()
+        if not all(suits(settings[switch]) for switch, suits in needed.items())
+    }
 
 
 def differences(wanted, saved):
@@ -357,5 +449,8 @@ def differences(wanted, saved):
     defaults = dataclasses.asdict(Config())
     saved = {**{key: defaults[key] for key in wanted.keys() & defaults.keys()}, **saved}
     new, old = plain(wanted), plain(saved)
-    return [f"{key}: {saved.get(key)!r} -> {wanted.get(key)!r}" for key in sorted(wanted.keys() | saved.keys())
-            if key not in FREE_TO_CHANGE and new.get(key) != old.get(key)]
+    return [
+        f"{key}: {saved.get(key)!r} -> {wanted.get(key)!r}"
+        for key in sorted(wanted.keys() | saved.keys())
+        if key not in FREE_TO_CHANGE and new.get(key) != old.get(key)
+    ]

@@ -64,8 +64,10 @@ def spatial_normalisation(tokens, gamma, eps=1e-6):
     tokens: (B, T, dim). Returns the same in float32. Raises ValueError for a single token, which has no spread.
     """
     if tokens.shape[1] < 2:
-        raise ValueError(f"spatial_norm = {gamma}: encoder tokens {tuple(tokens.shape)} (batch, tokens, width) have no "
-                         "spread; at least two tokens are needed, from smaller patches or larger images")
+        raise ValueError(
+            f"spatial_norm = {gamma}: encoder tokens {tuple(tokens.shape)} (batch, tokens, width) have no "
+            "spread; at least two tokens are needed, from smaller patches or larger images"
+        )
     x = tokens.float()
     return (x - gamma * x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + eps)
 
@@ -83,8 +85,10 @@ def alignment_loss(aligned, features):
     for i, projected in enumerate(aligned):
         target = features[i % len(features)]
         if projected.shape != target.shape:
-            raise ValueError(f"the model has projected tokens {tuple(projected.shape)} (batch, tokens, width), "
-                             f"the encoder {tuple(target.shape)}")
+            raise ValueError(
+                f"the model has projected tokens {tuple(projected.shape)} (batch, tokens, width), "
+                f"the encoder {tuple(target.shape)}"
+            )
         # Float32 before normalising: in half precision the norm overflows or vanishes and the loss turns NaN.
         total = total - F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
     return total / len(aligned)

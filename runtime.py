@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 # What random numbers are for, so that no two uses share a seed (see derive_seed).
 INITIAL_WEIGHTS, TRAINING, EVALUATION = range(3)
-PATIENCE = datetime.timedelta(days=2)               # of processes that wait for another one
+PATIENCE = datetime.timedelta(days=2)  # of processes that wait for another one
 
 
 def derive_seed(*numbers):
@@ -39,14 +39,17 @@ class Ranks:
         distributed = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
         self.rank, self.world, self.local_rank = 0, 1, 0
         if distributed:
-            self.rank, self.world, self.local_rank = (int(os.environ[name]) for name in
-                                                      ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+            self.rank, self.world, self.local_rank = (
+                int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+            )
         self.main = self.rank == 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
-                raise SystemExit(f"error: process {self.local_rank} of this machine has no GPU; there are "
-                                 f"{torch.cuda.device_count()}, so use --nproc_per_node={torch.cuda.device_count()}")
+                raise SystemExit(
+                    f"error: process {self.local_rank} of this machine has no GPU; there are "
+                    f"{torch.cuda.device_count()}, so use --nproc_per_node={torch.cuda.device_count()}"
+                )
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         if distributed:
@@ -108,7 +111,7 @@ class StopFlag:
 
     def _set(self, number, frame):
         if self.signal == number == signal.SIGINT and self.ranks.world == 1:
-            raise KeyboardInterrupt                 # asked twice; torchrun repeats by itself what it is sent
+            raise KeyboardInterrupt  # asked twice; torchrun repeats by itself what it is sent
         if self.ranks.main and not self.signal:
             os.write(2, b"\nstopping: the run is saved first\n")
         self.signal = number
@@ -164,17 +167,26 @@ def environment(ranks):
         cpu = names[0] if names else cpu
     commit = ""
     if shutil.which("git"):
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-    return {"processes": ranks.world, "cpu": f"{cpu}, {os.cpu_count()} cores",
-            "gpu": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "none",
-            "python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown",
-            "command": command()}
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    return {
+        "processes": ranks.world,
+        "cpu": f"{cpu}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+        "command": command(),
+    }
 
 
 def command():
     """What this process was started with, less the folder that the project lies in."""
-    module = sys.modules["__main__"].__spec__          # of `python -m`, whose argv[0] is a whole path
+    module = sys.modules["__main__"].__spec__  # of `python -m`, whose argv[0] is a whole path
     return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
@@ -201,11 +213,12 @@ def load_file(path, device="cpu", mmap=False):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device=str(device))
-        with torch.serialization.safe_globals([argparse.Namespace]):        # REPA keeps its arguments in one
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA keeps its arguments in one
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is not a weights file, or holds code, which is never executed "
-                         f"({type(error).__name__})") from None
+        raise ValueError(
+            f"{str(path)!r} is not a weights file, or holds code, which is never executed ({type(error).__name__})"
+        ) from None
 
 
 def load_weights(path):
@@ -240,6 +253,7 @@ class MetricsLog:
         self.file = open(path, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, record):

@@ -40,12 +40,12 @@ from models.dar import source_plan
 from runtime import load_file, lock_folder
 
 TRAINER = Path(__file__).resolve().with_name("train_repa_dar.py")
-NO_LIMIT = 10 * 365 * 24 * 60                       # minutes; submitit ends local jobs after two by default
-REQUEUES = 1000                                     # a run that needs many time slots is queued again for each
-LINGER = 300                                        # seconds that a stopped job leaves to Slurm to requeue or end it
-POLL = {"local": 1.0, "slurm": 5.0}                 # seconds between two looks at the running cells
-ORDER = ("running", "failed", "stopped", "queued", "elsewhere", "waiting", "done")      # of what a small terminal shows
-LOG_TAIL = 1 << 16                                  # bytes of metrics.jsonl that a look reads
+NO_LIMIT = 10 * 365 * 24 * 60  # minutes; submitit ends local jobs after two by default
+REQUEUES = 1000  # a run that needs many time slots is queued again for each
+LINGER = 300  # seconds that a stopped job leaves to Slurm to requeue or end it
+POLL = {"local": 1.0, "slurm": 5.0}  # seconds between two looks at the running cells
+ORDER = ("running", "failed", "stopped", "queued", "elsewhere", "waiting", "done")  # of what a small terminal shows
+LOG_TAIL = 1 << 16  # bytes of metrics.jsonl that a look reads
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ class Options:
 @dataclass
 class Cell:
     """One run. `settings` are the options that tell it from the others, and the seed."""
+
     name: str
     folder: Path
     config: Any
     settings: dict
     words: list
-    state: str = "waiting"          # any of ORDER; elsewhere: some other command runs it
+    state: str = "waiting"  # any of ORDER; elsewhere: some other command runs it
     reason: str = ""
     job: Any = None
     place: Any = None
@@ -88,8 +89,14 @@ class Cell:
 
 def main(argv=None):
     description = __doc__ + "\nAll other options: `python train_repa_dar.py --help`."
-    options, words = tyro.cli(Options, args=argv, prog="sweep.py", description=description, return_unknown_args=True,
-                              config=(tyro.conf.FlagCreatePairsOff,))
+    options, words = tyro.cli(
+        Options,
+        args=argv,
+        prog="sweep.py",
+        description=description,
+        return_unknown_args=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
     try:
         cells = make_cells(options, words)
         check(cells, options)
@@ -108,11 +115,18 @@ def main(argv=None):
         raise SystemExit(128 + stop.signal)
     incomplete = [cell for cell in cells if cell.state != "done"]
     if incomplete:
-        raise SystemExit("\n".join([f"{len(incomplete)} of {len(cells)} cells are not complete; the same command "
-                                    f"tries them again:", *(f"  {cell.name}: {cell.reason}" for cell in incomplete)]))
+        raise SystemExit(
+            "\n".join(
+                [
+                    f"{len(incomplete)} of {len(cells)} cells are not complete; the same command tries them again:",
+                    *(f"  {cell.name}: {cell.reason}" for cell in incomplete),
+                ]
+            )
+        )
 
 
 # ---- the cells ----
+
 
 def make_cells(options, words):
     """One cell for every combination of the given values that something in its run tells from the others.
@@ -123,7 +137,7 @@ def make_cells(options, words):
     values.setdefault("seed", [])
     fixed = {key: given for key, given in values.items() if len(given) < 2 and (given or key != "seed")}
     varied = {key: given for key, given in values.items() if len(given) > 1}
-    varied = {key: varied[key] for key in sorted(varied, key=lambda key: key != "seed")}     # a whole seed comes first
+    varied = {key: varied[key] for key in sorted(varied, key=lambda key: key != "seed")}  # a whole seed comes first
     cells = {}
     for combination in itertools.product(*varied.values()):
         chosen = {**fixed, **{key: [word] for key, word in zip(varied, combination)}}
@@ -168,22 +182,34 @@ def resolve(options, chosen):
     words = [word for key, given in chosen.items() for word in as_option(key, given)]
     try:
         return configuration.resolve(["--config", options.config, *words])[0]
-    except SystemExit:                              # tyro has printed what is wrong, but knows nothing of cells
-        if any(given and "," not in given[0] and isinstance(getattr(configuration.Config, key, None), tuple)
-               for key, given in chosen.items()):
-            print("note: here a word is the value of one cell; commas join a list, as in --betas 0.9,0.999",
-                  file=sys.stderr)
+    except SystemExit:  # tyro has printed what is wrong, but knows nothing of cells
+        if any(
+            given and "," not in given[0] and isinstance(getattr(configuration.Config, key, None), tuple)
+            for key, given in chosen.items()
+        ):
+            print(
+                "note: here a word is the value of one cell; commas join a list, as in --betas 0.9,0.999",
+                file=sys.stderr,
+            )
         raise
 
 
 def cell_name(settings):
     """A folder name that no other settings have: what a name cannot hold is replaced, and a digest tells it apart."""
-    name = ",".join(f"{key}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}"
-                    for key, value in settings.items())
+    name = ",".join(
+        f"{key}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in settings.items()
+    )
     plain = re.sub(r"[^\w.,=+-]", "-", name, flags=re.ASCII)
-    exact = plain == name and len(name) <= 160 and not any("+" in str(word) or "," in str(word) for value in
-                                                           settings.values() if isinstance(value, tuple | str)
-                                                           for word in ([value] if isinstance(value, str) else value))
+    exact = (
+        plain == name
+        and len(name) <= 160
+        and not any(
+            "+" in str(word) or "," in str(word)
+            for value in settings.values()
+            if isinstance(value, tuple | str)
+            for word in ([value] if isinstance(value, str) else value)
+        )
+    )
     return name if exact else f"{plain[:140]}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 
 
@@ -199,14 +225,18 @@ def check(cells, options):
         if "align_depth" in cell.settings and max(config.align_depth) > depth:
             raise ValueError(f"align_depth = {shown(config.align_depth)}: the model has only {depth} blocks")
         if config.batch_size % options.gpus_per_run:
-            raise ValueError(f"batch_size = {config.batch_size} cannot be shared evenly among gpus_per_run = "
-                             f"{options.gpus_per_run}")
+            raise ValueError(
+                f"batch_size = {config.batch_size} cannot be shared evenly among gpus_per_run = {options.gpus_per_run}"
+            )
         if options.metric == "frechet_distance" and not config.eval_every:
-            raise ValueError("metric = 'frechet_distance' is only logged with eval_every above 0; "
-                             "give another --metric, such as loss")
+            raise ValueError(
+                "metric = 'frechet_distance' is only logged with eval_every above 0; "
+                "give another --metric, such as loss"
+            )
         if options.metric.startswith("fid") and not (config.eval_every and config.eval_metric == "fid"):
-            raise ValueError(f"metric = {options.metric!r} is only logged with --eval-metric fid, and eval_every "
-                             "above 0")
+            raise ValueError(
+                f"metric = {options.metric!r} is only logged with --eval-metric fid, and eval_every above 0"
+            )
 
 
 def complete(cell):
@@ -216,13 +246,18 @@ def complete(cell):
         wanted = dataclasses.asdict(cell.config)
         saved = {key: value for key, value in checkpoint["config"].items() if key in wanted}
         diagnosis_due = cell.config.diagnose_every and checkpoint.get("diagnosis_due", False)
-        return (checkpoint["step"] >= cell.config.max_steps and not checkpoint["evaluation_due"] and not diagnosis_due
-                and not configuration.differences(wanted, saved))
+        return (
+            checkpoint["step"] >= cell.config.max_steps
+            and not checkpoint["evaluation_due"]
+            and not diagnosis_due
+            and not configuration.differences(wanted, saved)
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 # ---- where they run ----
+
 
 def free_places(options, count):
     """One environment for each cell that runs at a time. Raises ValueError where the machine has not that many."""
@@ -241,11 +276,13 @@ def free_places(options, count):
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * jobs
     jobs = options.jobs or gpus // each
     if not 1 <= jobs * each <= gpus:
-        raise ValueError(f"{jobs or 1} runs at a time with gpus_per_run = {each} need {max(jobs, 1) * each} GPUs; "
-                         f"this machine has {gpus}")
+        raise ValueError(
+            f"{jobs or 1} runs at a time with gpus_per_run = {each} need {max(jobs, 1) * each} GPUs; "
+            f"this machine has {gpus}"
+        )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:gpus]
     names = visible if len(visible) == gpus and all(visible) else [str(i) for i in range(gpus)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i * each:(i + 1) * each])} for i in range(min(jobs, count))]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i * each : (i + 1) * each])} for i in range(min(jobs, count))]
 
 
 def make_executor(options, folder):
@@ -259,8 +296,10 @@ def make_executor(options, folder):
         return executor
     given = dict(word.partition("=")[::2] for word in options.slurm)
     if not given.get("time", "").isdigit():
-        raise ValueError(f"--slurm time={given.get('time', '')}: give the limit of one job in whole minutes, such as "
-                         f"time=1440; a run that needs longer is saved, queued again and goes on")
+        raise ValueError(
+            f"--slurm time={given.get('time', '')}: give the limit of one job in whole minutes, such as "
+            f"time=1440; a run that needs longer is saved, queued again and goes on"
+        )
     parameters = {f"slurm_{name}": json_or_text(value) for name, value in given.items()}
     if not given.keys() & {"gres", "gpus_per_node", "gpus_per_task"}:
         parameters["gpus_per_node"] = options.gpus_per_run
@@ -293,8 +332,15 @@ class Command:
         signal.signal(signal.SIGTERM, self.stop)
         with open(self.log, "ab") as log:
             # In a session of its own, so that it gets each signal once, from here.
-            self.process = subprocess.Popen(self.words, env={**os.environ, **self.environment}, start_new_session=True,
-                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=plain_signals)
+            self.process = subprocess.Popen(
+                self.words,
+                env={**os.environ, **self.environment},
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=plain_signals,
+            )
         if self.stopping:
             self.stop()
         self.wait()
@@ -306,7 +352,7 @@ class Command:
     def stop(self, *_):
         self.stopping = True
         if self.process:
-            self.process.terminate()                # the trainer saves
+            self.process.terminate()  # the trainer saves
 
     def wait(self):
         """Unlike Popen.wait, this may be called by a signal handler that has interrupted it."""
@@ -368,7 +414,7 @@ def in_use(folder):
 def stop_job(job):
     if isinstance(job, submitit.LocalJob):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(job.job_id), signal.SIGTERM)            # its cancel() would kill, rather than let save
+            os.kill(int(job.job_id), signal.SIGTERM)  # its cancel() would kill, rather than let save
     else:
         job.cancel(check=False)
 
@@ -396,6 +442,7 @@ class Stop:
 
 # ---- the loop ----
 
+
 def run_all(cells, options, places, stop):
     """Run what is not complete, so many at a time as there are places. Returns when nothing runs any more."""
     free, told, table = list(places), False, Table(options)
@@ -411,7 +458,7 @@ def run_all(cells, options, places, stop):
                 cell.state = "queued" if cell.job.state in ("PENDING", "REQUEUED", "UNKNOWN") else "running"
             else:
                 finish(cell, stop)
-                if cell.place is not None:          # earlier jobs may be more than there are places
+                if cell.place is not None:  # earlier jobs may be more than there are places
                     free.append(cell.place)
                 if cell.state == "failed":
                     table.say(f"{cell.name} failed: {cell.reason}\n{indented(log_end(cell))}")
@@ -450,7 +497,7 @@ def finish(cell, stop):
         cell.reason = f"exit status {status}"
         if status is None:
             cell.reason = f"job {job.job_id} ended in state {job.state} {job.stderr() or ''}"
-    except Exception as error:                      # whatever the job raised, in words of submitit
+    except Exception as error:  # whatever the job raised, in words of submitit
         status, cell.reason = None, str(error)
     cell.reason = " ".join(cell.reason.split())[-300:]
     if status == 0 or complete(cell):
@@ -459,7 +506,7 @@ def finish(cell, stop):
         cell.state, cell.reason = "stopped", "by a signal"
     else:
         cell.state, cell.reason = "failed", f"{cell.reason}: {log_end(cell, lines=1)}".removesuffix(": ")
-    shutil.rmtree(cell.folder / "job", ignore_errors=True)      # what is there now may still come to run
+    shutil.rmtree(cell.folder / "job", ignore_errors=True)  # what is there now may still come to run
 
 
 def log_end(cell, lines=15):
@@ -476,6 +523,7 @@ def indented(text):
 
 # ---- progress ----
 
+
 class Table:
     """The cells as they stand: redrawn on a terminal, and elsewhere a line whenever there is news of a cell."""
 
@@ -486,18 +534,17 @@ class Table:
         logs = {cell.name: newest(cell) for cell in cells}
         left = total_seconds(cells, logs, self.options)
         running = [cell for cell in cells if cell.job]
-        counts = {state: sum(cell.state == state for cell in cells)
-                  for state in ORDER}
+        counts = {state: sum(cell.state == state for cell in cells) for state in ORDER}
         head = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         if left and running:
             head += f"; about {duration(left / len(running))} left"
         rows = {cell.name: self.row(cell, logs[cell.name], max(map(len, logs))) for cell in cells}
         if sys.stdout.isatty():
             width, height = shutil.get_terminal_size()
-            chosen = sorted(cells, key=lambda cell: ORDER.index(cell.state))[:height - 3]
+            chosen = sorted(cells, key=lambda cell: ORDER.index(cell.state))[: height - 3]
             lines = [head, *(rows[cell.name] for cell in cells if cell in chosen)]
             self.erase()
-            print("\n".join(line[:width - 1] for line in lines), flush=True)
+            print("\n".join(line[: width - 1] for line in lines), flush=True)
             self.drawn = len(lines)
             return
         for cell in cells:
@@ -509,9 +556,11 @@ class Table:
     def row(self, cell, log, width):
         metric = log.get(self.options.metric)
         left = seconds_left(cell.config, log, log) if cell.state == "running" else None
-        return (f"{cell.name:<{width}}  {cell.state:<9}  {log.get('step', 0):>7}/{cell.config.max_steps}"
-                + (f"  {self.options.metric} {metric:.4g}" if isinstance(metric, (int, float)) else "")
-                + (f"  {duration(left)} left" if left is not None else ""))
+        return (
+            f"{cell.name:<{width}}  {cell.state:<9}  {log.get('step', 0):>7}/{cell.config.max_steps}"
+            + (f"  {self.options.metric} {metric:.4g}" if isinstance(metric, (int, float)) else "")
+            + (f"  {duration(left)} left" if left is not None else "")
+        )
 
     def say(self, text):
         """Something to stay above the table."""
@@ -530,9 +579,9 @@ def newest(cell):
         with open(cell.folder / "metrics.jsonl", "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - LOG_TAIL))
-            lines = file.read().split(b"\n")[size > LOG_TAIL:-1]             # the first and the last may be cut
+            lines = file.read().split(b"\n")[size > LOG_TAIL : -1]  # the first and the last may be cut
         return functools.reduce(lambda known, line: known | json.loads(line), lines, {})
-    except (OSError, ValueError, TypeError):                                # the trainer says what is wrong with it
+    except (OSError, ValueError, TypeError):  # the trainer says what is wrong with it
         return {}
 
 
@@ -549,10 +598,16 @@ def seconds_left(config, log, pace):
 def total_seconds(cells, logs, options):
     """Seconds of all that is left, one after the other; cells that logged no speed have the median. None: unknown."""
     known = [log for log in logs.values() if log.get("samples_per_second")]
-    median = {key: float(np.median([log[key] for log in known if key in log]))
-              for key in ("samples_per_second", "evaluation_seconds") if any(key in log for log in known)}
-    times = [seconds_left(cell.config, logs[cell.name], median | logs[cell.name])
-             for cell in cells if cell.state in ("waiting", "elsewhere", "queued", "running")]
+    median = {
+        key: float(np.median([log[key] for log in known if key in log]))
+        for key in ("samples_per_second", "evaluation_seconds")
+        if any(key in log for log in known)
+    }
+    times = [
+        seconds_left(cell.config, logs[cell.name], median | logs[cell.name])
+        for cell in cells
+        if cell.state in ("waiting", "elsewhere", "queued", "running")
+    ]
     return None if None in times else sum(times)
 
 
@@ -574,18 +629,24 @@ def forecast(cells, options, at_a_time):
         cell.state = "done" if complete(cell) else "waiting"
         steps = 0 if cell.state == "done" else max(0, cell.config.max_steps - logs[cell.name].get("step", 0))
         to_go += steps
-        lines.append(f"{cell.name:<{width}}  " + ("complete" if cell.state == "done" else
-                                                  f"{steps} of {cell.config.max_steps} steps to go"))
-    lines.append(f"{len(cells)} cells, {sum(cell.state == 'done' for cell in cells)} complete; {to_go} steps to go; "
-                 f"{min(at_a_time, len(cells))} at a time on {options.cluster}")
+        lines.append(
+            f"{cell.name:<{width}}  "
+            + ("complete" if cell.state == "done" else f"{steps} of {cell.config.max_steps} steps to go")
+        )
+    lines.append(
+        f"{len(cells)} cells, {sum(cell.state == 'done' for cell in cells)} complete; {to_go} steps to go; "
+        f"{min(at_a_time, len(cells))} at a time on {options.cluster}"
+    )
     seconds = total_seconds(cells, logs, options)
     measured = sum("samples_per_second" in log for log in logs.values())
     if seconds is None:
         lines.append("time: unknown until a cell has logged its speed, in the first log_every steps of the sweep")
     else:
-        lines.append(f"time: about {duration(seconds / at_a_time)} ({duration(seconds)} one after the other), by the "
-                     f"speed that {measured} of the cells logged last, where the others are taken to be as fast; "
-                     f"without starting and saving")
+        lines.append(
+            f"time: about {duration(seconds / at_a_time)} ({duration(seconds)} one after the other), by the "
+            f"speed that {measured} of the cells logged last, where the others are taken to be as fast; "
+            f"without starting and saving"
+        )
     waiting = [cell for cell in cells if cell.state == "waiting"]
     if waiting:
         lines.append(f"the first: {shlex.join(['python', TRAINER.name, *waiting[0].words])}")

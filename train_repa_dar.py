@@ -33,13 +33,37 @@ from models.encoders import FrozenEncoder
 from models.sit import SIT_MODELS, flops_per_image, kept_for_backward, load_published, parameters_by_part
 from eval.metrics import check_weights, npz_statistics
 from eval.online import OnlineEvaluation
-from runtime import (EMA, INITIAL_WEIGHTS, TRAINING, MetricsLog, Ranks, StopFlag, derive_seed, environment, load_file,
-                     load_weights, lock_folder, replaced)
+from runtime import (
+    EMA,
+    INITIAL_WEIGHTS,
+    TRAINING,
+    MetricsLog,
+    Ranks,
+    StopFlag,
+    derive_seed,
+    environment,
+    load_file,
+    load_weights,
+    lock_folder,
+    replaced,
+)
 
 # Dense bf16, with float32 accumulation. The PCIe cards of the same name are slower and come first.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
-              "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
-              "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 KERNELS = {"torch": "plain PyTorch", "triton": "fused Triton kernels"}
 
 
@@ -87,21 +111,28 @@ class Trainer:
         aligned, prepared = config.alignment == "repa", config.encoder_features == "prepared"
         self.aligned_steps = min(config.align_steps or config.max_steps, config.max_steps) if aligned else 0
         self.latent = config.autoencoder != "pixels"
-        read = functools.partial(PreparedImages, config.data, mirror=config.mirror,
-                                 latents=self.autoencoder.fingerprint if self.latent else "")
-        self.data = read(images=not self.latent or aligned and not prepared, features=[
-            encoder.fingerprint for encoder in self.encoders] if aligned and prepared else ())
-        self.unaligned_data = read(images=not self.latent)       # for the steps that are not aligned
-        resolve_backend(config.route_backend, self.device)          # refuses one that cannot run here
+        read = functools.partial(
+            PreparedImages,
+            config.data,
+            mirror=config.mirror,
+            latents=self.autoencoder.fingerprint if self.latent else "",
+        )
+        self.data = read(
+            images=not self.latent or aligned and not prepared,
+            features=[encoder.fingerprint for encoder in self.encoders] if aligned and prepared else (),
+        )
+        self.unaligned_data = read(images=not self.latent)  # for the steps that are not aligned
+        resolve_backend(config.route_backend, self.device)  # refuses one that cannot run here
         self.model = self.build_model().to(self.device)
-        self.flops_per_image = 3 * flops_per_image(self.model)     # of a training step: the backward is two forwards
+        self.flops_per_image = 3 * flops_per_image(self.model)  # of a training step: the backward is two forwards
         self.ema = EMA(self.model, config.ema_decays)
         self.wrapped = DistributedDataParallel(self.model) if ranks.world > 1 else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas,
-                                           weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
         self.tally = Tally(self.device)
-        self.step, self.seconds = 0, 0.0            # seconds of training, without evaluation and checkpoints
-        self.logged = {"step": 0, "seconds": 0.0}   # where the current interval of the log began
+        self.step, self.seconds = 0, 0.0  # seconds of training, without evaluation and checkpoints
+        self.logged = {"step": 0, "seconds": 0.0}  # where the current interval of the log began
         # What this step still owes; a checkpoint remembers it if the run is cut short.
         self.evaluation_due = self.diagnosis_due = False
 
@@ -111,8 +142,10 @@ class Trainer:
         config = self.config
         names = config.encoder if config.alignment == "repa" else config.encoder[:1] if config.eval_every else ()
         with self.ranks.one_first():
-            return [FrozenEncoder(name, self.size // self.patch_size, *config.encoder_weights[i:i + 1]).to(self.device)
-                    for i, name in enumerate(names)]
+            return [
+                FrozenEncoder(name, self.size // self.patch_size, *config.encoder_weights[i : i + 1]).to(self.device)
+                for i, name in enumerate(names)
+            ]
 
     def build_inception(self):
         """Inception v3 and the statistics of ADM's reference; None for what the evaluation does not need."""
@@ -121,9 +154,12 @@ class Trainer:
             return None, None
         found = npz_statistics(config.fid_reference) if config.fid_reference else {}
         if config.fid_reference and "pool3" not in found:
-            raise ValueError(f"fid_reference = {config.fid_reference!r} holds no statistics (mu, sigma); "
-                             "`python -m eval.metrics --save-reference` makes a file that does")
-        from eval.features import InceptionFeatures            # nothing else needs torch-fidelity
+            raise ValueError(
+                f"fid_reference = {config.fid_reference!r} holds no statistics (mu, sigma); "
+                "`python -m eval.metrics --save-reference` makes a file that does"
+            )
+        from eval.features import InceptionFeatures  # nothing else needs torch-fidelity
+
         with self.ranks.one_first():
             inception = InceptionFeatures(config.inception).to(self.device)
         if found:
@@ -132,26 +168,39 @@ class Trainer:
 
     def build_model(self):
         config = self.config
-        sizes = {name: value for name in ("depth", "hidden_size", "num_heads")
-                 if (value := getattr(config, name)) is not None}
+        sizes = {
+            name: value
+            for name in ("depth", "hidden_size", "num_heads")
+            if (value := getattr(config, name)) is not None
+        }
         aligned = config.alignment == "repa"
         torch.manual_seed(derive_seed(config.seed, INITIAL_WEIGHTS))
         model = SIT_MODELS[config.model](
-            input_size=self.size, in_channels=self.autoencoder.channels,
-            num_classes=self.data.num_classes, class_dropout_prob=config.class_dropout_prob, qk_norm=config.qk_norm,
-            routing=config.routing, query=config.query, chunk_size=config.chunk_size,
-            final_aggregator=config.final_aggregator, route_backend=config.route_backend,
+            input_size=self.size,
+            in_channels=self.autoencoder.channels,
+            num_classes=self.data.num_classes,
+            class_dropout_prob=config.class_dropout_prob,
+            qk_norm=config.qk_norm,
+            routing=config.routing,
+            query=config.query,
+            chunk_size=config.chunk_size,
+            final_aggregator=config.final_aggregator,
+            route_backend=config.route_backend,
             align_depth=config.align_depth if aligned else (),
             align_dims=[encoder.dim for encoder in self.encoders] if aligned else (),
-            projector=config.projector, projector_dim=config.projector_dim,
-            checkpoint_activations=config.checkpoint_activations, **sizes)
+            projector=config.projector,
+            projector_dim=config.projector_dim,
+            checkpoint_activations=config.checkpoint_activations,
+            **sizes,
+        )
         if config.init_from and not (config.run_folder() / "last.pt").is_file():
             try:
                 missing, unused = load_published(model, load_weights(config.init_from))
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
-            self.say(f"initial weights from {config.init_from}; not in it: {abridged(missing)}; "
-                     f"not used: {abridged(unused)}")
+            self.say(
+                f"initial weights from {config.init_from}; not in it: {abridged(missing)}; not used: {abridged(unused)}"
+            )
         return model
 
     # ---- the run folder ----
@@ -163,9 +212,12 @@ class Trainer:
     def resume(self):
         """Take up the run that is in the folder, if any. Refuses one with other settings."""
         options = dataclasses.asdict(self.config)
-        self.identity = {**options, "content of data": self.data.content,
-                         "content of encoder": [encoder.fingerprint for encoder in self.encoders],
-                         "content of autoencoder": self.autoencoder.fingerprint}
+        self.identity = {
+            **options,
+            "content of data": self.data.content,
+            "content of encoder": [encoder.fingerprint for encoder in self.encoders],
+            "content of autoencoder": self.autoencoder.fingerprint,
+        }
         if self.inception:
             self.identity["content of inception"] = self.inception.fingerprint
         last = self.folder / "last.pt"
@@ -175,14 +227,17 @@ class Trainer:
             if not isinstance(checkpoint, dict) or "log_lines" not in checkpoint:
                 raise ValueError(f"{last} is no checkpoint of this trainer; give another --out, or --init-from {last}")
             changed = configuration.differences(self.identity, checkpoint["config"])
-        else:                                       # perhaps a run that ended before its first checkpoint
+        else:  # perhaps a run that ended before its first checkpoint
             saved = configuration.load_saved(self.folder / "config.yaml")
             if not saved and (self.folder / "metrics.jsonl").exists():
                 raise ValueError(f"{self.folder} has a metrics.jsonl that is not of this program; give another --out")
             changed = configuration.differences(options, saved) if saved else []
         if changed:
-            raise ValueError(f"{self.folder} holds a run of another configuration:\n  " + "\n  ".join(changed) +
-                             "\ngive another --out, or the settings it was made with")
+            raise ValueError(
+                f"{self.folder} holds a run of another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\ngive another --out, or the settings it was made with"
+            )
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
             self.ema.load_state_dict(checkpoint["emas"])
@@ -193,16 +248,17 @@ class Trainer:
             # The option may have been taken back, such as after a diagnosis that failed.
             self.diagnosis_due = self.config.diagnose_every > 0 and checkpoint.get("diagnosis_due", False)
             self.say(f"resumed    at step {self.step}")
-        self.ranks.barrier()                        # nobody writes before all have read
+        self.ranks.barrier()  # nobody writes before all have read
         if self.ranks.main and (self.step < self.config.max_steps or self.evaluation_due or self.diagnosis_due):
             configuration.save(self.config, self.folder / "config.yaml")
             with open(self.folder / "environment.jsonl", "a") as file:
                 file.write(json.dumps({"from_step": self.step, **environment(self.ranks)}) + "\n")
-        self.log = MetricsLog(self.folder, checkpoint["log_lines"] if checkpoint else 0, self.step,
-                              self.config.tensorboard, self.ranks)
+        self.log = MetricsLog(
+            self.folder, checkpoint["log_lines"] if checkpoint else 0, self.step, self.config.tensorboard, self.ranks
+        )
 
     def close(self):
-        self.wrapped = None                         # it must go before the process group, or gloo may wait for ever
+        self.wrapped = None  # it must go before the process group, or gloo may wait for ever
         self.log.close()
         if self.lock:
             self.lock.close()
@@ -210,14 +266,23 @@ class Trainer:
     def save(self):
         if self.ranks.main:
             emas = self.ema.state_dict()
-            checkpoint = {"config": self.identity, "step": self.step, "seconds": self.seconds, "logged": self.logged,
-                          "evaluation_due": self.evaluation_due, "diagnosis_due": self.diagnosis_due,
-                          "log_lines": self.log.lines,
-                          "model": self.model.state_dict(), "ema": next(iter(emas.values())), "emas": emas,
-                          "optimizer": self.optimizer.state_dict(), "tally": self.tally.state_dict()}
+            checkpoint = {
+                "config": self.identity,
+                "step": self.step,
+                "seconds": self.seconds,
+                "logged": self.logged,
+                "evaluation_due": self.evaluation_due,
+                "diagnosis_due": self.diagnosis_due,
+                "log_lines": self.log.lines,
+                "model": self.model.state_dict(),
+                "ema": next(iter(emas.values())),
+                "emas": emas,
+                "optimizer": self.optimizer.state_dict(),
+                "tally": self.tally.state_dict(),
+            }
             names = ["last.pt"]
             if self.due(self.config.snapshot_every):
-                names.insert(0, f"step-{self.step:07d}.pt")         # first: from last.pt the run would go on without it
+                names.insert(0, f"step-{self.step:07d}.pt")  # first: from last.pt the run would go on without it
             for name in names:
                 with replaced(self.folder / name) as file:
                     torch.save(checkpoint, file)
@@ -232,11 +297,26 @@ class Trainer:
             self.model.compile()
         evaluate = None
         if config.eval_every and (self.step < config.max_steps or self.evaluation_due):
-            evaluate = OnlineEvaluation(config, PreparedImages(config.data), self.encoders[0], self.decoder,
-                                        (self.autoencoder.channels, self.size, self.size), self.ranks, self.autocast,
-                                        self.inception, self.fid_reference)
-        bar = tqdm(on_device(self.batches(), self.device), initial=self.step, total=config.max_steps,
-                   desc=self.folder.name, unit="step", disable=not self.ranks.main, mininterval=1)
+            evaluate = OnlineEvaluation(
+                config,
+                PreparedImages(config.data),
+                self.encoders[0],
+                self.decoder,
+                (self.autoencoder.channels, self.size, self.size),
+                self.ranks,
+                self.autocast,
+                self.inception,
+                self.fid_reference,
+            )
+        bar = tqdm(
+            on_device(self.batches(), self.device),
+            initial=self.step,
+            total=config.max_steps,
+            desc=self.folder.name,
+            unit="step",
+            disable=not self.ranks.main,
+            mininterval=1,
+        )
         with StopFlag(self.ranks) as stop:
             stopped_by = self.look(evaluate, stop, bar)
             clock = time.perf_counter()
@@ -256,14 +336,16 @@ class Trainer:
                 self.seconds += time.perf_counter() - clock
                 if log_due:
                     bar.set_postfix(self.write_log())
-                if save_due:                        # before the evaluation, which may take long
+                if save_due:  # before the evaluation, which may take long
                     self.save()
                 stopped_by = stopped_by or self.look(evaluate, stop, bar)
                 if stopped_by:
                     break
                 clock = time.perf_counter()
-        self.say(f"{self.folder}: step {self.step} of {config.max_steps}" +
-                 (", saved; the same command again goes on from here" if stopped_by else ", complete"))
+        self.say(
+            f"{self.folder}: step {self.step} of {config.max_steps}"
+            + (", saved; the same command again goes on from here" if stopped_by else ", complete")
+        )
         return stopped_by
 
     def due(self, every):
@@ -272,14 +354,21 @@ class Trainer:
     def batches(self):
         """What each step from the present one on takes; what only the alignment needs is no longer read after it."""
         for data, start, stop in (
-                (self.data, self.step, self.aligned_steps),
-                (self.unaligned_data, max(self.step, self.aligned_steps), self.config.max_steps)):
-            sampler = ShuffledBatches(len(data), self.config.batch_size, self.config.seed, start, stop,
-                                      self.ranks.rank, self.ranks.world)
+            (self.data, self.step, self.aligned_steps),
+            (self.unaligned_data, max(self.step, self.aligned_steps), self.config.max_steps),
+        ):
+            sampler = ShuffledBatches(
+                len(data), self.config.batch_size, self.config.seed, start, stop, self.ranks.rank, self.ranks.world
+            )
             if len(sampler):
-                yield from DataLoader(data, batch_sampler=sampler, collate_fn=already_a_batch,
-                                      num_workers=self.config.num_workers, pin_memory=self.device.type == "cuda",
-                                      worker_init_fn=leave_signals_to_the_trainer)
+                yield from DataLoader(
+                    data,
+                    batch_sampler=sampler,
+                    collate_fn=already_a_batch,
+                    num_workers=self.config.num_workers,
+                    pin_memory=self.device.type == "cuda",
+                    worker_init_fn=leave_signals_to_the_trainer,
+                )
 
     def end_alignment(self):
         """From here on the model only denoises, and its projectors stay as they are.
@@ -292,9 +381,9 @@ class Trainer:
         # Without a gradient, rather than with one of zero, which would let AdamW go on by its momentum.
         self.model.projectors.requires_grad_(False)
         self.flops_per_image = 3 * flops_per_image(self.model)
-        if self.ranks.world > 1:                    # it would wait for the gradients of those that it began with
+        if self.ranks.world > 1:  # it would wait for the gradients of those that it began with
             self.wrapped = None
-            gc.collect()                            # the buffers of the old one go first
+            gc.collect()  # the buffers of the old one go first
             self.wrapped = DistributedDataParallel(self.model)
 
     def train_step(self, batch):
@@ -334,20 +423,25 @@ class Trainer:
         if self.latent:
             draws["posterior"] = make(*shape)
         first = self.ranks.rank * self.share
-        return {name: value[first:first + self.share] for name, value in draws.items()}
+        return {name: value[first : first + self.share] for name, value in draws.items()}
 
     def losses(self, inputs, draws):
         """Total, denoising and alignment loss of one part; inputs as `PreparedImages` serves them."""
         config = self.config
         t = sample_times(draws["time_uniform"], draws["time_normal"], config.time_sampling, config.path)
-        x = (self.autoencoder.sample(inputs["moments"], draws["posterior"]) if self.latent
-             else self.autoencoder.encode(inputs["images"]))
+        x = (
+            self.autoencoder.sample(inputs["moments"], draws["posterior"])
+            if self.latent
+            else self.autoencoder.encode(inputs["images"])
+        )
         x_t, target = interpolant(x, draws["noise"], t, config.path)
         with self.autocast():
             velocity, aligned = self.wrapped(x_t, t, inputs["labels"], draws["label"])
             if aligned:
-                tokens = [inputs[f"tokens_{i}"] if f"tokens_{i}" in inputs else encoder(inputs["images"])
-                          for i, encoder in enumerate(self.encoders)]
+                tokens = [
+                    inputs[f"tokens_{i}"] if f"tokens_{i}" in inputs else encoder(inputs["images"])
+                    for i, encoder in enumerate(self.encoders)
+                ]
         denoising = denoising_loss(velocity, target)
         if not aligned:
             return denoising, denoising, torch.zeros_like(denoising)
@@ -364,9 +458,14 @@ class Trainer:
         means, skipped, longest = self.tally.read()
         if self.step > self.aligned_steps:
             means.pop("alignment_loss", None)
-        record = {"step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 3),
-                  **means, "skipped_steps": skipped,
-                  "samples_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9), 2)}
+        record = {
+            "step": self.step,
+            "images": self.step * self.config.batch_size,
+            "seconds": round(self.seconds, 3),
+            **means,
+            "skipped_steps": skipped,
+            "samples_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9), 2),
+        }
         if peak := peak_flops(self.device):
             record["mfu"] = round(self.flops_per_image * record["samples_per_second"] / self.ranks.world / peak, 4)
         if self.device.type == "cuda":
@@ -377,7 +476,8 @@ class Trainer:
                 f"error: {longest} steps in a row had a non-finite loss or gradient (max_skipped_steps = "
                 f"{self.config.max_skipped_steps}), {skipped} of {self.step} in all. Weights were not touched by them. "
                 f"Try a lower --lr (now {self.config.lr:g}) or --precision fp32, with another --out; "
-                f"--init-from {self.folder / 'last.pt'} starts from the last checkpoint, where there is one")
+                f"--init-from {self.folder / 'last.pt'} starts from the last checkpoint, where there is one"
+            )
         return {"loss": f"{means['loss']:.4f}"} if means else {"skipped": skipped}
 
     def look(self, evaluate, stop, bar):
@@ -385,14 +485,14 @@ class Trainer:
         if not (self.evaluation_due or self.diagnosis_due):
             return 0
         if self.evaluation_due and not self.write_evaluation(evaluate, stop, bar):
-            self.save()                             # with the evaluation still due
+            self.save()  # with the evaluation still due
             return stop.agreed()
         if self.diagnosis_due:
             self.write_diagnosis()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()    # the log is of training alone
+            torch.cuda.reset_peak_memory_stats()  # the log is of training alone
         if self.step == self.config.max_steps:
-            self.save()                             # there is no later checkpoint to say that this was done
+            self.save()  # there is no later checkpoint to say that this was done
         return 0
 
     def write_evaluation(self, evaluate, stop, bar):
@@ -402,9 +502,15 @@ class Trainer:
         if distances is None:
             return False
         self.evaluation_due = False
-        self.log.write({"step": self.step, "images": self.step * self.config.batch_size,
-                        "seconds": round(self.seconds, 3), **distances,
-                        "evaluation_seconds": round(time.perf_counter() - began, 3)})
+        self.log.write(
+            {
+                "step": self.step,
+                "images": self.step * self.config.batch_size,
+                "seconds": round(self.seconds, 3),
+                **distances,
+                "evaluation_seconds": round(time.perf_counter() - began, 3),
+            }
+        )
         if self.ranks.main:
             path = self.folder / "samples" / f"{self.step:07d}.png"
             path.parent.mkdir(exist_ok=True)
@@ -416,13 +522,21 @@ class Trainer:
     def write_diagnosis(self):
         """The figures of analysis.diagnose for the first average, by the main process; the others wait."""
         if self.ranks.main:
-            from analysis.diagnose import diagnose                  # nothing else needs matplotlib and scikit-learn
+            from analysis.diagnose import diagnose  # nothing else needs matplotlib and scikit-learn
+
             config, encoder = self.config, self.encoders[0] if self.encoders else None
             data = PreparedImages(config.data, latents=self.autoencoder.fingerprint if self.latent else "")
             decay, model = next(iter(self.ema.models.items()))
-            diagnose(model, data, self.autoencoder, encoder, self.folder / "diagnosis" / f"{self.step:07d}",
-                     num_images=config.diagnose_images, path=config.path,
-                     provenance={"average": str(decay), "step": self.step, **environment(self.ranks)})
+            diagnose(
+                model,
+                data,
+                self.autoencoder,
+                encoder,
+                self.folder / "diagnosis" / f"{self.step:07d}",
+                num_images=config.diagnose_images,
+                path=config.path,
+                provenance={"average": str(decay), "step": self.step, **environment(self.ranks)},
+            )
         self.diagnosis_due = False
         self.ranks.barrier()
 
@@ -437,13 +551,15 @@ class Trainer:
         alignment = config.alignment
         if 0 < self.aligned_steps < config.max_steps:
             alignment += f" for {self.aligned_steps} steps"
-        encoders = ", ".join(f"{encoder.name} ({encoder.grid[0]} x {encoder.grid[1]} tokens)"
-                             for encoder in self.encoders)
+        encoders = ", ".join(
+            f"{encoder.name} ({encoder.grid[0]} x {encoder.grid[1]} tokens)" for encoder in self.encoders
+        )
         frozen = [*self.encoders, *{self.autoencoder, self.decoder}]
-        weights = sum(p.numel() for network in frozen if isinstance(network, torch.nn.Module)
-                      for p in network.parameters())
+        weights = sum(
+            p.numel() for network in frozen if isinstance(network, torch.nn.Module) for p in network.parameters()
+        )
         averages = len(config.ema_decays)
-        two, four = self.kept_for(2), self.kept_for(4)             # the difference leaves out what a batch shares
+        two, four = self.kept_for(2), self.kept_for(4)  # the difference leaves out what a batch shares
         memory = 4 * (weights + total * (4 + averages)) + two + (self.micro - 2) * (four - two) / 2
         self.say(
             f"run        {config.run_folder()}, {config.max_steps} steps\n"
@@ -460,7 +576,8 @@ class Trainer:
             f"{len(self.data) / config.batch_size:.4g} steps in an epoch\n"
             f"memory     about {memory / 2**30:.3g} GiB in each process, before the allocator's own losses\n"
             f"disk       {4 * total * (3 + averages) / 2**30:.3g} GiB for a checkpoint\n"
-            f"device     {self.device}, {'bf16 autocast' if self.bf16 else 'fp32'}, torch {torch.__version__}")
+            f"device     {self.device}, {'bf16 autocast' if self.bf16 else 'fp32'}, torch {torch.__version__}"
+        )
 
     def kept_for(self, count):
         """Bytes that a step keeps for its backward pass when it takes so many images at a time."""
@@ -534,7 +651,7 @@ def on_device(batches, device):
             ready, copy_done = waiting.pop(0)
             torch.cuda.current_stream().wait_event(copy_done)
             for value in ready.values():
-                value.record_stream(torch.cuda.current_stream())           # it was allocated on the other one
+                value.record_stream(torch.cuda.current_stream())  # it was allocated on the other one
             yield ready
 
 
@@ -555,12 +672,16 @@ def leave_signals_to_the_trainer(worker):
 def latent_size(config, resolution, autoencoder, decoder):
     """Side of what the model sees. Raises ValueError where images, autoencoder and decoder do not fit together."""
     if resolution % autoencoder.downsampling:
-        raise ValueError(f"data = {config.data!r}: images of {resolution} pixels are not a multiple of the "
-                         f"{autoencoder.downsampling} that one latent of {config.autoencoder!r} stands for")
+        raise ValueError(
+            f"data = {config.data!r}: images of {resolution} pixels are not a multiple of the "
+            f"{autoencoder.downsampling} that one latent of {config.autoencoder!r} stands for"
+        )
     if (decoder.channels, decoder.downsampling) != (autoencoder.channels, autoencoder.downsampling):
-        raise ValueError(f"decoder = {config.decoder!r} takes {decoder.channels} channels and enlarges "
-                         f"{decoder.downsampling} times, autoencoder = {config.autoencoder!r} gives "
-                         f"{autoencoder.channels} and {autoencoder.downsampling}")
+        raise ValueError(
+            f"decoder = {config.decoder!r} takes {decoder.channels} channels and enlarges "
+            f"{decoder.downsampling} times, autoencoder = {config.autoencoder!r} gives "
+            f"{autoencoder.channels} and {autoencoder.downsampling}"
+        )
     return resolution // autoencoder.downsampling
 
 
@@ -579,8 +700,10 @@ def split_batch(config, world):
     share = config.batch_size // world
     micro = min(share, config.micro_batch_size or share)
     if share < 1 or share * world != config.batch_size or share % micro:
-        raise ValueError(f"batch_size = {config.batch_size} cannot be shared evenly among {world} processes "
-                         f"in parts of micro_batch_size = {micro}")
+        raise ValueError(
+            f"batch_size = {config.batch_size} cannot be shared evenly among {world} processes "
+            f"in parts of micro_batch_size = {micro}"
+        )
     return share, micro
 
 

@@ -20,12 +20,26 @@ import yaml
 from config import Config, idle, plain
 
 # Settings that tell one run of an arm from another, or say nothing about how it learns.
-NOT_THE_ARM = {"seed", "out", "max_steps", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
-               "log_every", "micro_batch_size", "dry_run", "checkpoint_activations", "eval_metric",
-               "inception", "diagnose_every", "diagnose_images"}
+NOT_THE_ARM = {
+    "seed",
+    "out",
+    "max_steps",
+    "num_workers",
+    "checkpoint_every",
+    "snapshot_every",
+    "tensorboard",
+    "log_every",
+    "micro_batch_size",
+    "dry_run",
+    "checkpoint_activations",
+    "eval_metric",
+    "inception",
+    "diagnose_every",
+    "diagnose_images",
+}
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
-NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}     # of routings; others by their own
-TARGETS_AT = (0.25, 0.5, 0.75, 1.0)      # default targets: what the reference has reached at these shares of its run
+NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}  # of routings; others by their own
+TARGETS_AT = (0.25, 0.5, 0.75, 1.0)  # default targets: what the reference has reached at these shares of its run
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class Options:
 @dataclass(frozen=True)
 class Run:
     """One metric of one run: `x[axis]` and `y`, both (points), in the order of training; where each start ran."""
+
     folder: str
     config: dict
     x: dict
@@ -68,7 +83,7 @@ def main(argv=None):
         table = markdown(result)
         out = Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        plot(arms, options, out.with_name(out.name + ".png"))        # first, as it may find that runs do not compare
+        plot(arms, options, out.with_name(out.name + ".png"))  # first, as it may find that runs do not compare
         out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
         out.with_name(out.name + ".md").write_text(table)
     except (ValueError, OSError) as error:
@@ -83,7 +98,7 @@ def read_run(folder, metric):
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise ValueError(f"{str(folder)!r} is not a run folder: it has no metrics.jsonl and config.yaml")
     text = (folder / "metrics.jsonl").read_text()
-    records = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]     # a running log may end midway
+    records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a running log may end midway
     points = [record for record in records if isinstance(record.get(metric), (int, float))]
     if not points:
         known = sorted({key for record in records for key in record} - set(AXES))
@@ -92,11 +107,14 @@ def read_run(folder, metric):
     environment = folder / "environment.jsonl"
     # An option that is younger than the run had, in effect, its default.
     config = {**plain(asdict(Config())), **yaml.safe_load((folder / "config.yaml").read_text())}
-    return Run(str(folder), config,
-               {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
-               np.array([point[metric] for point in points], dtype=float),
-               float(np.median(rates)) if rates else None,
-               [json.loads(line) for line in environment.read_text().splitlines()] if environment.is_file() else [])
+    return Run(
+        str(folder),
+        config,
+        {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
+        np.array([point[metric] for point in points], dtype=float),
+        float(np.median(rates)) if rates else None,
+        [json.loads(line) for line in environment.read_text().splitlines()] if environment.is_file() else [],
+    )
 
 
 def group(runs):
@@ -121,7 +139,7 @@ def label(config, varied):
     name = NAMES.get(routing, routing)
     if config.get("alignment") == "repa":
         name += " + REPA"
-    unsaid = {"routing", "alignment"} | idle(config)            # the name has the two, and nothing reads the others
+    unsaid = {"routing", "alignment"} | idle(config)  # the name has the two, and nothing reads the others
     extra = [f"{key}={shown(config.get(key))}" for key in varied if key not in unsaid]
     return ", ".join([name, *extra])
 
@@ -137,7 +155,7 @@ def time_to_target(x, y, target, goal="min"):
     x, y: (points). Returns x[0] if the curve starts at or beyond the target, so that the true place may be earlier
     (see `starts_beyond`), and None if it never gets there.
     """
-    gap = (y - target) * (1 if goal == "min" else -1)         # above 0 until the target is reached
+    gap = (y - target) * (1 if goal == "min" else -1)  # above 0 until the target is reached
     reached = np.flatnonzero(gap <= 0)
     if len(reached) == 0:
         return None
@@ -161,8 +179,8 @@ def speedup(reference, other, target, axis, goal="min"):
     """
     a = time_to_target(reference.x[axis], reference.y, target, goal)
     b = time_to_target(other.x[axis], other.y, target, goal)
-    above = a is None or starts_beyond(other.y, target, goal)             # the true ratio is larger
-    below = b is None or starts_beyond(reference.y, target, goal)         # the true ratio is smaller
+    above = a is None or starts_beyond(other.y, target, goal)  # the true ratio is larger
+    below = b is None or starts_beyond(reference.y, target, goal)  # the true ratio is smaller
     if above and below:
         return None, ""
     a = float(reference.x[axis][-1]) if a is None else a
@@ -184,27 +202,45 @@ def compare(arms, options):
             for axis in ("step", "seconds"):
                 times = {seed: time_to_target(run.x[axis], run.y, target, options.goal) for seed, run in runs.items()}
                 row[axis] = {"per_seed": times, "mean": mean(list(times.values()))}
-                pairs = {seed: speedup(arms[reference][seed], run, target, axis, options.goal)
-                         for seed, run in runs.items() if seed in arms[reference]}
-                row[f"{axis}_speedup"] = {"per_seed": {seed: {"ratio": ratio, "bound": bound}
-                                                       for seed, (ratio, bound) in pairs.items()}}
+                pairs = {
+                    seed: speedup(arms[reference][seed], run, target, axis, options.goal)
+                    for seed, run in runs.items()
+                    if seed in arms[reference]
+                }
+                row[f"{axis}_speedup"] = {
+                    "per_seed": {seed: {"ratio": ratio, "bound": bound} for seed, (ratio, bound) in pairs.items()}
+                }
             rows.append(row)
-    summary = {name: {"seeds": sorted(runs), "last": float(np.mean([run.y[-1] for run in runs.values()])),
-                      "best": float(np.mean([best(run.y) for run in runs.values()])),
-                      "samples_per_second": mean([run.samples_per_second for run in runs.values()]),
-                      "last_step": max(int(run.x["step"][-1]) for run in runs.values()),
-                      "folders": [run.folder for run in runs.values()],
-                      "encoder": sorted({shown(run.config.get("encoder", "")) for run in runs.values()})}
-               for name, runs in arms.items()}
-    return {"metric": options.metric, "goal": options.goal, "reference": reference, "arms": summary,
-            "targets": rows, "environments": machines(run for runs in arms.values() for run in runs.values())}
+    summary = {
+        name: {
+            "seeds": sorted(runs),
+            "last": float(np.mean([run.y[-1] for run in runs.values()])),
+            "best": float(np.mean([best(run.y) for run in runs.values()])),
+            "samples_per_second": mean([run.samples_per_second for run in runs.values()]),
+            "last_step": max(int(run.x["step"][-1]) for run in runs.values()),
+            "folders": [run.folder for run in runs.values()],
+            "encoder": sorted({shown(run.config.get("encoder", "")) for run in runs.values()}),
+        }
+        for name, runs in arms.items()
+    }
+    return {
+        "metric": options.metric,
+        "goal": options.goal,
+        "reference": reference,
+        "arms": summary,
+        "targets": rows,
+        "environments": machines(run for runs in arms.values() for run in runs.values()),
+    }
 
 
 def machines(runs):
     """The different environments in which the runs were started, as dicts."""
     of_one_start = {"command", "from_step"}
-    found = {json.dumps({key: value for key, value in start.items() if key not in of_one_start}, sort_keys=True)
-             for run in runs for start in run.environments}
+    found = {
+        json.dumps({key: value for key, value in start.items() if key not in of_one_start}, sort_keys=True)
+        for run in runs
+        for start in run.environments
+    }
     return [json.loads(machine) for machine in sorted(found)]
 
 
@@ -239,17 +275,26 @@ def markdown(result):
         seeds = ", ".join(map(str, arm["seeds"]))
         speed = "–" if arm["samples_per_second"] is None else f"{arm['samples_per_second']:.0f}"
         lines.append(f"| {name} | {seeds} | {arm['last']:.4g} | {arm['best']:.4g} | {arm['last_step']} | {speed} |")
-    lines += ["", f"Speedups over **{result['reference']}** (above 1: sooner; mean [lowest, highest] over seeds; "
-              "< and >: a bound for each seed, where an arm never gets there, or got there before its first point):", "",
-              f"| `{metric}` reaches | arm | steps | speedup | seconds | speedup in time |",
-              "| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        "",
+        f"Speedups over **{result['reference']}** (above 1: sooner; mean [lowest, highest] over seeds; "
+        "< and >: a bound for each seed, where an arm never gets there, or got there before its first point):",
+        "",
+        f"| `{metric}` reaches | arm | steps | speedup | seconds | speedup in time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in result["targets"]:
         cells = [f"{row['target']:.4g}", row["arm"]]
         for axis in ("step", "seconds"):
             missed = sum(time is None for time in row[axis]["per_seed"].values())
             mean_time = row[axis]["mean"]
-            cells.append(f"not reached by {missed} of {len(row[axis]['per_seed'])}" if missed else
-                         f"{mean_time:.0f}" if mean_time >= 10 else f"{mean_time:.1f}")
+            cells.append(
+                f"not reached by {missed} of {len(row[axis]['per_seed'])}"
+                if missed
+                else f"{mean_time:.0f}"
+                if mean_time >= 10
+                else f"{mean_time:.1f}"
+            )
             cells.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
         lines.append("| " + " | ".join(cells) + " |")
     encoders = sorted({encoder for arm in result["arms"].values() for encoder in arm["encoder"]})
@@ -268,29 +313,32 @@ def ratio_text(cell):
     if bounds == {""} and len(known) == len(cell["per_seed"]):
         spread = f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(ratios) > 1 else ""
         return f"{np.mean(ratios):.2f}{spread}"
-    return "; ".join(f"{bound}{ratio:.2f}" for ratio, bound in known)       # a mean over bounds would mean nothing
+    return "; ".join(f"{bound}{ratio:.2f}" for ratio, bound in known)  # a mean over bounds would mean nothing
 
 
 def plot(arms, options, path):
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
-    figure, panels = plt.subplots(1, len(options.x), figsize=(5.2 * len(options.x) + 2.2, 3.8), squeeze=False,
-                                  sharey=True, layout="constrained")
+
+    figure, panels = plt.subplots(
+        1, len(options.x), figsize=(5.2 * len(options.x) + 2.2, 3.8), squeeze=False, sharey=True, layout="constrained"
+    )
     for panel, axis in zip(panels[0], options.x):
-        if len(arms) > 10:                          # where the usual colours begin again
+        if len(arms) > 10:  # where the usual colours begin again
             panel.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for name, runs in arms.items():
             x, y = common_steps(list(runs.values()), axis)
             title = f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name
-            line, = panel.plot(x, y.mean(0), marker="o", markersize=3, label=title)
+            (line,) = panel.plot(x, y.mean(0), marker="o", markersize=3, label=title)
             if len(runs) > 1:
                 panel.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         values = np.concatenate([run.y for runs in arms.values() for run in runs.values()])
         if values.min() > 0 and values.max() > 10 * values.min():
             panel.set_yscale("log")
-            panel.yaxis.set_major_formatter(LogFormatter())             # 40 rather than 4 x 10^1
+            panel.yaxis.set_major_formatter(LogFormatter())  # 40 rather than 4 x 10^1
             panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         panel.set_xlabel(AXES[axis])
         panel.grid(alpha=0.3)

@@ -48,9 +48,9 @@ from runtime import EVALUATION, Ranks, derive_seed, environment
 
 FIGURES = ("states", "routing", "time", "alignment")
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-NEIGHBOURS = 10                         # k of CKNNA, as in REPA
-FEWEST = 20                             # images for a probe, and for k neighbours
-CURVES = 6                              # sources drawn against t, those with the largest weights
+NEIGHBOURS = 10  # k of CKNNA, as in REPA
+FEWEST = 20  # images for a probe, and for k neighbours
+CURVES = 6  # sources drawn against t, those with the largest weights
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def main(argv=None):
 def diagnose_checkpoint(options, ranks):
     check(options.figures, options.times, options.num_images, options.batch_size, options.seed)
     model, run = load_trained(options.checkpoint, options.average, options.model, route_backend="torch")
-    run = run and {**asdict(Config()), **run}       # an option younger than the run had, in effect, its default
+    run = run and {**asdict(Config()), **run}  # an option younger than the run had, in effect, its default
 
     def setting(name, otherwise=None):
         value = getattr(options, name) or run.get(name, otherwise)
@@ -112,15 +112,43 @@ def diagnose_checkpoint(options, ranks):
         # Weights of the run's encoder are not those of another one.
         weights = options.encoder_weights or next(iter(() if options.encoder else run.get("encoder_weights", ())), "")
         encoder = FrozenEncoder(setting("encoder"), model.input_size // model.patch_size, weights).to(ranks.device)
-    provenance = {"checkpoint": options.checkpoint, "average": run.get("average"), "step": run.get("step"),
-                  **environment(ranks)}
-    done = diagnose(model.to(ranks.device), data, autoencoder, encoder, options.out, options.figures, options.times,
-                    options.num_images, options.batch_size, options.seed, setting("path", "linear"), provenance)
+    provenance = {
+        "checkpoint": options.checkpoint,
+        "average": run.get("average"),
+        "step": run.get("step"),
+        **environment(ranks),
+    }
+    done = diagnose(
+        model.to(ranks.device),
+        data,
+        autoencoder,
+        encoder,
+        options.out,
+        options.figures,
+        options.times,
+        options.num_images,
+        options.batch_size,
+        options.seed,
+        setting("path", "linear"),
+        provenance,
+    )
     print("written: " + ", ".join(f"{Path(options.out) / name}.png, .json" for name in done))
 
 
-def diagnose(model, data, autoencoder, encoder, out, figures=(), times=TIMES, num_images=1024, batch_size=16,
-             seed=0, path="linear", provenance=None):
+def diagnose(
+    model,
+    data,
+    autoencoder,
+    encoder,
+    out,
+    figures=(),
+    times=TIMES,
+    num_images=1024,
+    batch_size=16,
+    seed=0,
+    path="linear",
+    provenance=None,
+):
     """Write NAME.png and NAME.json for each figure into the folder `out`. Leaves the model as it was found.
 
     model: SiT, also one in training. data: PreparedImages with images, and with latents if the autoencoder makes any.
@@ -130,26 +158,47 @@ def diagnose(model, data, autoencoder, encoder, out, figures=(), times=TIMES, nu
     Returns {name: data of the figure}. Raises ValueError on values out of range and on data that do not fit the model.
     """
     check(figures, times, num_images, batch_size, seed)
-    figures = figures or [name for name in FIGURES if not (
-        name == "alignment" and (encoder is None or data.num_classes < 2) or
-        name == "routing" and model.routing == "unet")]
+    figures = figures or [
+        name
+        for name in FIGURES
+        if not (
+            name == "alignment"
+            and (encoder is None or data.num_classes < 2)
+            or name == "routing"
+            and model.routing == "unet"
+        )
+    ]
     if "alignment" in figures and encoder is None:
         raise ValueError("figure 'alignment' needs an encoder")
     if "routing" in figures and model.routing == "unet":
-        raise ValueError("figure 'routing': with long skips no state is a weighted sum of outputs; choose from " +
-                         ", ".join(name for name in FIGURES if name != "routing"))
+        raise ValueError(
+            "figure 'routing': with long skips no state is a weighted sum of outputs; choose from "
+            + ", ".join(name for name in FIGURES if name != "routing")
+        )
     sample = Sample(model, data, autoencoder, num_images, batch_size, seed, path)
     for name in figures:
         if name in ("time", "alignment") and len(sample.x) < FEWEST:
             raise ValueError(f"num_images: figure {name!r} needs at least {FEWEST} images, not {len(sample.x)}")
-    settings = {"num_images": len(sample.x), "batch_size": batch_size, "seed": seed, "path": path,
-                "data": str(data.folder), "content of data": data.content, "autoencoder": autoencoder.name,
-                "encoder": encoder and encoder.name, "routing": model.routing}
+    settings = {
+        "num_images": len(sample.x),
+        "batch_size": batch_size,
+        "seed": seed,
+        "path": path,
+        "data": str(data.folder),
+        "content of data": data.content,
+        "autoencoder": autoencoder.name,
+        "encoder": encoder and encoder.name,
+        "routing": model.routing,
+    }
     Path(out).mkdir(parents=True, exist_ok=True)
     results = {}
     for name in figures:
-        compute, plot = {"states": (states, plot_states), "routing": (routing, plot_routing),
-                         "time": (time, plot_time), "alignment": (alignment, plot_alignment)}[name]
+        compute, plot = {
+            "states": (states, plot_states),
+            "routing": (routing, plot_routing),
+            "time": (time, plot_time),
+            "alignment": (alignment, plot_alignment),
+        }[name]
         with observed(model, weights=name == "routing") as look:
             results[name] = finite(compute(look, model, sample, times, encoder))
         content = {"figure": name, "settings": settings, **(provenance or {}), "data": results[name]}
@@ -173,6 +222,7 @@ def check(figures, times, num_images, batch_size, seed):
 
 # ---- looking ----
 
+
 class Sample:
     """The images of all figures, with their noise. Both follow from the seed alone, whatever the batches.
 
@@ -183,8 +233,10 @@ class Sample:
         of_data = (autoencoder.channels, data.resolution / autoencoder.downsampling, data.num_classes)
         of_model = (model.in_channels, model.input_size, model.num_classes)
         if of_data != of_model:
-            raise ValueError(f"{data.folder} with autoencoder {autoencoder.name!r} has %g channels of size %g and %g "
-                             "classes, " % of_data + "the model %g of size %g and %g" % of_model)
+            raise ValueError(
+                f"{data.folder} with autoencoder {autoencoder.name!r} has %g channels of size %g and %g "
+                "classes, " % of_data + "the model %g of size %g and %g" % of_model
+            )
         rng = np.random.default_rng([seed, EVALUATION])
         self.items = rng.permutation(len(data))[:num_images]
         self.times = torch.from_numpy(rng.random(len(self.items)))
@@ -193,15 +245,21 @@ class Sample:
         x, noise = [], []
         for items in self._split(self.items):
             batch = data.__getitems__(items)
-            draw = IndexedNoise([derive_seed(seed, EVALUATION, int(item)) for item in items],
-                                (model.in_channels, model.input_size, model.input_size), "cpu")
+            draw = IndexedNoise(
+                [derive_seed(seed, EVALUATION, int(item)) for item in items],
+                (model.in_channels, model.input_size, model.input_size),
+                "cpu",
+            )
             noise.append(draw())
-            x.append(autoencoder.sample(batch["moments"], draw()) if "moments" in batch
-                     else autoencoder.encode(batch["images"]))
+            x.append(
+                autoencoder.sample(batch["moments"], draw())
+                if "moments" in batch
+                else autoencoder.encode(batch["images"])
+            )
         self.x, self.noise = torch.cat(x), torch.cat(noise)
 
     def _split(self, values):
-        return [values[i:i + self.batch_size] for i in range(0, len(values), self.batch_size)]
+        return [values[i : i + self.batch_size] for i in range(0, len(values), self.batch_size)]
 
     def batches(self, t, null_label=False):
         """(x_t, t, target, y) of all images in their order, on the model's device; t: one number, or (N)."""
@@ -242,7 +300,7 @@ def observed(model, weights=False):
 
         def read(self, shift, scale):
             state = self.h
-            self.h = state.view_as(state)                       # a node of the graph that only this read uses
+            self.h = state.view_as(state)  # a node of the graph that only this read uses
             x, read = super().read(shift, scale)
             self.h = state
             trace.states.append(state)
@@ -262,7 +320,7 @@ def observed(model, weights=False):
     class Routed(sit.RoutedStream):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            trace.outputs = self.v                              # which it goes on to fill
+            trace.outputs = self.v  # which it goes on to fill
 
         def read(self, shift, scale):
             if weights:
@@ -276,7 +334,7 @@ def observed(model, weights=False):
         nonlocal trace
         trace = SimpleNamespace(states=[], reads=[], outputs=[], weights=[])
         with torch.autocast(x_t.device.type, enabled=False):
-            trace.velocity, _ = model.forward(x_t, t, y)        # not model(), which may be compiled with other streams
+            trace.velocity, _ = model.forward(x_t, t, y)  # not model(), which may be compiled with other streams
         return trace
 
     modes = {module: module.training for module in model.modules()}
@@ -302,12 +360,13 @@ def observed(model, weights=False):
 def loss_gradients(look, x_t, t, target, y, of):
     """A forward pass, and the gradients of each image's own loss, its mean square error, with respect to trace.`of`."""
     with torch.enable_grad():
-        trace = look(x_t.requires_grad_(), t, y)                # the parameters are frozen: the graph begins at x_t
+        trace = look(x_t.requires_grad_(), t, y)  # the parameters are frozen: the graph begins at x_t
         losses = (trace.velocity - target).square().mean((1, 2, 3))
         return trace, torch.autograd.grad(losses.sum(), getattr(trace, of))
 
 
 # ---- (a) states ----
+
 
 def states(look, model, sample, times, encoder=None):
     """After every block k = 0 .. depth (0: the embedded input), and at every time:
@@ -323,8 +382,11 @@ def states(look, model, sample, times, encoder=None):
         for x_t, t, target, y in sample.batches(t):
             trace, gradients = loss_gradients(look, x_t, t, target, y, "states")
             blocks = [h.detach().double() for h in trace.states[::2]]
-            values = ([h.square().mean() for h in blocks], [g.double().square().mean() for g in gradients[::2]],
-                      [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(blocks, blocks[1:])])
+            values = (
+                [h.square().mean() for h in blocks],
+                [g.double().square().mean() for g in gradients[::2]],
+                [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(blocks, blocks[1:])],
+            )
             sums = sums + len(x_t) / len(sample.x) * torch.stack([value for part in values for value in part]).cpu()
         rms, gradient, cosine = sums.split([len(part) for part in values])
         for name, row in (("rms", rms.sqrt()), ("gradient_rms", gradient.sqrt()), ("cosine", cosine)):
@@ -333,6 +395,7 @@ def states(look, model, sample, times, encoder=None):
 
 
 # ---- (b) routing ----
+
 
 def routing(look, model, sample, times, encoder=None):
     """By time and by reader l = 1 .. L+1, the last of which is the head; `sources` lists the i of each reader:
@@ -348,14 +411,20 @@ def routing(look, model, sample, times, encoder=None):
     entropy:       in nats, and entropy_share: of log n, None for a single source. largest: the largest weight.
                    With a router of each token's own softmax, mean over images and tokens; else of the weights above.
     """
-    data = {"sources": [list(read) for read in model.router.plan] if model.router else
-            [list(range(reader)) for reader in range(1, 2 * len(model.blocks) + 2)], "times": list(times)}
+    data = {
+        "sources": [list(read) for read in model.router.plan]
+        if model.router
+        else [list(range(reader)) for reader in range(1, 2 * len(model.blocks) + 2)],
+        "times": list(times),
+    }
     of_time = routing_weights if model.router else importance
     for t in times:
         for name, row in of_time(look, sample, t).items():
             data.setdefault(name, []).append(row)
-    data["entropy_share"] = [[entropy / math.log(len(read)) if len(read) > 1 else None
-                              for entropy, read in zip(row, data["sources"])] for row in data["entropy"]]
+    data["entropy_share"] = [
+        [entropy / math.log(len(read)) if len(read) > 1 else None for entropy, read in zip(row, data["sources"])]
+        for row in data["entropy"]
+    ]
     return data
 
 
@@ -369,11 +438,16 @@ def routing_weights(look, sample, t):
     sums = None
     for x_t, t, _, y in sample.batches(t):
         share = len(x_t) / len(sample.x)
-        rows = [share * torch.cat([alpha.mean((1, 2)), torch.stack(entropy_and_largest(alpha))]).double().cpu()
-                for alpha in look(x_t, t, y).weights]
+        rows = [
+            share * torch.cat([alpha.mean((1, 2)), torch.stack(entropy_and_largest(alpha))]).double().cpu()
+            for alpha in look(x_t, t, y).weights
+        ]
         sums = rows if sums is None else [a + b for a, b in zip(sums, rows)]
-    return {"weights": [row[:-2].tolist() for row in sums], "entropy": [row[-2].item() for row in sums],
-            "largest": [row[-1].item() for row in sums]}
+    return {
+        "weights": [row[:-2].tolist() for row in sums],
+        "entropy": [row[-2].item() for row in sums],
+        "largest": [row[-1].item() for row in sums],
+    }
 
 
 def importance(look, sample, t):
@@ -381,23 +455,32 @@ def importance(look, sample, t):
     for x_t, t, target, y in sample.batches(t):
         trace, gradients = loss_gradients(look, x_t, t, target, y, "reads")
         outputs = [v.detach() for v in trace.outputs]
-        rows = [torch.stack([(gradient * v).sum((1, 2)).abs().sum() for v in outputs[:reader]]).double().cpu()
-                for reader, gradient in enumerate(gradients, start=1)]
+        rows = [
+            torch.stack([(gradient * v).sum((1, 2)).abs().sum() for v in outputs[:reader]]).double().cpu()
+            for reader, gradient in enumerate(gradients, start=1)
+        ]
         sums = rows if sums is None else [a + b for a, b in zip(sums, rows)]
     means = [row / len(sample.x) for row in sums]
     weights = [row / row.sum() for row in means]
     entropy, largest = zip(*(entropy_and_largest(row) for row in weights))
-    return {"importance": [row.tolist() for row in means], "weights": [row.tolist() for row in weights],
-            "entropy": [value.item() for value in entropy], "largest": [value.item() for value in largest]}
+    return {
+        "importance": [row.tolist() for row in means],
+        "weights": [row.tolist() for row in weights],
+        "entropy": [value.item() for value in entropy],
+        "largest": [value.item() for value in largest],
+    }
 
 
 # ---- (c), (d) probes ----
 
+
 @torch.no_grad()
 def pooled_states(look, sample, t):
     """Mean over tokens of h_1 .. h_{L+1} under the null label, (L+1, N, D); t: one number, or (N)."""
-    parts = [torch.stack([h.mean(1) for h in look(x_t, t, y).states]).cpu()
-             for x_t, t, _, y in sample.batches(t, null_label=True)]
+    parts = [
+        torch.stack([h.mean(1) for h in look(x_t, t, y).states]).cpu()
+        for x_t, t, _, y in sample.batches(t, null_label=True)
+    ]
     return torch.cat(parts, dim=1).double().numpy()
 
 
@@ -415,23 +498,33 @@ def held_out_score(probe, features, targets):
 def time(look, model, sample, times=None, encoder=None):
     """R^2 of a ridge regression from pooled h_l to t, every image at its own; the penalty by cross-validation."""
     t = sample.times.numpy()
-    return {"readers": list(range(1, 2 * len(model.blocks) + 2)),
-            "r2": [held_out_score(RidgeCV(np.logspace(-3, 5, 9)), features, t)
-                   for features in pooled_states(look, sample, sample.times)]}
+    return {
+        "readers": list(range(1, 2 * len(model.blocks) + 2)),
+        "r2": [
+            held_out_score(RidgeCV(np.logspace(-3, 5, 9)), features, t)
+            for features in pooled_states(look, sample, sample.times)
+        ],
+    }
 
 
 def alignment(look, model, sample, times, encoder):
     """By time and by block 0 .. depth: CKNNA of pooled states with pooled encoder tokens, and the accuracy of a
     logistic regression from pooled states to labels; encoder_accuracy is that of the encoder's own tokens."""
     labels, target = sample.labels.numpy(), sample.encoded(encoder)
-    if len(set(labels[:len(labels) * 3 // 4])) < 2:
+    if len(set(labels[: len(labels) * 3 // 4])) < 2:
         raise ValueError("figure 'alignment' needs images of two classes for its probe, there is one")
 
     def accuracy(features):
         return held_out_score(LogisticRegression(max_iter=500), features, labels)
 
-    data = {"times": list(times), "blocks": list(range(len(model.blocks) + 1)), "cknna": [], "accuracy": [],
-            "neighbours": NEIGHBOURS, "encoder_accuracy": accuracy(target)}
+    data = {
+        "times": list(times),
+        "blocks": list(range(len(model.blocks) + 1)),
+        "cknna": [],
+        "accuracy": [],
+        "neighbours": NEIGHBOURS,
+        "encoder_accuracy": accuracy(target),
+    }
     for t in times:
         pooled = pooled_states(look, sample, t)[::2]
         data["cknna"].append([cknna(features, target) for features in pooled])
@@ -455,7 +548,7 @@ def cknna(a, b, k=NEIGHBOURS):
     for features in (a, b):
         unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         kernel = unit @ unit.T
-        np.fill_diagonal(kernel, -np.inf)                        # none is its own neighbour
+        np.fill_diagonal(kernel, -np.inf)  # none is its own neighbour
         mask = np.zeros(kernel.shape, dtype=bool)
         np.put_along_axis(mask, np.argpartition(-kernel, k - 1, axis=1)[:, :k], True, axis=1)
         np.fill_diagonal(kernel, 0)
@@ -463,10 +556,13 @@ def cknna(a, b, k=NEIGHBOURS):
         near.append(mask)
 
     def similarity(i, j):
-        mask = near[i] & near[j]                                 # (N, N); not symmetric, as neighbourhood is not
+        mask = near[i] & near[j]  # (N, N); not symmetric, as neighbourhood is not
         left, right = kernels[i] * mask, kernels[j] * mask
-        return ((left * right.T).sum() + left.sum() * right.sum() / ((count - 1) * (count - 2))
-                - 2 * left.sum(0) @ right.sum(1) / (count - 2)) / (count * (count - 3))
+        return (
+            (left * right.T).sum()
+            + left.sum() * right.sum() / ((count - 1) * (count - 2))
+            - 2 * left.sum(0) @ right.sum(1) / (count - 2)
+        ) / (count * (count - 3))
 
     own = similarity(0, 0), similarity(1, 1)
     return float(similarity(0, 1) / math.sqrt(own[0] * own[1])) if min(own) > 0 else math.nan
@@ -483,15 +579,18 @@ def finite(tree):
 
 # ---- plots ----
 
+
 def canvas(width, height):
     # Not by pyplot, which would touch the global state of whoever calls.
     from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def curves(panel, x, rows, times, title, xlabel):
     """One line for each time, dark (data) to light (noise); None leaves a gap."""
     from matplotlib import colormaps
+
     for t, row in zip(times, np.array(rows, dtype=float)):
         panel.plot(x, row, marker="o", markersize=2.5, color=colormaps["viridis"](0.9 * t), label=f"t = {t:g}")
     panel.set(title=title, xlabel=xlabel)
@@ -502,9 +601,12 @@ def curves(panel, x, rows, times, title, xlabel):
 def plot_states(data):
     figure = canvas(13, 4)
     panels = figure.subplots(1, 3)
-    for panel, name, title in zip(panels, ("rms", "gradient_rms", "cosine"),
-                                  ("RMS of the state", "RMS of the loss gradient", "cosine with the next state")):
-        curves(panel, data["blocks"][:len(data[name][0])], data[name], data["times"], title, "after block")
+    for panel, name, title in zip(
+        panels,
+        ("rms", "gradient_rms", "cosine"),
+        ("RMS of the state", "RMS of the loss gradient", "cosine with the next state"),
+    ):
+        curves(panel, data["blocks"][: len(data[name][0])], data[name], data["times"], title, "after block")
         if name != "cosine" and np.max(data[name]) > 0:
             panel.set_yscale("log")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
@@ -528,7 +630,7 @@ def plot_routing(data):
 
     panels = below.subplots(1, 5)
     for panel, reader in zip(panels, (count // 3, 2 * count // 3, count)):
-        weights = np.array([rows[reader - 1] for rows in data["weights"]], dtype=float)        # (times, n)
+        weights = np.array([rows[reader - 1] for rows in data["weights"]], dtype=float)  # (times, n)
         for i in np.sort(np.argsort(-weights.mean(0), kind="stable")[:CURVES]):
             panel.plot(times, weights[:, i], marker="o", markersize=2.5, label=f"v{data['sources'][reader - 1][i]}")
         panel.set(title=f"reader {reader}", xlabel="t", ylabel=name)

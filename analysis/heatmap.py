@@ -16,9 +16,9 @@ from models.dar import optimal_chunk_size
 from models.sit import SIT_MODELS, SIT_SIZES
 from runtime import command, replaced
 
-AXES = ("align_depth", "chunk_size")                # rows and columns
-REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8, "Plus": 8}          # for S and Plus as for B and XL, as in configs/
-ALPHAS = (0.6, 0.4)                                 # Prop. 1: the range of the paper; the first gives the smaller S*
+AXES = ("align_depth", "chunk_size")  # rows and columns
+REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8, "Plus": 8}  # for S and Plus as for B and XL, as in configs/
+ALPHAS = (0.6, 0.4)  # Prop. 1: the range of the paper; the first gives the smaller S*
 
 
 def write_result(cells, out, metric, goal="min", target=None):
@@ -53,18 +53,29 @@ def summarise(cells, metric, goal="min", target=None):
             run = runs[cell.name]
             steps = time_to_target(run.x["step"], run.y, target, goal)
             bound = ">" if steps is None else "<" if starts_beyond(run.y, target, goal) else ""
-            record |= {"last": float(run.y[-1]), "last_step": int(run.x["step"][-1]), "best": best[cell.name],
-                       "steps_to_target": float(run.x["step"][-1]) if steps is None else steps, "bound": bound,
-                       "samples_per_second": run.samples_per_second}
+            record |= {
+                "last": float(run.y[-1]),
+                "last_step": int(run.x["step"][-1]),
+                "best": best[cell.name],
+                "steps_to_target": float(run.x["step"][-1]) if steps is None else steps,
+                "bound": bound,
+                "samples_per_second": run.samples_per_second,
+            }
         records.append(record)
     maps = {}
     for cell, record in zip(cells, records):
         rest = {key: value for key, value in record["settings"].items() if key not in (*AXES, "seed")}
         maps.setdefault(json.dumps(rest), []).append((cell, record))
-    return {"metric": metric, "goal": goal, "target": target, "command": command(),
-            "cells": records, "maps": [heat_map(json.loads(rest), members) for rest, members in maps.items()],
-            "encoders": sorted({shown(cell.config.encoder) for cell in cells}),
-            "environments": machines(runs.values())}
+    return {
+        "metric": metric,
+        "goal": goal,
+        "target": target,
+        "command": command(),
+        "cells": records,
+        "maps": [heat_map(json.loads(rest), members) for rest, members in maps.items()],
+        "encoders": sorted({shown(cell.config.encoder) for cell in cells}),
+        "environments": machines(runs.values()),
+    }
 
 
 def curve(cell, metric):
@@ -80,21 +91,35 @@ def curve(cell, metric):
 def heat_map(rest, members):
     """Depths x chunk sizes of the cells, pairs (cell, record), that have the other settings `rest`."""
     config = members[0][0].config
-    depths, chunks = (sorted({record["settings"][key] if key == "chunk_size" else tuple(record["settings"][key])
-                              for _, record in members if key in record["settings"]}) for key in AXES)
+    depths, chunks = (
+        sorted(
+            {
+                record["settings"][key] if key == "chunk_size" else tuple(record["settings"][key])
+                for _, record in members
+                if key in record["settings"]
+            }
+        )
+        for key in AXES
+    )
     entries = {}
     for _, record in members:
         settings = record["settings"]
         place = tuple(settings.get("align_depth", ())), settings.get("chunk_size")
         entries.setdefault(place, {})[str(settings["seed"])] = record
     depths, chunks = depths or [()], chunks or [None]
-    return {"settings": rest, "model": config.model, "blocks": blocks(config),
-            "optimal_chunk_size": [optimal_chunk_size(2 * blocks(config), alpha) for alpha in ALPHAS],
-            "repa_depth": REPA_DEPTH[size_of(config.model)],
-            "align_depth": list(map(list, depths)), "chunk_size": chunks,
-            "metric": [[over_seeds(entries.get((depth, chunk), {}), "last") for chunk in chunks] for depth in depths],
-            "steps_to_target": [[over_seeds(entries.get((depth, chunk), {}), "steps_to_target") for chunk in chunks]
-                                for depth in depths]}
+    return {
+        "settings": rest,
+        "model": config.model,
+        "blocks": blocks(config),
+        "optimal_chunk_size": [optimal_chunk_size(2 * blocks(config), alpha) for alpha in ALPHAS],
+        "repa_depth": REPA_DEPTH[size_of(config.model)],
+        "align_depth": list(map(list, depths)),
+        "chunk_size": chunks,
+        "metric": [[over_seeds(entries.get((depth, chunk), {}), "last") for chunk in chunks] for depth in depths],
+        "steps_to_target": [
+            [over_seeds(entries.get((depth, chunk), {}), "steps_to_target") for chunk in chunks] for depth in depths
+        ],
+    }
 
 
 def over_seeds(records, key):
@@ -103,11 +128,17 @@ def over_seeds(records, key):
     values = [record[key] for record in there.values()]
     bounds = {seed: record["bound"] if key == "steps_to_target" else "" for seed, record in there.items()}
     exact = values and len(there) == len(records) and not any(bounds.values())
-    return {"mean": float(np.mean(values)) if exact else None,
-            "lowest": min(values) if exact else None, "highest": max(values) if exact else None,
-            "per_seed": {seed: {"value": record[key], "bound": bounds[seed]} for seed, record in there.items()},
-            "missing": {seed: f"{record['state']} {record['reason']}".strip()
-                        for seed, record in records.items() if seed not in there}}
+    return {
+        "mean": float(np.mean(values)) if exact else None,
+        "lowest": min(values) if exact else None,
+        "highest": max(values) if exact else None,
+        "per_seed": {seed: {"value": record[key], "bound": bounds[seed]} for seed, record in there.items()},
+        "missing": {
+            seed: f"{record['state']} {record['reason']}".strip()
+            for seed, record in records.items()
+            if seed not in there
+        },
+    }
 
 
 def entry_text(entry, spread=True):
@@ -132,11 +163,15 @@ def caption(grid):
     low, high = grid["optimal_chunk_size"]
     words = []
     if grid["chunk_size"] != [None]:
-        words.append(f"S* of Prop. 1 for {2 * grid['blocks']} sublayers is {low:.1f} at alpha = {ALPHAS[0]} and "
-                     f"{high:.1f} at alpha = {ALPHAS[1]}.")
+        words.append(
+            f"S* of Prop. 1 for {2 * grid['blocks']} sublayers is {low:.1f} at alpha = {ALPHAS[0]} and "
+            f"{high:.1f} at alpha = {ALPHAS[1]}."
+        )
     if grid["align_depth"] != [[]]:
-        words.append(f"REPA aligns {grid['model']}, of {SIT_SIZES[size_of(grid['model'])][0]} blocks, after block "
-                     f"{grid['repa_depth']}.")
+        words.append(
+            f"REPA aligns {grid['model']}, of {SIT_SIZES[size_of(grid['model'])][0]} blocks, after block "
+            f"{grid['repa_depth']}."
+        )
     return words
 
 
@@ -150,14 +185,23 @@ def markdown(result):
         lines += [f"## {title(grid['settings'])}", ""]
         for key, heading in parts.items():
             columns = [column_label(grid, chunk) for chunk in grid["chunk_size"]]
-            lines += [f"{heading}:", "", f"| aligned after block | {' | '.join(columns)} |",
-                      "| --- |" + " --- |" * len(columns)]
-            lines += [f"| {row_label(grid, depth)} | {' | '.join(map(entry_text, row))} |"
-                      for depth, row in zip(grid["align_depth"], grid[key])]
+            lines += [
+                f"{heading}:",
+                "",
+                f"| aligned after block | {' | '.join(columns)} |",
+                "| --- |" + " --- |" * len(columns),
+            ]
+            lines += [
+                f"| {row_label(grid, depth)} | {' | '.join(map(entry_text, row))} |"
+                for depth, row in zip(grid["align_depth"], grid[key])
+            ]
             lines.append("")
         lines += [" ".join(caption(grid)), ""] if caption(grid) else []
-    lines += ["Mean [lowest, highest] over seeds. < and >: a bound, where a run had passed the target before its first "
-              "evaluation, or never reached it; such places list their seeds and have no mean.", ""]
+    lines += [
+        "Mean [lowest, highest] over seeds. < and >: a bound, where a run had passed the target before its first "
+        "evaluation, or never reached it; such places list their seeds and have no mean.",
+        "",
+    ]
     missing = [cell for cell in result["cells"] if "last" not in cell]
     if missing:
         lines += ["Missing:", "", *(f"- {cell['name']}: {cell['state']} {cell['reason']}" for cell in missing), ""]
@@ -179,8 +223,10 @@ def column_label(grid, chunk):
 def draw(result, file):
     """One row of panels for each map: the metric, and the steps to the target where one of the runs is complete."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     maps, metric = result["maps"], result["metric"].replace("_", " ")
     parts = {"metric": f"last {metric}"}
     if result["target"] is not None:
@@ -188,13 +234,16 @@ def draw(result, file):
     heights = [1.9 + 0.5 * len(grid["align_depth"]) for grid in maps]
     height = sum(heights)
     width = max(2.6 + 0.9 * len(grid["chunk_size"]) for grid in maps)
-    figure, panels = plt.subplots(len(maps), len(parts), figsize=(width * len(parts), height), squeeze=False,
-                                  height_ratios=heights)
+    figure, panels = plt.subplots(
+        len(maps), len(parts), figsize=(width * len(parts), height), squeeze=False, height_ratios=heights
+    )
     for column, (key, heading) in zip(panels.T, parts.items()):
-        values = [np.array([[np.nan if entry["mean"] is None else entry["mean"] for entry in row] for row in grid[key]])
-                  for grid in maps]
+        values = [
+            np.array([[np.nan if entry["mean"] is None else entry["mean"] for entry in row] for row in grid[key]])
+            for grid in maps
+        ]
         known = np.concatenate([value[np.isfinite(value)] for value in values])
-        scale = dict(vmin=known.min(), vmax=known.max()) if len(known) else {}       # one for all maps
+        scale = dict(vmin=known.min(), vmax=known.max()) if len(known) else {}  # one for all maps
         # Dark is good: a low metric, unless it is to be high, and few steps.
         colours = "viridis" if key == "steps_to_target" or result["goal"] == "min" else "viridis_r"
         for panel, grid, value in zip(column, maps, values):
@@ -208,12 +257,20 @@ def draw(result, file):
 
 def draw_map(panel, grid, entries, values, colours, scale):
     """One heat map. values: (depths, chunk sizes), nan where there is no mean; those places show their text on grey."""
-    image = panel.imshow(np.ma.masked_invalid(values), cmap=colours.with_extremes(bad="0.85"), aspect="auto",
-                         origin="lower", **scale)
+    image = panel.imshow(
+        np.ma.masked_invalid(values), cmap=colours.with_extremes(bad="0.85"), aspect="auto", origin="lower", **scale
+    )
     for (row, column), value in np.ndenumerate(values):
         dark = np.isfinite(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
-        panel.text(column, row, entry_text(entries[row][column], spread=False).replace(", ", "\n"), ha="center",
-                   va="center", fontsize=7, color="white" if dark else "black")
+        panel.text(
+            column,
+            row,
+            entry_text(entries[row][column], spread=False).replace(", ", "\n"),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if dark else "black",
+        )
     chunks, (low, high) = grid["chunk_size"], grid["optimal_chunk_size"]
     panel.set_xticks(range(len(chunks)), ["none" if chunk is None else chunk for chunk in chunks])
     panel.set_yticks(range(len(values)), [row_label(grid, depth) for depth in grid["align_depth"]])
@@ -223,8 +280,14 @@ def draw_map(panel, grid, entries, values, colours, scale):
         # Where Prop. 1's range lies between the columns, which are even in log2 where sizes double.
         ends = np.interp(np.log2([low, high]), np.log2(chunks), range(len(chunks)))
         panel.axvspan(*ends, ymin=1.01, ymax=1.05, clip_on=False, color="tab:red")
-        panel.annotate(" S*", (ends[1], 1.01), xycoords=("data", "axes fraction"), fontsize=7, color="tab:red",
-                       annotation_clip=False)
+        panel.annotate(
+            " S*",
+            (ends[1], 1.01),
+            xycoords=("data", "axes fraction"),
+            fontsize=7,
+            color="tab:red",
+            annotation_clip=False,
+        )
     for row, depth in enumerate(grid["align_depth"]):
         if depth == [grid["repa_depth"]]:
             panel.axhspan(row - 0.48, row + 0.48, fill=False, edgecolor="tab:red", linestyle="--")

@@ -38,15 +38,22 @@ def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="python -m dataset.bench", description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        latents, features = ([path.parent.name for path in sorted((options.data / kind).glob("*/meta.json"))]
-                             for kind in ("latents", "features"))
+        latents, features = (
+            [path.parent.name for path in sorted((options.data / kind).glob("*/meta.json"))]
+            for kind in ("latents", "features")
+        )
         wanted = {"images": {}}
         for name in latents:
-            wanted |= {f"latents {name}": {"images": False, "latents": name}, f"latents {name} + images":
-                       {"latents": name}}
+            wanted |= {
+                f"latents {name}": {"images": False, "latents": name},
+                f"latents {name} + images": {"latents": name},
+            }
         for name in features:
             wanted[f"latents {latents[0]} + tokens {name}" if latents else f"images + tokens {name}"] = {
-                "images": not latents, "latents": latents[0] if latents else "", "features": [name]}
+                "images": not latents,
+                "latents": latents[0] if latents else "",
+                "features": [name],
+            }
         rates = {}
         for title, served in wanted.items():
             rates[title] = rate(PreparedImages(options.data, **served), options, device)
@@ -54,19 +61,30 @@ def main(argv=None):
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     if options.out:
-        record = {"images_per_second": rates, "options": {**asdict(options), "data": str(options.data)},
-                  "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}", "torch": torch.__version__}
+        record = {
+            "images_per_second": rates,
+            "options": {**asdict(options), "data": str(options.data)},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}",
+            "torch": torch.__version__,
+        }
         Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def rate(data, options, device):
     """Images per second over `steps` batches of random items."""
     if min(options.batch_size, options.steps) < 1 or options.num_workers < 0:
-        raise ValueError(f"batch_size = {options.batch_size} and steps = {options.steps} must be at least 1, "
-                         f"num_workers = {options.num_workers} at least 0")
+        raise ValueError(
+            f"batch_size = {options.batch_size} and steps = {options.steps} must be at least 1, "
+            f"num_workers = {options.num_workers} at least 0"
+        )
     sampler = ShuffledBatches(len(data), options.batch_size, seed=0, start=0, stop=options.steps + 2)
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=options.num_workers,
-                        pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=lambda batch: batch,
+        num_workers=options.num_workers,
+        pin_memory=device.type == "cuda",
+    )
     for step, batch in enumerate(loader):
         for value in batch.values():
             value.to(device, non_blocking=True)

@@ -7,6 +7,7 @@ from PIL import Image
 def load_digits():
     """Returns a list of 1797 RGB images (8 x 8) and their labels (1797,)."""
     from sklearn.datasets import load_digits as load
+
     bunch = load()
     grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     return [Image.fromarray(image).convert("RGB") for image in grey], bunch.target

@@ -41,8 +41,8 @@ from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import Ranks, replaced
 
-CHUNK = 256                                         # images in a file, and between two records of progress
-PROBE = 16                                          # images that are timed before the first is written
+CHUNK = 256  # images in a file, and between two records of progress
+PROBE = 16  # images that are timed before the first is written
 
 
 @dataclass(frozen=True)
@@ -99,33 +99,60 @@ def prepare(options, ranks):
     if options.batch_size < 1:
         raise ValueError(f"batch_size = {options.batch_size}: must be at least 1")
     if len(options.encoder_weights) not in (0, len(options.encoder)):
-        raise ValueError(f"encoder_weights = {options.encoder_weights}: give one for each of the "
-                         f"{len(options.encoder)} encoders, or none")
-    with ranks.one_first():                         # everything that may be downloaded, before the first image
+        raise ValueError(
+            f"encoder_weights = {options.encoder_weights}: give one for each of the "
+            f"{len(options.encoder)} encoders, or none"
+        )
+    with ranks.one_first():  # everything that may be downloaded, before the first image
         source = limited(open_source(options), options.limit)
         autoencoder = load_autoencoder(options.autoencoder)
         if resolution % autoencoder.downsampling:
-            raise ValueError(f"resolution = {resolution} is not a multiple of the {autoencoder.downsampling} pixels "
-                             f"that one latent of {options.autoencoder!r} stands for")
+            raise ValueError(
+                f"resolution = {resolution} is not a multiple of the {autoencoder.downsampling} pixels "
+                f"that one latent of {options.autoencoder!r} stands for"
+            )
         size = resolution // autoencoder.downsampling
         grid = size // 2 if options.token_grid is None else options.token_grid
         if grid < 1:
             raise ValueError(f"token_grid = {grid}: must be at least 1")
-        encoders = [FrozenEncoder(name, grid, *options.encoder_weights[i:i + 1]).to(ranks.device)
-                    for i, name in enumerate(options.encoder)]
+        encoders = [
+            FrozenEncoder(name, grid, *options.encoder_weights[i : i + 1]).to(ranks.device)
+            for i, name in enumerate(options.encoder)
+        ]
     folder = Path(options.out)
     stages = [Images(folder, source, options.source, resolution, ranks)]
     if options.autoencoder != "pixels":
         autoencoder.to(ranks.device)
-        stages.append(Rows(folder / "latents" / autoencoder.fingerprint, "moments.npy",
-                           (2 * autoencoder.channels, size, size), autoencoder.moments, stages[0], options,
-                           autoencoder.name, {"fingerprint": autoencoder.fingerprint}))
+        stages.append(
+            Rows(
+                folder / "latents" / autoencoder.fingerprint,
+                "moments.npy",
+                (2 * autoencoder.channels, size, size),
+                autoencoder.moments,
+                stages[0],
+                options,
+                autoencoder.name,
+                {"fingerprint": autoencoder.fingerprint},
+            )
+        )
     for encoder in encoders:
+
         def tokens(images, encoder=encoder):
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
                 return encoder(images)
-        stages.append(Rows(folder / "features" / encoder.fingerprint, "tokens.npy", (grid * grid, encoder.dim), tokens,
-                           stages[0], options, encoder.name, {"fingerprint": encoder.fingerprint, "grid": grid}))
+
+        stages.append(
+            Rows(
+                folder / "features" / encoder.fingerprint,
+                "tokens.npy",
+                (grid * grid, encoder.dim),
+                tokens,
+                stages[0],
+                options,
+                encoder.name,
+                {"fingerprint": encoder.fingerprint, "grid": grid},
+            )
+        )
     if ranks.main:
         for stage in stages:
             stage.check()
@@ -140,7 +167,7 @@ class Stage:
 
     def __init__(self, folder, count, settings, ranks):
         self.folder, self.count, self.settings, self.ranks = folder, count, settings, ranks
-        self.chunks = range(-(-count // CHUNK))     # rounded up
+        self.chunks = range(-(-count // CHUNK))  # rounded up
         self.finished = (folder / "meta.json").is_file()
 
     def check(self):
@@ -148,13 +175,19 @@ class Stage:
         settings = self.folder / "settings.json"
         if settings.is_file():
             found = json.loads(settings.read_text())
-            changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in self.settings.items()
-                       if found.get(key) != value]
+            changed = [
+                f"{key}: {found.get(key)!r} -> {value!r}"
+                for key, value in self.settings.items()
+                if found.get(key) != value
+            ]
             if changed:
-                raise ValueError(f"{self.folder} was prepared with other settings ({'; '.join(changed)}); "
-                                 "give another --out, or delete that folder first")
-        elif self.folder.exists() and (not self.folder.is_dir() or
-                                       {path.name for path in self.folder.iterdir()} - {"settings.json.unfinished"}):
+                raise ValueError(
+                    f"{self.folder} was prepared with other settings ({'; '.join(changed)}); "
+                    "give another --out, or delete that folder first"
+                )
+        elif self.folder.exists() and (
+            not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {"settings.json.unfinished"}
+        ):
             raise ValueError(f"{self.folder} is not empty and was not made by this program; give another --out")
 
     def run(self):
@@ -163,15 +196,22 @@ class Stage:
         if self.ranks.main:
             self.open()
         self.ranks.barrier()
-        mine = [(chunk, range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.count)))
-                for chunk in self.chunks[self.ranks.rank::self.ranks.world] if not self.record(chunk).is_file()]
-        with tqdm(total=sum(len(rows) for _, rows in mine), desc=f"{self.what} -> {self.folder}", unit="img",
-                  disable=not self.ranks.main) as bar:
+        mine = [
+            (chunk, range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.count)))
+            for chunk in self.chunks[self.ranks.rank :: self.ranks.world]
+            if not self.record(chunk).is_file()
+        ]
+        with tqdm(
+            total=sum(len(rows) for _, rows in mine),
+            desc=f"{self.what} -> {self.folder}",
+            unit="img",
+            disable=not self.ranks.main,
+        ) as bar:
             for chunk, rows in mine:
                 write_json(self.record(chunk), self.make(chunk, rows))
                 bar.update(len(rows))
         while not all(self.record(chunk).is_file() for chunk in self.chunks):
-            time.sleep(0.5)                         # a barrier would give up long before the slowest disk does
+            time.sleep(0.5)  # a barrier would give up long before the slowest disk does
         if self.ranks.main:
             self.finish([json.loads(self.record(chunk).read_text()) for chunk in self.chunks])
         self.ranks.barrier()
@@ -196,9 +236,18 @@ class Images(Stage):
     def __init__(self, folder, source, source_name, resolution, ranks):
         self.source, self.resolution = source, resolution
         listing = hashlib.sha256(repr((source.names, source.labels.tolist())).encode()).hexdigest()
-        super().__init__(folder, len(source.names), {"source": source_name, "resolution": resolution,
-                                                     "count": len(source.names), "listing": listing,
-                                                     "chunk": CHUNK}, ranks)
+        super().__init__(
+            folder,
+            len(source.names),
+            {
+                "source": source_name,
+                "resolution": resolution,
+                "count": len(source.names),
+                "listing": listing,
+                "chunk": CHUNK,
+            },
+            ranks,
+        )
         self.threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def open(self):
@@ -220,11 +269,11 @@ class Images(Stage):
         """Image i as PNG, the checksum of its pixels, and what is wrong with it if anything."""
         try:
             image = center_crop(to_rgb(self.source.load(i)), self.resolution)
-        except Exception as error:                 # a damaged file can raise nearly anything inside a decoder
+        except Exception as error:  # a damaged file can raise nearly anything inside a decoder
             # Without the address of a buffer in memory, which differs from run to run.
             return b"", b"", re.sub(r"<(\S+) object at 0x\w+>", r"\1", f"{type(error).__name__}: {error}")
         buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)                        # 6, the default, takes three times as long
+        image.save(buffer, "PNG", compress_level=1)  # 6, the default, takes three times as long
         return buffer.getvalue(), hashlib.sha256(image.tobytes()).digest(), None
 
     def make(self, chunk, rows):
@@ -233,9 +282,12 @@ class Images(Stage):
         data = b"".join(data for data, *_ in made)
         with replaced(self.record(chunk).with_suffix(".bin")) as file:
             file.write(data)
-        return {"sha256": _checksum(data), "sizes": [len(data) for data, *_ in made],
-                "pixels": hashlib.sha256(b"".join(digest for _, digest, _ in made)).hexdigest(),
-                "damaged": {i: [self.source.names[i], problem] for i, (*_, problem) in zip(rows, made) if problem}}
+        return {
+            "sha256": _checksum(data),
+            "sizes": [len(data) for data, *_ in made],
+            "pixels": hashlib.sha256(b"".join(digest for _, digest, _ in made)).hexdigest(),
+            "damaged": {i: [self.source.names[i], problem] for i, (*_, problem) in zip(rows, made) if problem},
+        }
 
     def finish(self, records):
         damaged = {int(i): value for record in records for i, value in record["damaged"].items()}
@@ -248,11 +300,20 @@ class Images(Stage):
         np.save(self.folder / "labels.npy", labels)
         np.save(self.folder / "sizes.npy", np.concatenate([record["sizes"] for record in records]).astype(np.int64))
         content = hashlib.sha256("".join(record["pixels"] for record in records).encode() + labels.tobytes())
-        write_json(self.folder / "meta.json", {**self.settings, "content": content.hexdigest(),
-                                               "class_names": self.source.class_names,
-                                               "damaged": list(damaged.values())})
-        print(f"{self.folder}: {self.count - len(damaged)} images, {len(damaged)} damaged and left out, "
-              f"{len(self.source.class_names)} classes", flush=True)
+        write_json(
+            self.folder / "meta.json",
+            {
+                **self.settings,
+                "content": content.hexdigest(),
+                "class_names": self.source.class_names,
+                "damaged": list(damaged.values()),
+            },
+        )
+        print(
+            f"{self.folder}: {self.count - len(damaged)} images, {len(damaged)} damaged and left out, "
+            f"{len(self.source.class_names)} classes",
+            flush=True,
+        )
 
 
 class Rows(Stage):
@@ -260,7 +321,7 @@ class Rows(Stage):
 
     def __init__(self, folder, file, shape, compute, images, options, name, settings):
         self.what, self.path, self.shape, self.compute = Path(file).stem, folder / file, shape, compute
-        self.name = name                            # a path may change while what lies there stays the same
+        self.name = name  # a path may change while what lies there stays the same
         self.images, self.batch_size, self.copies = images, options.batch_size, 1 + options.mirror
         super().__init__(folder, images.count, {**settings, "mirror": options.mirror}, images.ranks)
         self.array_shape = (self.copies * self.count, *shape)
@@ -280,7 +341,7 @@ class Rows(Stage):
         """Seconds and bytes per image."""
         side = self.images.resolution
         blank = torch.zeros(min(self.batch_size, self.count), 3, side, side, dtype=torch.uint8)
-        self.network(blank)                         # the first call sets things up
+        self.network(blank)  # the first call sets things up
         began = time.perf_counter()
         self.network(blank)
         return self.copies * (time.perf_counter() - began) / len(blank), self.copies * 2 * int(np.prod(self.shape))
@@ -296,10 +357,11 @@ class Rows(Stage):
             for copy in range(self.copies):
                 made = self.network(pixels.flip(-1) if copy else pixels).astype(np.float16)
                 if not np.isfinite(made).all():
-                    raise ValueError(f"{self.name!r} gave values in images {part.start} to {part.stop - 1} that "
-                                     "float16 cannot hold")
+                    raise ValueError(
+                        f"{self.name!r} gave values in images {part.start} to {part.stop - 1} that float16 cannot hold"
+                    )
                 made[~readable] = 0
-                array[copy * self.count + part.start:copy * self.count + part.stop] = made
+                array[copy * self.count + part.start : copy * self.count + part.stop] = made
                 digest.update(made.tobytes())
         array.flush()
         return {"sha256": digest.hexdigest(), "batch_size": self.batch_size}
@@ -319,13 +381,18 @@ def estimate(stages, folder):
         time_each, bytes_each = stage.probe()
         stage_seconds = left * stage.count * time_each / stage.ranks.world
         needed += int(left * stage.count * bytes_each)
-        print(f"{stage.what}: about {readable(left * stage.count * bytes_each)} and {stage_seconds / 60:.3g} minutes "
-              f"({1 / time_each:.0f} images/s in each of {stage.ranks.world} processes)", flush=True)
+        print(
+            f"{stage.what}: about {readable(left * stage.count * bytes_each)} and {stage_seconds / 60:.3g} minutes "
+            f"({1 / time_each:.0f} images/s in each of {stage.ranks.world} processes)",
+            flush=True,
+        )
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise ValueError(f"{folder} needs about {readable(needed)} more, the disk has {readable(free)}; "
-                         "give another --out, or try --limit")
+        raise ValueError(
+            f"{folder} needs about {readable(needed)} more, the disk has {readable(free)}; "
+            "give another --out, or try --limit"
+        )
 
 
 def readable(count):
@@ -355,12 +422,15 @@ def verify(folder):
             for first in range(start, stop, record["batch_size"]):
                 for copy in range(len(array) // count):
                     last = min(first + record["batch_size"], stop)
-                    digest.update(array[copy * count + first:copy * count + last].tobytes())
+                    digest.update(array[copy * count + first : copy * count + last].tobytes())
             if digest.hexdigest() != record["sha256"]:
                 bad.append(f"{path} rows {start} to {stop - 1}")
     if bad:
-        raise ValueError("these differ from their checksums: " + "; ".join(bad) +
-                         ". Delete the CHUNK.json of each and the meta.json beside it, and prepare again")
+        raise ValueError(
+            "these differ from their checksums: "
+            + "; ".join(bad)
+            + ". Delete the CHUNK.json of each and the meta.json beside it, and prepare again"
+        )
     print(f"{folder}: images and {len(arrays)} arrays are as they were written")
 
 

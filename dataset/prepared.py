@@ -21,7 +21,7 @@ class EncodedImages:
         self.folder, self.resolution, self.chunk = Path(folder) / "images", meta["resolution"], meta["chunk"]
         self.sizes = np.load(Path(folder) / "sizes.npy")
         ends = self.sizes.cumsum()
-        first = np.arange(len(self.sizes)) // self.chunk * self.chunk                # of the file in which a row is
+        first = np.arange(len(self.sizes)) // self.chunk * self.chunk  # of the file in which a row is
         self.starts = ends - self.sizes - (ends - self.sizes)[first]
 
     def __getitem__(self, row):
@@ -59,12 +59,13 @@ class PreparedImages:
         if latents:
             self.files["moments"] = self._finished("latents", latents, "moments.npy", "--autoencoder")
         for i, encoder in enumerate(features):
-            self.files[f"tokens_{i}"] = self._finished("features", encoder, "tokens.npy", "--encoder",
-                                                       ", or use --encoder-features online")
+            self.files[f"tokens_{i}"] = self._finished(
+                "features", encoder, "tokens.npy", "--encoder", ", or use --encoder-features online"
+            )
         self.images = EncodedImages(folder) if images else None
         labels = np.load(self.folder / "labels.npy")
         self.count = len(labels)
-        rows = np.flatnonzero(labels >= 0)                         # prepare marks damaged images by -1
+        rows = np.flatnonzero(labels >= 0)  # prepare marks damaged images by -1
         self.labels = torch.from_numpy(labels[rows]).repeat(1 + mirror)
         self.rows = np.concatenate([rows, self.count + rows]) if mirror else rows
 
@@ -73,9 +74,11 @@ class PreparedImages:
         meta = json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").is_file() else None
         if meta is None or self.mirror and not meta["mirror"]:
             mirrored = "mirrored ones of " if meta else ""
-            raise ValueError(f"{self.folder} holds no finished {kind} {mirrored}{name}; run the "
-                             f"`python -m dataset.prepare` command that made the folder again, with {option} "
-                             f"{'and --mirror ' if self.mirror else ''}added{otherwise}")
+            raise ValueError(
+                f"{self.folder} holds no finished {kind} {mirrored}{name}; run the "
+                f"`python -m dataset.prepare` command that made the folder again, with {option} "
+                f"{'and --mirror ' if self.mirror else ''}added{otherwise}"
+            )
         return folder / file
 
     def __len__(self):
@@ -94,11 +97,14 @@ class PreparedImages:
         (B, 2C, h, w) and, for encoder i, "tokens_i" float16 (B, T, dim)."""
         items = np.asarray(items)
         rows = self.rows[items]
-        batch = {"labels": self.labels[items], **{name: torch.from_numpy(array[rows])
-                                                  for name, array in self._maps.items()}}
+        batch = {
+            "labels": self.labels[items],
+            **{name: torch.from_numpy(array[rows]) for name, array in self._maps.items()},
+        }
         if self.images:
-            batch["images"] = torch.stack([self.images[row % self.count].flip(-1) if row >= self.count
-                                           else self.images[row] for row in rows])
+            batch["images"] = torch.stack(
+                [self.images[row % self.count].flip(-1) if row >= self.count else self.images[row] for row in rows]
+            )
         return batch
 
 

@@ -14,6 +14,7 @@ from models.hub import go_offline_if_unreachable
 @dataclass(frozen=True)
 class Source:
     """Images that can be read one by one: `load(i)` returns a PIL image or raises."""
+
     names: list
     labels: np.ndarray
     class_names: list
@@ -39,6 +40,7 @@ def open_source(options):
 
 def open_class_folder(path):
     from torchvision.datasets import ImageFolder
+
     try:
         folder = ImageFolder(str(path), allow_empty=True)
     except FileNotFoundError as error:
@@ -52,22 +54,38 @@ def open_class_folder(path):
 
 def open_table(options, parquet):
     import datasets
+
     if not parquet:
         go_offline_if_unreachable()
     try:
-        table = (datasets.load_dataset("parquet", data_files=parquet, split="train") if parquet
-                 else datasets.load_dataset(options.source, split=options.split))
-    except Exception as error:                     # the hub's client raises many kinds
-        raise ValueError(f"{options.source!r} " + ("cannot be read as parquet " if parquet else
-                         "is no existing path, and no dataset that can be loaded ") +
-                         f"({type(error).__name__}: {error})") from None
-    image_column = choose_column(table, "image", options.image_column, lambda name, kind:
-                                 isinstance(kind, datasets.Image) or name in ("image", "img"))
-    label_column = choose_column(table, "label", options.label_column, lambda name, kind:
-                                 isinstance(kind, datasets.ClassLabel) or name in ("label", "labels"))
+        table = (
+            datasets.load_dataset("parquet", data_files=parquet, split="train")
+            if parquet
+            else datasets.load_dataset(options.source, split=options.split)
+        )
+    except Exception as error:  # the hub's client raises many kinds
+        raise ValueError(
+            f"{options.source!r} "
+            + ("cannot be read as parquet " if parquet else "is no existing path, and no dataset that can be loaded ")
+            + f"({type(error).__name__}: {error})"
+        ) from None
+    image_column = choose_column(
+        table,
+        "image",
+        options.image_column,
+        lambda name, kind: isinstance(kind, datasets.Image) or name in ("image", "img"),
+    )
+    label_column = choose_column(
+        table,
+        "label",
+        options.label_column,
+        lambda name, kind: isinstance(kind, datasets.ClassLabel) or name in ("label", "labels"),
+    )
     kind, values = table.features[label_column], list(table[label_column])
-    if any(value is None or isinstance(value, (list, dict)) or isinstance(kind, datasets.ClassLabel) and value < 0
-           for value in values):
+    if any(
+        value is None or isinstance(value, (list, dict)) or isinstance(kind, datasets.ClassLabel) and value < 0
+        for value in values
+    ):
         raise ValueError(f"the label column {label_column!r} has rows without a label, or with several")
     labels = np.array(values)
     if isinstance(kind, datasets.ClassLabel):
@@ -75,7 +93,7 @@ def open_table(options, parquet):
     else:
         class_names, labels = np.unique(labels, return_inverse=True)
     if isinstance(table.features[image_column], datasets.Image):
-        table = table.cast_column(image_column, datasets.Image(decode=False))     # so that we see which is damaged
+        table = table.cast_column(image_column, datasets.Image(decode=False))  # so that we see which is damaged
 
     def load(i):
         value = table[i][image_column]
@@ -88,8 +106,10 @@ def open_table(options, parquet):
 def choose_column(table, role, wanted, fits):
     columns = [wanted] if wanted else [name for name, kind in table.features.items() if fits(name, kind)]
     if len(columns) != 1 or columns[0] not in table.features:
-        raise ValueError(f"the {role} column must be named with --{role}-column: "
-                         f"{wanted or 'none was found for certain'!r} among {list(table.features)}")
+        raise ValueError(
+            f"the {role} column must be named with --{role}-column: "
+            f"{wanted or 'none was found for certain'!r} among {list(table.features)}"
+        )
     return columns[0]
 
 
@@ -100,8 +120,9 @@ def limited(source, limit):
         raise ValueError(f"limit = {limit}: must be at least 1")
     count = len(source.names)
     chosen = [i * count // min(limit, count) for i in range(min(limit, count))]
-    return Source([source.names[i] for i in chosen], source.labels[chosen], source.class_names,
-                  lambda k: source.load(chosen[k]))
+    return Source(
+        [source.names[i] for i in chosen], source.labels[chosen], source.class_names, lambda k: source.load(chosen[k])
+    )
 
 
 def to_rgb(image):

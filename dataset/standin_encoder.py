@@ -22,7 +22,7 @@ import timm
 from timm.models import save_for_hf
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-HELD_OUT = 10           # one image in so many is kept to measure the accuracy
+HELD_OUT = 10  # one image in so many is kept to measure the accuracy
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,10 @@ def main(argv=None):
     if record.is_file():
         trained = json.loads(record.read_text())["options"]
         if trained != asdict(options):
-            raise SystemExit(f"error: {options.out} holds an encoder trained with other options {trained}; "
-                             "give another --out, or delete that folder first")
+            raise SystemExit(
+                f"error: {options.out} holds an encoder trained with other options {trained}; "
+                "give another --out, or delete that folder first"
+            )
         return print(f"{options.out}: already trained")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -80,9 +82,17 @@ def train(options):
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The final norm stays in front of the pooling, so that patch tokens come out normalised, as DINOv2's do.
-    architecture = dict(img_size=data.resolution, patch_size=options.patch_size, embed_dim=options.width,
-                        depth=options.depth, num_heads=num_heads, num_classes=data.num_classes,
-                        class_token=False, global_pool="avg", fc_norm=False)
+    architecture = dict(
+        img_size=data.resolution,
+        patch_size=options.patch_size,
+        embed_dim=options.width,
+        depth=options.depth,
+        num_heads=num_heads,
+        num_classes=data.num_classes,
+        class_token=False,
+        global_pool="avg",
+        fc_norm=False,
+    )
     model = timm.create_model(ARCHITECTURE, weight_init="jax", **architecture)
     # timm starts positions at a standard deviation of 0.02, which a small model on few images takes long to outgrow:
     # until then it sees a bag of patches.
@@ -93,10 +103,17 @@ def train(options):
     held_out = torch.arange(len(data)) % HELD_OUT == 0
     kept = (~held_out).nonzero().flatten()
     # Its own pretrained_cfg carries this normalisation to whoever loads the folder.
-    model.pretrained_cfg = {"architecture": ARCHITECTURE, "tag": "standin", "num_classes": data.num_classes,
-                            "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic",
-                            "input_size": (3, data.resolution, data.resolution),
-                            "first_conv": "patch_embed.proj", "classifier": "head"}
+    model.pretrained_cfg = {
+        "architecture": ARCHITECTURE,
+        "tag": "standin",
+        "num_classes": data.num_classes,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "interpolation": "bicubic",
+        "input_size": (3, data.resolution, data.resolution),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
 
     def batch(rows):
         images = everything["images"][rows].to(device) / 127.5 - 1
@@ -105,12 +122,12 @@ def train(options):
     steps = max(1, options.epochs * len(kept) // options.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
-    shift = data.resolution // 16                  # augmentation in pixels; none for digits, which one pixel deforms
+    shift = data.resolution // 16  # augmentation in pixels; none for digits, which one pixel deforms
     for rows in tqdm(ShuffledBatches(len(kept), options.batch_size, options.seed, 0, steps), desc="stand-in encoder"):
         images, labels = batch(kept[rows])
         padded = F.pad(images, [shift] * 4, mode="replicate")
         left, top = torch.randint(0, 2 * shift + 1, (2,)).tolist()
-        images = padded[:, :, top:top + data.resolution, left:left + data.resolution]
+        images = padded[:, :, top : top + data.resolution, left : left + data.resolution]
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -119,12 +136,13 @@ def train(options):
 
     model.eval()
     with torch.no_grad():
-        right = [model(images).argmax(-1) == labels for images, labels in
-                 map(batch, held_out.nonzero().flatten().split(256))]
+        right = [
+            model(images).argmax(-1) == labels for images, labels in map(batch, held_out.nonzero().flatten().split(256))
+        ]
     accuracy = torch.cat(right).float().mean().item()
     folder = Path(options.out)
     save_for_hf(model, str(folder), model_args=architecture, safe_serialization=True)
-    (folder / "model.safetensors").chmod(0o644)                    # written for the owner alone, but runs share encoders
+    (folder / "model.safetensors").chmod(0o644)  # written for the owner alone, but runs share encoders
     record = {"options": asdict(options), "held_out_accuracy": accuracy, "held_out_images": int(held_out.sum())}
     (folder / "training.json").write_text(json.dumps(record, indent=1))
     print(f"{options.out}: {accuracy:.1%} of {int(held_out.sum())} held-out images classified correctly")

@@ -22,7 +22,7 @@ from models.encoders import FrozenEncoder
 from models.hub import unreachable
 from runtime import load_file
 
-PUBLISHED = URL_INCEPTION_V3.rpartition("-")[2].removesuffix(".pth")    # how the file's SHA-256 begins
+PUBLISHED = URL_INCEPTION_V3.rpartition("-")[2].removesuffix(".pth")  # how the file's SHA-256 begins
 SPATIAL_CHANNELS = 7
 DINOV2_SIZE = 224
 
@@ -40,16 +40,19 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights=""):
         super().__init__()
         self.file = Path(weights) if weights else _published_weights()
-        load_file(self.file)                            # refuses code, which the library's own reading would execute
+        load_file(self.file)  # refuses code, which the library's own reading would execute
         with open(self.file, "rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.fingerprint, self.is_published = self.sha256[:12], self.sha256.startswith(PUBLISHED)
         try:
-            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
-                                                       feature_extractor_weights_path=str(self.file))
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(self.file)
+            )
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(self.file)!r} does not hold torch-fidelity's Inception v3 "
-                             f"({str(error).strip().splitlines()[0]}); use {Path(URL_INCEPTION_V3).name}") from None
+            raise ValueError(
+                f"{str(self.file)!r} does not hold torch-fidelity's Inception v3 "
+                f"({str(error).strip().splitlines()[0]}); use {Path(URL_INCEPTION_V3).name}"
+            ) from None
         # TensorFlow's mixed_6/conv, after its batch norm and ReLU.
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._take_spatial)
 
@@ -61,7 +64,7 @@ class InceptionFeatures(nn.Module):
         """uint8 (B, 3, H, W) -> pool3 (B, 2048); spatial (B, 2023), sFID's; logits (B, 1008), without bias."""
         with full_precision(images.device):
             pool3, logits = self.network(images)
-        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)          # (B, 7, 17, 17) -> NHWC -> (B, 17 * 17 * 7)
+        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)  # (B, 7, 17, 17) -> NHWC -> (B, 17 * 17 * 7)
         del self._spatial
         return {"pool3": pool3, "spatial": spatial, "logits": logits}
 
@@ -81,11 +84,13 @@ class DinoV2Features(nn.Module):
         try:
             self.encoder = FrozenEncoder(name, DINOV2_SIZE // patch, weights)
         except ValueError as error:
-            raise ValueError(f"FD-DINOv2 ({error}); of this command, the options are --dinov2 and "
-                             "--dinov2-weights") from error
+            raise ValueError(
+                f"FD-DINOv2 ({error}); of this command, the options are --dinov2 and --dinov2-weights"
+            ) from error
         if self.encoder.size != DINOV2_SIZE or not self.encoder.model.num_prefix_tokens:
-            raise ValueError(f"dinov2 = {name!r}: no vision transformer with a class token and patches of {patch} "
-                             "pixels")
+            raise ValueError(
+                f"dinov2 = {name!r}: no vision transformer with a class token and patches of {patch} pixels"
+            )
         self.name, self.dims = name, {"dinov2": self.encoder.dim}
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -93,8 +98,12 @@ class DinoV2Features(nn.Module):
     @torch.no_grad()
     def forward(self, images):
         """uint8 (B, 3, H, W) -> dinov2 (B, dim): the class token after the final norm."""
-        resized = np.stack([np.asarray(Image.fromarray(image).resize((DINOV2_SIZE, DINOV2_SIZE), Image.BICUBIC))
-                            for image in images.permute(0, 2, 3, 1).cpu().numpy()])
+        resized = np.stack(
+            [
+                np.asarray(Image.fromarray(image).resize((DINOV2_SIZE, DINOV2_SIZE), Image.BICUBIC))
+                for image in images.permute(0, 2, 3, 1).cpu().numpy()
+            ]
+        )
         x = torch.from_numpy(resized).to(images.device).permute(0, 3, 1, 2) / 255
         with full_precision(images.device):
             return {"dinov2": self.encoder.model.forward_features((x - self.mean) / self.std)[:, 0]}
@@ -127,6 +136,8 @@ def _published_weights():
     except (OSError, RuntimeError) as error:
         reason = f"{URL_INCEPTION_V3}: {error}"
     if reason:
-        raise ValueError(f"Inception's weights {stored.name} are not in {str(stored.parent)!r} ({reason}); fetch "
-                         f"{URL_INCEPTION_V3} where there is a network, and give --inception FILE")
+        raise ValueError(
+            f"Inception's weights {stored.name} are not in {str(stored.parent)!r} ({reason}); fetch "
+            f"{URL_INCEPTION_V3} where there is a network, and give --inception FILE"
+        )
     return stored

@@ -37,10 +37,10 @@ from tqdm import tqdm
 from dataset.prepared import PreparedImages
 from runtime import Ranks, environment, replaced
 
-IS_CHUNK = 5000                 # the score is the mean over chunks of so many consecutive images
-NEIGHBOURS = 3                  # of precision and recall
-REFERENCE_ROWS = 10_000         # images of the reference that precision and recall look at
-COMPARABLE = 50_000             # samples behind the published numbers
+IS_CHUNK = 5000  # the score is the mean over chunks of so many consecutive images
+NEIGHBOURS = 3  # of precision and recall
+REFERENCE_ROWS = 10_000  # images of the reference that precision and recall look at
+COMPARABLE = 50_000  # samples behind the published numbers
 # Keys in ADM's reference and the features that they are the mean and the covariance of.
 STATISTICS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 UNKNOWN_CONVERSION = "unknown: the file does not say how its floats became uint8 (rounded or truncated)"
@@ -81,11 +81,12 @@ def main(argv=None):
 
 def run(options, ranks):
     """The whole command. Raises ValueError on input that cannot be judged."""
-    from eval.features import DinoV2Features, InceptionFeatures       # here: the trainer can do without torch-fidelity
+    from eval.features import DinoV2Features, InceptionFeatures  # here: the trainer can do without torch-fidelity
 
     if options.batch_size < 1 or options.num_workers < 0:
-        raise ValueError(f"batch_size = {options.batch_size} must be at least 1, and num_workers = "
-                         f"{options.num_workers} at least 0")
+        raise ValueError(
+            f"batch_size = {options.batch_size} must be at least 1, and num_workers = {options.num_workers} at least 0"
+        )
     samples = open_images(options.samples)
     statistics, images = open_reference(options.reference)
     if options.save_reference and not options.save_reference.endswith(".npz"):
@@ -106,33 +107,57 @@ def run(options, ranks):
     if options.save_reference and ranks.main:
         save_reference(options.save_reference, reference, images, inception)
         print(f"reference kept in {options.save_reference}")
-    metrics, warnings = measure(batches(samples, "samples"), reference, networks, ranks, options.batch_size,
-                                samples.labels)
+    metrics, warnings = measure(
+        batches(samples, "samples"), reference, networks, ranks, options.batch_size, samples.labels
+    )
     if not ranks.main:
         return
     if samples.size != images.size:
-        warnings.append(f"samples are {samples.size[0]} x {samples.size[1]} pixels, the reference's images "
-                        f"{images.size[0]} x {images.size[1]}: resizing differs too")
+        warnings.append(
+            f"samples are {samples.size[0]} x {samples.size[1]} pixels, the reference's images "
+            f"{images.size[0]} x {images.size[1]}: resizing differs too"
+        )
     if not inception.is_published:
-        warnings.append(f"{inception.file} is not the published Inception file (by its checksum): numbers compare only "
-                        "with others of the same file")
+        warnings.append(
+            f"{inception.file} is not the published Inception file (by its checksum): numbers compare only "
+            "with others of the same file"
+        )
     result = {
         "metrics": metrics,
         "warnings": warnings + samples.warnings,
-        "samples": {"path": str(options.samples), "count": len(samples), "size": list(samples.size),
-                    "uint8_conversion": samples.uint8_conversion, "settings": samples.settings},
-        "reference": {"path": str(options.reference), "statistics": "of the file" if statistics else "computed",
-                      "images": len(images), "precision_recall_images": len(reference.chosen)},
+        "samples": {
+            "path": str(options.samples),
+            "count": len(samples),
+            "size": list(samples.size),
+            "uint8_conversion": samples.uint8_conversion,
+            "settings": samples.settings,
+        },
+        "reference": {
+            "path": str(options.reference),
+            "statistics": "of the file" if statistics else "computed",
+            "images": len(images),
+            "precision_recall_images": len(reference.chosen),
+        },
         "inception": {"file": inception.file.name, "sha256": inception.sha256, "published": inception.is_published},
-        "dinov2": dinov2 and {"name": dinov2.name, "fingerprint": dinov2.encoder.fingerprint,
-                              "reference_images": len(images), "position_embedding": dinov2.position_embedding},
+        "dinov2": dinov2
+        and {
+            "name": dinov2.name,
+            "fingerprint": dinov2.encoder.fingerprint,
+            "reference_images": len(images),
+            "position_embedding": dinov2.position_embedding,
+        },
         "precision": "float32 without TF32; statistics in float64",
         "batch_size": options.batch_size,
-        "versions": {name: version(name) for name in
-                     ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "pillow")},
-        "environment": environment(ranks)}
-    target = Path(options.out) if options.out else options.samples.resolve().with_name(
-        options.samples.resolve().name + ".metrics.json")
+        "versions": {
+            name: version(name) for name in ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "pillow")
+        },
+        "environment": environment(ranks),
+    }
+    target = (
+        Path(options.out)
+        if options.out
+        else options.samples.resolve().with_name(options.samples.resolve().name + ".metrics.json")
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     with replaced(target) as file:
         file.write(json.dumps(result, indent=1).encode())
@@ -145,6 +170,7 @@ def run(options, ranks):
 
 
 # ---- what the numbers are computed from ----
+
 
 class FeatureStatistics:
     """Count, mean and covariance of feature vectors that come in batches.
@@ -160,12 +186,16 @@ class FeatureStatistics:
         """features: (B, dim)."""
         features = features.double()
         self.sums[0] += len(features)
-        self.sums[1:1 + self.dim] += features.sum(0)
-        self.sums[1 + self.dim:] += (features.T @ features).flatten()
+        self.sums[1 : 1 + self.dim] += features.sum(0)
+        self.sums[1 + self.dim :] += (features.T @ features).flatten()
 
     def mean_and_covariance(self):
         """(dim) and (dim, dim), the covariance with n - 1. Raises ValueError for fewer than two vectors."""
-        count, total, outer = self.sums[0], self.sums[1:1 + self.dim], self.sums[1 + self.dim:].view(self.dim, self.dim)
+        count, total, outer = (
+            self.sums[0],
+            self.sums[1 : 1 + self.dim],
+            self.sums[1 + self.dim :].view(self.dim, self.dim),
+        )
         if count < 2:
             raise ValueError(f"{int(count)} feature vectors have no covariance; at least 2 are needed")
         mean = total / count
@@ -219,12 +249,15 @@ class SampleFeatures:
         parts = torch.zeros(self.ranks.world, self.batch_size, 1 + sum(self.dims.values()), device=self.ranks.device)
         if features:
             rows = torch.cat([features[name] for name in self.dims], 1)
-            parts[self.ranks.rank, :len(rows), 0] = 1
-            parts[self.ranks.rank, :len(rows), 1:] = rows
+            parts[self.ranks.rank, : len(rows), 0] = 1
+            parts[self.ranks.rank, : len(rows), 1:] = rows
         self.ranks.sum(parts)
         sizes = parts[:, :, 0].sum(1).int().tolist()
-        return [dict(zip(self.dims, part[:size, 1:].split(list(self.dims.values()), 1)))
-                for part, size in zip(parts, sizes) if size]
+        return [
+            dict(zip(self.dims, part[:size, 1:].split(list(self.dims.values()), 1)))
+            for part, size in zip(parts, sizes)
+            if size
+        ]
 
     def rows(self, name):
         """(N, D) on the main process, (0, D) on the others."""
@@ -266,12 +299,20 @@ def measure(batches, reference, networks, ranks, batch_size, labels=None):
     if not ranks.main:
         return {}, []
     count, logits, warnings = samples.count, samples.rows("logits"), []
-    distances = {name: frechet_distance(*samples.statistics[name].mean_and_covariance(), *reference.statistics[name])
-                 for name in reference.statistics}
+    distances = {
+        name: frechet_distance(*samples.statistics[name].mean_and_covariance(), *reference.statistics[name])
+        for name in reference.statistics
+    }
     score, spread = inception_score(logits)
     precision, recall = precision_and_recall(samples.rows("pool3"), reference.pool3, ranks.device)
-    metrics = {"fid": distances["pool3"], "sfid": distances["spatial"], "inception_score": score,
-               "inception_score_std": spread, "precision": precision, "recall": recall}
+    metrics = {
+        "fid": distances["pool3"],
+        "sfid": distances["spatial"],
+        "inception_score": score,
+        "inception_score_std": spread,
+        "precision": precision,
+        "recall": recall,
+    }
     if "dinov2" in distances:
         metrics["fd_dinov2"] = distances["dinov2"]
     if count < COMPARABLE:
@@ -284,12 +325,15 @@ def measure(batches, reference, networks, ranks, batch_size, labels=None):
         warnings.append(f"precision and recall are against {len(reference.pool3)} images instead of {REFERENCE_ROWS}")
     if count >= 2 * IS_CHUNK and class_ordered(logits.argmax(1) if labels is None else labels):
         source = "predicted classes" if labels is None else "labels"
-        warnings.append(f"the samples look ordered by class (by their {source}): the inception score is of "
-                        "consecutive chunks, and wrong unless classes are in random order")
+        warnings.append(
+            f"the samples look ordered by class (by their {source}): the inception score is of "
+            "consecutive chunks, and wrong unless classes are in random order"
+        )
     return metrics, warnings
 
 
 # ---- definitions ----
+
 
 def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)   (Heusel et al. 2017, Eq. 6).
@@ -316,6 +360,7 @@ def inception_score(logits):
     logits: (N, D), without bias, in the order of the images.
     """
     from torch_fidelity import metric_isc
+
     found = metric_isc.isc_features_to_metric(logits, splits=max(1, len(logits) // IS_CHUNK), shuffle=False)
     return found[metric_isc.KEY_METRIC_ISC_MEAN], found[metric_isc.KEY_METRIC_ISC_STD]
 
@@ -328,17 +373,25 @@ def precision_and_recall(generated, real, device="cpu"):
     from torch_fidelity import metric_prc
 
     from eval.features import full_precision
+
     enough(min(len(generated), len(real)), "images in a set")
     with full_precision(device):
-        found = metric_prc.prc_features_to_metric(generated.float().to(device), real.float().to(device),
-                                                  prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+        found = metric_prc.prc_features_to_metric(
+            generated.float().to(device),
+            real.float().to(device),
+            prc_neighborhood=NEIGHBOURS,
+            save_cpu_ram=True,
+            verbose=False,
+        )
     return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
 
 
 def enough(count, what):
     if count <= NEIGHBOURS:
-        raise ValueError(f"{count} {what}: precision and recall need {NEIGHBOURS + 1} at least, and FID of less than "
-                         "thousands says little")
+        raise ValueError(
+            f"{count} {what}: precision and recall need {NEIGHBOURS + 1} at least, and FID of less than "
+            "thousands says little"
+        )
 
 
 def class_ordered(labels):
@@ -354,6 +407,7 @@ def class_ordered(labels):
 
 # ---- reading images ----
 
+
 class ArrayImages:
     """arr_0 of an npz, uint8 (N, H, W, 3), read where it lies unless it is compressed. arr_1 has the labels, if any.
 
@@ -365,17 +419,21 @@ class ArrayImages:
     def __init__(self, path):
         with open_npz(path) as content:
             if "arr_0" not in content.files:
-                raise ValueError(f"{str(path)!r} has no arr_0, but {content.files}; images are expected there, uint8 "
-                                 "(N, H, W, 3)")
+                raise ValueError(
+                    f"{str(path)!r} has no arr_0, but {content.files}; images are expected there, uint8 (N, H, W, 3)"
+                )
         self.path, self.labels = path, npz_array(path, "arr_1") if "arr_1" in content.files else None
         made = settings_beside(path)
         self.uint8_conversion, self.settings = made.get("uint8", UNKNOWN_CONVERSION), made.get("settings")
         if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
-            raise ValueError(f"{str(path)!r}: arr_0 is {self.array.dtype} {self.array.shape}; images must be uint8 "
-                             "(N, H, W, 3)")
+            raise ValueError(
+                f"{str(path)!r}: arr_0 is {self.array.dtype} {self.array.shape}; images must be uint8 (N, H, W, 3)"
+            )
         if self.labels is not None and self.labels.shape != (len(self),):
-            raise ValueError(f"{str(path)!r}: arr_1 is {self.labels.shape}; it must hold one label for each of the "
-                             f"{len(self)} images")
+            raise ValueError(
+                f"{str(path)!r}: arr_1 is {self.labels.shape}; it must hold one label for each of the "
+                f"{len(self)} images"
+            )
         self.size = self.array.shape[1:3]
 
     @functools.cached_property
@@ -397,8 +455,9 @@ class FolderImages:
     """All png and jpg below a folder, in the order of their paths; subfolders count as classes."""
 
     def __init__(self, folder):
-        self.paths = sorted(path for path in Path(folder).rglob("*")
-                            if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        self.paths = sorted(
+            path for path in Path(folder).rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+        )
         if not self.paths:
             raise ValueError(f"{str(folder)!r} has neither png nor jpg in it, and is no folder of dataset.prepare")
         parents = [str(path.parent) for path in self.paths]
@@ -420,8 +479,10 @@ class FolderImages:
         with Image.open(self.paths[index]) as image:
             image = np.array(image.convert("RGB"))
         if image.shape[:2] != self.size:
-            raise ValueError(f"{str(self.paths[index])!r} is {image.shape[0]} x {image.shape[1]} pixels, the first one "
-                             f"{self.size[0]} x {self.size[1]}; all must be of one size (dataset.prepare crops them)")
+            raise ValueError(
+                f"{str(self.paths[index])!r} is {image.shape[0]} x {image.shape[1]} pixels, the first one "
+                f"{self.size[0]} x {self.size[1]}; all must be of one size (dataset.prepare crops them)"
+            )
         return torch.from_numpy(image).permute(2, 0, 1)
 
 
@@ -478,8 +539,10 @@ def npz_statistics(path):
         if not any(key in content.files for key in keys):
             return {}
         if missing:
-            raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}; a reference has arr_0, {', '.join(keys)} "
-                             "(ADM publishes them), or images alone in arr_0")
+            raise ValueError(
+                f"{str(path)!r} lacks {', '.join(missing)}; a reference has arr_0, {', '.join(keys)} "
+                "(ADM publishes them), or images alone in arr_0"
+            )
     from eval.features import InceptionFeatures
 
     arrays, found = {key: npz_array(path, key) for key in keys}, {}
@@ -487,8 +550,10 @@ def npz_statistics(path):
         dim = InceptionFeatures.dims[name]
         for key, shape in ((mean, (dim,)), (covariance, (dim, dim))):
             if arrays[key].shape != shape or arrays[key].dtype.kind != "f" or not np.isfinite(arrays[key]).all():
-                raise ValueError(f"{str(path)!r}: {key} is {arrays[key].dtype} {arrays[key].shape}; it must be finite "
-                                 f"floats of shape {shape}")
+                raise ValueError(
+                    f"{str(path)!r}: {key} is {arrays[key].dtype} {arrays[key].shape}; it must be finite "
+                    f"floats of shape {shape}"
+                )
         found[name] = tuple(torch.from_numpy(arrays[key].astype(np.float64)) for key in (mean, covariance))
     return found
 
@@ -497,17 +562,26 @@ def check_weights(path, inception):
     """Raises ValueError where the statistics of an npz are, by its own word, of other Inception weights."""
     made_with = npz_text(path, "inception_sha256")
     if made_with and made_with != inception.sha256:
-        raise ValueError(f"{str(path)!r} was made with the Inception weights {made_with[:12]}, not "
-                         f"{inception.fingerprint} ({inception.file})")
+        raise ValueError(
+            f"{str(path)!r} was made with the Inception weights {made_with[:12]}, not "
+            f"{inception.fingerprint} ({inception.file})"
+        )
 
 
 def save_reference(path, reference, images, inception):
     """Keep a computed reference as ADM's evaluator does. The images are those of precision and recall."""
-    arrays = {key: part.cpu().numpy() for name, keys in STATISTICS.items()
-              for key, part in zip(keys, reference.statistics[name])}
+    arrays = {
+        key: part.cpu().numpy()
+        for name, keys in STATISTICS.items()
+        for key, part in zip(keys, reference.statistics[name])
+    }
     with replaced(Path(path)) as file:
-        np.savez(file, arr_0=images.__getitems__(reference.chosen).permute(0, 2, 3, 1).numpy(),
-                 inception_sha256=inception.sha256, **arrays)
+        np.savez(
+            file,
+            arr_0=images.__getitems__(reference.chosen).permute(0, 2, 3, 1).numpy(),
+            inception_sha256=inception.sha256,
+            **arrays,
+        )
 
 
 def open_npz(path):
@@ -539,7 +613,7 @@ def npz_array(path, name):
     if info.compress_type != zipfile.ZIP_STORED or 0 in shape:
         with open_npz(path) as content:
             return content[name]
-    with open(path, "rb") as file:                             # sizes of the name and the extra field before the data
+    with open(path, "rb") as file:  # sizes of the name and the extra field before the data
         file.seek(info.header_offset + 26)
         before = 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
     return np.memmap(path, dtype, "r", info.header_offset + before + header, shape, order="F" if fortran else "C")
@@ -550,8 +624,11 @@ def shares(count, batch_size, ranks):
 
     The r-th process has the r-th batch of each round, so that taking the processes in turn gives the order of one.
     """
-    starts = range(ranks.rank * batch_size, -(-count // (batch_size * ranks.world)) * batch_size * ranks.world,
-                   batch_size * ranks.world)
+    starts = range(
+        ranks.rank * batch_size,
+        -(-count // (batch_size * ranks.world)) * batch_size * ranks.world,
+        batch_size * ranks.world,
+    )
     return [range(min(start, count), min(start + batch_size, count)) for start in starts]
 
 
@@ -560,8 +637,9 @@ def read(source, batch_size, ranks, num_workers=0, what="images"):
     rounds = shares(len(source), batch_size, ranks)
     mine = [list(indices) for indices in rounds if indices]
     loader = DataLoader(source, batch_sampler=mine, collate_fn=as_it_is, num_workers=num_workers if mine else 0)
-    yield from tqdm(itertools.chain(loader, [None] * (len(rounds) - len(mine))), what, total=len(rounds),
-                    disable=not ranks.main)
+    yield from tqdm(
+        itertools.chain(loader, [None] * (len(rounds) - len(mine))), what, total=len(rounds), disable=not ranks.main
+    )
 
 
 def as_it_is(batch):

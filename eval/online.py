@@ -21,9 +21,9 @@ from eval.metrics import FeatureStatistics, frechet_distance
 from eval.samplers import IndexedNoise, sample_ode, sample_sde
 from runtime import EVALUATION, derive_seed, load_file
 
-REFERENCE_IMAGES = 50_000       # the distance is to at most so many training images
-GRID = 64                       # samples shown
-FID_AT = (5_000, 10_000)        # FID is told at these counts too, as it falls with the number of samples
+REFERENCE_IMAGES = 50_000  # the distance is to at most so many training images
+GRID = 64  # samples shown
+FID_AT = (5_000, 10_000)  # FID is told at these counts too, as it falls with the number of samples
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Judge:
 
     reference: their mean and covariance over what samples are compared with. counts: {name of the distance: samples}.
     """
+
     features: Callable
     dim: int
     reference: tuple
@@ -56,8 +57,9 @@ class OnlineEvaluation:
         self.judges = [self._judge(data, lambda images: encoder(images).mean(1), encoder, {"frechet_distance": count})]
         if inception:
             counts = {**{f"fid_{n}": n for n in FID_AT if n < count}, "fid": count}
-            self.judges.append(self._judge(data, lambda images: inception(images)["pool3"], inception, counts,
-                                           fid_reference))
+            self.judges.append(
+                self._judge(data, lambda images: inception(images)["pool3"], inception, counts, fid_reference)
+            )
 
     def __call__(self, model, interrupted=lambda: False):
         """Returns {name: distance} and a grid (3, H', W') uint8 of the main process's first samples, ordered by label.
@@ -65,8 +67,9 @@ class OnlineEvaluation:
         interrupted: asked before each batch, by all processes; once it is true, (None, None) is returned.
         """
         # One sum for the samples between each count and the next, whichever process makes them.
-        sums = [{name: FeatureStatistics(judge.dim, self.ranks.device) for name in judge.counts}
-                for judge in self.judges]
+        sums = [
+            {name: FeatureStatistics(judge.dim, self.ranks.device) for name in judge.counts} for judge in self.judges
+        ]
         shown = []
         for indices in self._batches(self.config.eval_samples):
             if interrupted():
@@ -77,9 +80,9 @@ class OnlineEvaluation:
             for judge, parts in zip(self.judges, sums):
                 features, first = judge.features(images), 0
                 for name, count in judge.counts.items():
-                    parts[name].update(features[max(first - indices.start, 0):max(count - indices.start, 0)])
+                    parts[name].update(features[max(first - indices.start, 0) : max(count - indices.start, 0)])
                     first = count
-            shown.append(images[:max(0, GRID - sum(map(len, shown)))].cpu())
+            shown.append(images[: max(0, GRID - sum(map(len, shown)))].cpu())
         distances = {}
         for judge, parts in zip(self.judges, sums):
             so_far = FeatureStatistics(judge.dim, self.ranks.device)
@@ -92,8 +95,12 @@ class OnlineEvaluation:
         """The samples with these indices, uint8 (B, 3, H, W)."""
         config, device = self.config, self.ranks.device
         noise = IndexedNoise([derive_seed(config.seed, EVALUATION, i) for i in indices], self.shape, device)
-        settings = dict(num_steps=config.sample_steps, cfg_scale=config.cfg_scale,
-                        guidance_interval=config.guidance_interval, path=config.path)
+        settings = dict(
+            num_steps=config.sample_steps,
+            cfg_scale=config.cfg_scale,
+            guidance_interval=config.guidance_interval,
+            path=config.path,
+        )
         y = self.labels[list(indices)].to(device)
         with self.autocast():
             if config.sampler == "sde":
@@ -104,7 +111,7 @@ class OnlineEvaluation:
 
     def _batches(self, count):
         """This process's share of range(count), in ranges of at most eval_batch_size; as many for every process."""
-        size, share = self.config.eval_batch_size, -(-count // self.ranks.world)       # rounded up
+        size, share = self.config.eval_batch_size, -(-count // self.ranks.world)  # rounded up
         start = self.ranks.rank * share
         stop = min(start + share, count)
         return [range(first, min(first + size, stop)) for first in range(start, start + share, size)]
@@ -118,7 +125,7 @@ class OnlineEvaluation:
         path = data.folder / f"statistics-{network.fingerprint}.pt"
         statistics = FeatureStatistics(network.dim, self.ranks.device)
         found = path.is_file()
-        if self.ranks.any(not found):                                      # all processes go the same way
+        if self.ranks.any(not found):  # all processes go the same way
             count = min(REFERENCE_IMAGES, len(data))
             order = np.random.default_rng(0).permutation(len(data))[:count]
             for items in filter(len, self._batches(count)):
@@ -131,17 +138,17 @@ class OnlineEvaluation:
         return statistics.mean_and_covariance()
 
     def _keep(self, statistics, path):
-        own = path.with_name(f"{path.name}.{os.getpid()}")                 # other runs may be at the same
+        own = path.with_name(f"{path.name}.{os.getpid()}")  # other runs may be at the same
         try:
             torch.save({"sums": statistics.sums.cpu()}, own)
             os.replace(own, path)
-        except OSError as error:                                           # the data folder may be read-only
+        except OSError as error:  # the data folder may be read-only
             print(f"not kept for later runs: {path} ({error})")
 
 
 def grid_of(images, labels):
     """uint8 (B, 3, H, W) -> one picture (3, H', W'), ordered by label."""
-    images = images[labels[:len(images)].argsort(stable=True)]
-    magnify = max(1, 32 // images.shape[-1])                               # tiny images would be hard to see
+    images = images[labels[: len(images)].argsort(stable=True)]
+    magnify = max(1, 32 // images.shape[-1])  # tiny images would be hard to see
     images = images.repeat_interleave(magnify, -1).repeat_interleave(magnify, -2)
     return make_grid(images, nrow=round(len(images) ** 0.5), padding=2)

@@ -48,8 +48,8 @@ from eval.samplers import IndexedNoise, sample_ode, sample_sde
 from models.autoencoder import load_autoencoder
 from runtime import EVALUATION, Ranks, derive_seed, environment, lock_folder, replaced
 
-CHUNK = 64                      # images in a file, whatever the batch and the processes
-GRID = 64                       # images shown; those of the first chunk
+CHUNK = 64  # images in a file, whatever the batch and the processes
+GRID = 64  # images shown; those of the first chunk
 PRESETS = {
     "repa-sde-250": {"sampler": "sde", "steps": 250, "cfg_scale": 1.0},
     "sit-ode-250": {"sampler": "heun", "steps": 125, "cfg_scale": 1.0},
@@ -101,6 +101,7 @@ class Options:
 @dataclass(frozen=True)
 class Settings:
     """All that moves FID. `resolve` makes them; weights and autoencoder are fingerprints of content."""
+
     weights: str
     autoencoder: str
     sampler: str
@@ -141,22 +142,25 @@ def sample(options, ranks):
     npz = folder / f"{folder.resolve().name}.npz"
     lock = claim(folder, settings) if ranks.main else None
     with contextlib.closing(lock) if lock else contextlib.nullcontext():
-        chunks = {folder / "samples" / f"{first // CHUNK:05}.npy": range(first, min(first + CHUNK, shape[0]))
-                  for first in range(0, shape[0], CHUNK)}
+        chunks = {
+            folder / "samples" / f"{first // CHUNK:05}.npy": range(first, min(first + CHUNK, shape[0]))
+            for first in range(0, shape[0], CHUNK)
+        }
         missing = {path: indices for path, indices in chunks.items() if not npz.is_file() and not path.is_file()}
         if ranks.main and (missing or options.npz and not npz.is_file()):
             describe(options, settings, origin, folder, shape, sum(map(len, missing.values())), ranks)
             record(options, settings, origin, folder, ranks)
-        ranks.barrier()                             # nobody writes before the folder is known to be ours, and is there
-        draw(missing, list(chunks)[ranks.rank::ranks.world], model, autoencoder, settings, options, ranks)
+        ranks.barrier()  # nobody writes before the folder is known to be ours, and is there
+        draw(missing, list(chunks)[ranks.rank :: ranks.world], model, autoencoder, settings, options, ranks)
         if ranks.main:
             while not npz.is_file() and not all(path.is_file() for path in chunks):
-                time.sleep(0.5)                     # a barrier would give up long before the slowest process does
+                time.sleep(0.5)  # a barrier would give up long before the slowest process does
             finish(chunks, npz, shape, labels_of(settings, range(shape[0]), model.num_classes), options)
     return folder
 
 
 # ---- what is drawn ----
+
 
 def load(options, ranks):
     """The model and the autoencoder on this process's device, the resolved Settings, and where the model is from.
@@ -164,23 +168,34 @@ def load(options, ranks):
     Raises ValueError where the options fit neither each other nor the checkpoint.
     """
     model, trained = load_trained(options.checkpoint, options.average, options.model)
-    model.align_depth = ()                          # nobody reads the projections here
+    model.align_depth = ()  # nobody reads the projections here
     name = options.autoencoder or trained.get("autoencoder", "")
     if not name:
-        raise ValueError(f"autoencoder = '': say what decodes the samples of {options.checkpoint}, such as "
-                         "--autoencoder sd-vae-ft-ema, or pixels for a model of images")
+        raise ValueError(
+            f"autoencoder = '': say what decodes the samples of {options.checkpoint}, such as "
+            "--autoencoder sd-vae-ft-ema, or pixels for a model of images"
+        )
     with ranks.one_first():
         autoencoder = load_autoencoder(name).to(ranks.device)
     expected = trained.get("content of autoencoder", autoencoder.fingerprint)
     if not options.autoencoder and autoencoder.fingerprint != expected:
-        raise ValueError(f"{options.checkpoint} was trained with another autoencoder than the present {name!r}; give "
-                         "the right one with --autoencoder, or this one to use it all the same")
+        raise ValueError(
+            f"{options.checkpoint} was trained with another autoencoder than the present {name!r}; give "
+            "the right one with --autoencoder, or this one to use it all the same"
+        )
     if autoencoder.channels != model.in_channels:
-        raise ValueError(f"autoencoder = {name!r} has {autoencoder.channels} channels and {options.checkpoint} has "
-                         f"{model.in_channels}; give the --autoencoder that it was trained with")
+        raise ValueError(
+            f"autoencoder = {name!r} has {autoencoder.channels} channels and {options.checkpoint} has "
+            f"{model.in_channels}; give the --autoencoder that it was trained with"
+        )
     settings = resolve(options, trained, model, autoencoder, ranks.device)
-    origin = {"checkpoint": str(options.checkpoint), "model": options.model or trained["model"],
-              "step": trained.get("step"), "average": trained.get("average"), "autoencoder": name}
+    origin = {
+        "checkpoint": str(options.checkpoint),
+        "model": options.model or trained["model"],
+        "step": trained.get("step"),
+        "average": trained.get("average"),
+        "autoencoder": name,
+    }
     return model.to(ranks.device), autoencoder, settings, origin
 
 
@@ -198,28 +213,52 @@ def resolve(options, trained, model, autoencoder, device):
         precision = "bf16" if device.type == "cuda" else "fp32"
     unknown = [label for label in options.classes if not 0 <= label < model.num_classes]
     for fine, name, value, rule in (
-            (chosen["steps"] >= 1 + (chosen["sampler"] == "sde"), "steps", chosen["steps"],
-             f"must be at least {1 + (chosen['sampler'] == 'sde')} for {chosen['sampler']}"),
-            (0 <= chosen["cfg_scale"] < float("inf"), "cfg_scale", chosen["cfg_scale"],
-             "must be at least 0, and finite; 1 is none"),
-            (0 <= interval[0] < interval[1] <= 1, "guidance_interval", interval, "must be 0 <= low < high <= 1"),
-            (guided or options.guidance_interval is None, "guidance_interval", interval,
-             "has no effect without guidance; give --cfg-scale, or leave it out"),
-            (not guided or trained.get("class_dropout_prob", 1) > 0, "cfg_scale", chosen["cfg_scale"],
-             f"{options.checkpoint} was trained without a null class (class_dropout_prob = 0); give --cfg-scale 1"),
-            (options.num_samples >= 1, "num_samples", options.num_samples, "must be at least 1"),
-            (options.seed >= 0, "seed", options.seed, "must be at least 0"),
-            (not unknown, "classes", options.classes, f"the model's are 0 to {model.num_classes - 1}"),
-            (len(set(options.classes)) == len(options.classes), "classes", options.classes, "repeats a label"),
-            (precision != "tf32" or device.type == "cuda", "precision", precision, "needs a GPU; give fp32")):
+        (
+            chosen["steps"] >= 1 + (chosen["sampler"] == "sde"),
+            "steps",
+            chosen["steps"],
+            f"must be at least {1 + (chosen['sampler'] == 'sde')} for {chosen['sampler']}",
+        ),
+        (
+            0 <= chosen["cfg_scale"] < float("inf"),
+            "cfg_scale",
+            chosen["cfg_scale"],
+            "must be at least 0, and finite; 1 is none",
+        ),
+        (0 <= interval[0] < interval[1] <= 1, "guidance_interval", interval, "must be 0 <= low < high <= 1"),
+        (
+            guided or options.guidance_interval is None,
+            "guidance_interval",
+            interval,
+            "has no effect without guidance; give --cfg-scale, or leave it out",
+        ),
+        (
+            not guided or trained.get("class_dropout_prob", 1) > 0,
+            "cfg_scale",
+            chosen["cfg_scale"],
+            f"{options.checkpoint} was trained without a null class (class_dropout_prob = 0); give --cfg-scale 1",
+        ),
+        (options.num_samples >= 1, "num_samples", options.num_samples, "must be at least 1"),
+        (options.seed >= 0, "seed", options.seed, "must be at least 0"),
+        (not unknown, "classes", options.classes, f"the model's are 0 to {model.num_classes - 1}"),
+        (len(set(options.classes)) == len(options.classes), "classes", options.classes, "repeats a label"),
+        (precision != "tf32" or device.type == "cuda", "precision", precision, "needs a GPU; give fp32"),
+    ):
         if not fine:
             raise ValueError(f"{name} = {value!r}: {rule}")
     identity = [options.model or trained["model"], *(trained.get(key) for key in ARCHITECTURE)]
-    chosen["cfg_scale"] = float(chosen["cfg_scale"])                       # 2 and 2.0 would have two hashes
-    return Settings(fingerprint(model, identity), autoencoder.fingerprint, **chosen,
-                    guidance_interval=tuple(map(float, interval)), path=options.path or trained.get("path", "linear"),
-                    precision=precision, num_samples=options.num_samples, seed=options.seed,
-                    classes=tuple(options.classes))
+    chosen["cfg_scale"] = float(chosen["cfg_scale"])  # 2 and 2.0 would have two hashes
+    return Settings(
+        fingerprint(model, identity),
+        autoencoder.fingerprint,
+        **chosen,
+        guidance_interval=tuple(map(float, interval)),
+        path=options.path or trained.get("path", "linear"),
+        precision=precision,
+        num_samples=options.num_samples,
+        seed=options.seed,
+        classes=tuple(options.classes),
+    )
 
 
 def fingerprint(model, identity):
@@ -238,8 +277,10 @@ def labels_of(settings, indices, num_classes):
     """
     classes = np.array(settings.classes or range(num_classes))
     # The 1 sets these seeds apart from those of the noise.
-    rows = {row: np.random.default_rng([settings.seed, EVALUATION, row, 1]).permutation(classes)
-            for row in {i // len(classes) for i in indices}}
+    rows = {
+        row: np.random.default_rng([settings.seed, EVALUATION, row, 1]).permutation(classes)
+        for row in {i // len(classes) for i in indices}
+    }
     return torch.tensor([int(rows[i // len(classes)][i % len(classes)]) for i in indices])
 
 
@@ -249,20 +290,26 @@ def sample_images(model, autoencoder, settings, indices, device):
 
     Raises ValueError where a sample is not finite.
     """
-    shape = (model.in_channels, model.input_size, model.input_size)        # (C, S, S)
+    shape = (model.in_channels, model.input_size, model.input_size)  # (C, S, S)
     noise = IndexedNoise([derive_seed(settings.seed, EVALUATION, i) for i in indices], shape, device)
     y = labels_of(settings, indices, model.num_classes).to(device)
-    common = dict(num_steps=settings.steps, cfg_scale=settings.cfg_scale, path=settings.path,
-                  guidance_interval=settings.guidance_interval)
+    common = dict(
+        num_steps=settings.steps,
+        cfg_scale=settings.cfg_scale,
+        path=settings.path,
+        guidance_interval=settings.guidance_interval,
+    )
     with tf32(settings.precision == "tf32"):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bf16"):
             if settings.sampler == "sde":
                 x = sample_sde(model, noise(), y, step_noise=noise, **common)
             else:
                 x = sample_ode(model, noise(), y, solver=settings.sampler, **common)
-        if not x.isfinite().all():                  # as uint8 they would be noise that looks like a bad model
-            raise ValueError(f"samples {indices[0]} to {indices[-1]} are not finite with precision = "
-                             f"{settings.precision!r}; try --precision fp32, or an earlier checkpoint")
+        if not x.isfinite().all():  # as uint8 they would be noise that looks like a bad model
+            raise ValueError(
+                f"samples {indices[0]} to {indices[-1]} are not finite with precision = "
+                f"{settings.precision!r}; try --precision fp32, or an earlier checkpoint"
+            )
         return autoencoder.decode(x)
 
 
@@ -281,6 +328,7 @@ def tf32(enabled):
 
 # ---- the folder ----
 
+
 def folder_name(options, settings, origin):
     """The run and step of the checkpoint, the sampler, and a hash of all that moves FID."""
     sampler, interval = options.preset, settings.guidance_interval
@@ -295,9 +343,12 @@ def folder_name(options, settings, origin):
 def claim(folder, settings):
     """Lock the folder and return the lock. Raises ValueError where it is in use, foreign, or of other settings."""
     path = folder / "settings.json"
-    ours = {".lock", "settings.json.unfinished"}    # left by one that ended at once
-    if folder.exists() and not path.is_file() and (not folder.is_dir() or
-                                                   {entry.name for entry in folder.iterdir()} - ours):
+    ours = {".lock", "settings.json.unfinished"}  # left by one that ended at once
+    if (
+        folder.exists()
+        and not path.is_file()
+        and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - ours)
+    ):
         raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
     lock = lock_folder(folder)
     found = read_settings(path).get("settings", {})
@@ -322,10 +373,17 @@ def read_settings(path):
 def record(options, settings, origin, folder, ranks):
     """settings.json: the settings, and one entry more of where the command ran."""
     path = folder / "settings.json"
-    starts = read_settings(path).get("starts", []) + [{"batch_size": options.batch_size, **origin,
-                                                       **environment(ranks)}]
-    content = {"settings": dataclasses.asdict(settings), "hash": settings.digits(), "preset": options.preset,
-               "function_evaluations": settings.evaluations(), "uint8": CONVERSION, "starts": starts}
+    starts = read_settings(path).get("starts", []) + [
+        {"batch_size": options.batch_size, **origin, **environment(ranks)}
+    ]
+    content = {
+        "settings": dataclasses.asdict(settings),
+        "hash": settings.digits(),
+        "preset": options.preset,
+        "function_evaluations": settings.evaluations(),
+        "uint8": CONVERSION,
+        "starts": starts,
+    }
     with replaced(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
     (folder / "samples").mkdir(exist_ok=True)
@@ -336,30 +394,44 @@ def describe(options, settings, origin, folder, shape, count, ranks):
     size = shape[1] * shape[2] * 3
     needed, free = size * (count + options.npz * shape[0]), shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(f"{folder} needs {needed / 2**30:.3g} GiB more, the disk has {free / 2**30:.3g}; give another "
-                         "--out, a smaller --num-samples, or --no-npz")
-    guidance = "no guidance" if settings.cfg_scale == 1 else (
-        f"guidance {settings.cfg_scale:g} between times {settings.guidance_interval[0]:g} and "
-        f"{settings.guidance_interval[1]:g}")
+        raise ValueError(
+            f"{folder} needs {needed / 2**30:.3g} GiB more, the disk has {free / 2**30:.3g}; give another "
+            "--out, a smaller --num-samples, or --no-npz"
+        )
+    guidance = (
+        "no guidance"
+        if settings.cfg_scale == 1
+        else (
+            f"guidance {settings.cfg_scale:g} between times {settings.guidance_interval[0]:g} and "
+            f"{settings.guidance_interval[1]:g}"
+        )
+    )
     of = "" if origin["step"] is None else f", step {origin['step']}, average {origin['average']}"
-    print(f"samples    {folder}: {count} of {shape[0]} images of {shape[1]} pixels left to draw\n"
-          f"model      {origin['model']} of {origin['checkpoint']}{of}; decoded by {origin['autoencoder']}\n"
-          f"sampler    {settings.sampler}, {settings.steps} steps = {settings.evaluations()} evaluations per image, "
-          f"{guidance}, {settings.path} path\n"
-          f"device     {ranks.world} x {ranks.device.type}, {settings.precision}", flush=True)
+    print(
+        f"samples    {folder}: {count} of {shape[0]} images of {shape[1]} pixels left to draw\n"
+        f"model      {origin['model']} of {origin['checkpoint']}{of}; decoded by {origin['autoencoder']}\n"
+        f"sampler    {settings.sampler}, {settings.steps} steps = {settings.evaluations()} evaluations per image, "
+        f"{guidance}, {settings.path} path\n"
+        f"device     {ranks.world} x {ranks.device.type}, {settings.precision}",
+        flush=True,
+    )
 
 
 def draw(missing, mine, model, autoencoder, settings, options, ranks):
     """Write this process's part of the missing chunks."""
     mine = {path: missing[path] for path in mine if path in missing}
-    with tqdm(total=sum(map(len, mine.values())), desc=f"process 1 of {ranks.world}", unit="img",
-              disable=not ranks.main or not mine) as bar:
+    with tqdm(
+        total=sum(map(len, mine.values())),
+        desc=f"process 1 of {ranks.world}",
+        unit="img",
+        disable=not ranks.main or not mine,
+    ) as bar:
         for path, indices in mine.items():
             parts = []
             for first in range(0, len(indices), options.batch_size):
-                part = indices[first:first + options.batch_size]
+                part = indices[first : first + options.batch_size]
                 images = sample_images(model, autoencoder, settings, part, ranks.device)
-                parts.append(images.permute(0, 2, 3, 1).cpu().numpy())                 # (B, H, W, 3)
+                parts.append(images.permute(0, 2, 3, 1).cpu().numpy())  # (B, H, W, 3)
                 bar.update(len(part))
             with replaced(path) as file:
                 np.save(file, np.concatenate(parts))
@@ -367,11 +439,14 @@ def draw(missing, mine, model, autoencoder, settings, options, ranks):
 
 def finish(chunks, npz, shape, labels, options):
     """The grid and the npz of all chunks, if they are not there yet."""
+
     def read(path):
         images = np.load(path)
         if images.shape != (len(chunks[path]), *shape[1:]) or images.dtype != np.uint8:
-            raise ValueError(f"{path} holds {images.dtype} {images.shape} in place of uint8 "
-                             f"{(len(chunks[path]), *shape[1:])}; delete it and give the same command again")
+            raise ValueError(
+                f"{path} holds {images.dtype} {images.shape} in place of uint8 "
+                f"{(len(chunks[path]), *shape[1:])}; delete it and give the same command again"
+            )
         return images
 
     grid = npz.with_name("grid.png")
@@ -382,7 +457,7 @@ def finish(chunks, npz, shape, labels, options):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
     if options.npz and not npz.is_file():
         with replaced(npz) as file, zipfile.ZipFile(file, "w") as archive:
-            with member(archive, "arr_0.npy") as array:                    # a chunk at a time, for the memory
+            with member(archive, "arr_0.npy") as array:  # a chunk at a time, for the memory
                 np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 for path in chunks:
                     array.write(read(path).tobytes())
@@ -399,8 +474,9 @@ def member(archive, name):
 @contextlib.contextmanager
 def told_to_stop(ranks):
     """SIGINT and SIGTERM end the block at once: whole chunks are kept, and nothing else has to be saved."""
+
     def stop(number, frame):
-        for each in previous:                       # torchrun repeats what it is sent
+        for each in previous:  # torchrun repeats what it is sent
             signal.signal(each, signal.SIG_IGN)
         if ranks.main:
             os.write(2, b"\nstopped; the same command again goes on from here\n")

@@ -11,12 +11,13 @@ import torch
 from loss import path_coefficients
 
 SOLVERS = ("euler", "heun")
-SDE_LAST = 0.04         # the SDE's score diverges towards t = 0, so its last step starts here (REPA)
+SDE_LAST = 0.04  # the SDE's score diverges towards t = 0, so its last step starts here (REPA)
 
 
 @torch.no_grad()
-def sample_ode(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), path="linear",
-               solver="euler"):
+def sample_ode(
+    model, noise, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), path="linear", solver="euler"
+):
     """Integrate dx/dt = v(x, t) from t = 1 to 0 in equal steps.
 
     noise: (B, C, H, W) standard normal; y: (B) labels. solver: "euler", one evaluation a step, or "heun", two in each
@@ -41,8 +42,9 @@ def sample_ode(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_interval=
 
 
 @torch.no_grad()
-def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), path="linear",
-               step_noise=None):
+def sample_sde(
+    model, noise, y, num_steps=250, cfg_scale=1.0, guidance_interval=(0.0, 1.0), path="linear", step_noise=None
+):
     """Euler-Maruyama on dx = (v - w s / 2) dt + sqrt(w) dW with diffusion w(t) = 2t and score s (SiT, REPA).
 
     num_steps - 1 equal steps from t = 1 to 0.04, then one to 0 without noise.
@@ -53,8 +55,10 @@ def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_interval=
     if num_steps < 2:
         raise ValueError(f"num_steps = {num_steps}: the SDE needs at least 2")
     if step_noise is None:
+
         def step_noise():
             return torch.randn_like(noise)
+
     velocity = guided_velocity(model, noise, y, cfg_scale, guidance_interval)
     times = [*torch.linspace(1, SDE_LAST, num_steps, dtype=torch.float64).tolist(), 0.0]
     x = noise.double()
@@ -75,7 +79,7 @@ def score_from_velocity(x, v, t, path="linear"):
 
 def guided_velocity(model, like, y, cfg_scale, guidance_interval):
     """The velocity as a function of (x, t): plain outside the interval, v_null + w (v - v_null) inside it."""
-    low, high = guidance_interval[0] - 1e-6, guidance_interval[1] + 1e-6       # or rounded times would miss its ends
+    low, high = guidance_interval[0] - 1e-6, guidance_interval[1] + 1e-6  # or rounded times would miss its ends
     y_null = torch.full_like(y, model.num_classes)
 
     def velocity(x, t):

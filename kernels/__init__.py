@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from kernels import reference
 
-if importlib.util.find_spec("triton"):                                    # Linux; elsewhere there is PyTorch alone
+if importlib.util.find_spec("triton"):  # Linux; elsewhere there is PyTorch alone
     from kernels import route_triton
 else:
     route_triton = None
 
 BACKENDS = ("auto", "torch", "triton")
-MOST_SOURCES = 128                                                        # whose addresses fit a launch's arguments
+MOST_SOURCES = 128  # whose addresses fit a launch's arguments
 
 
 def resolve_backend(backend, device):
@@ -35,8 +35,10 @@ def resolve_backend(backend, device):
     if backend == "triton" and route_triton is None:
         raise ValueError("backend 'triton' needs the package triton, which is not installed; choose 'torch'")
     if backend == "triton" and device.type != "cuda" and not route_triton.INTERPRETED:
-        raise ValueError(f"backend 'triton' needs a CUDA device, not {device.type!r}, or the environment variable "
-                         "TRITON_INTERPRET=1 (slow, for tests); choose 'torch'")
+        raise ValueError(
+            f"backend 'triton' needs a CUDA device, not {device.type!r}, or the environment variable "
+            "TRITON_INTERPRET=1 (slow, for tests); choose 'torch'"
+        )
     return backend
 
 
@@ -82,7 +84,8 @@ def route_modulate(sources, query, norm_weight, shift, scale, eps=1e-6, norm_eps
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sources[0].dtype
     if backend == "triton":
         x, h, *sources = route_triton.RouteModulate.apply(
-            query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources)
+            query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources
+        )
         return x, h, sources
     h, _ = reference.route(sources, query, norm_weight, eps)
     x = F.layer_norm(h, (width,), eps=norm_eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
@@ -98,18 +101,28 @@ def _checked(sources, query, norm_weight, backend, return_weights=False):
         raise ValueError(f"sources must be (B, T, D); source 0 is {tuple(shape)}")
     for i, v in enumerate(sources):
         if v.shape != shape:
-            raise ValueError(f"all sources must have one shape; source 0 is {tuple(shape)}, "
-                             f"source {i} {tuple(v.shape)}")
+            raise ValueError(
+                f"all sources must have one shape; source 0 is {tuple(shape)}, source {i} {tuple(v.shape)}"
+            )
     batch, tokens, width = shape
     if tuple(query.shape) not in {(width,), (batch, width), (batch, tokens, width)}:
-        raise ValueError(f"query is {tuple(query.shape)}; sources {tuple(shape)} need ({width},), "
-                         f"({batch}, {width}) or ({batch}, {tokens}, {width})")
+        raise ValueError(
+            f"query is {tuple(query.shape)}; sources {tuple(shape)} need ({width},), "
+            f"({batch}, {width}) or ({batch}, {tokens}, {width})"
+        )
     if tuple(norm_weight.shape) != (width,):
         raise ValueError(f"norm_weight is {tuple(norm_weight.shape)}; sources {tuple(shape)} need ({width},)")
     dtype = functools.reduce(torch.promote_types, (v.dtype for v in sources))
     chosen = resolve_backend(backend, sources[0].device)
-    beyond = ("float64" if dtype == torch.float64 else "return_weights" if return_weights
-              else f"{len(sources)} sources (at most {MOST_SOURCES})" if len(sources) > MOST_SOURCES else "")
+    beyond = (
+        "float64"
+        if dtype == torch.float64
+        else "return_weights"
+        if return_weights
+        else f"{len(sources)} sources (at most {MOST_SOURCES})"
+        if len(sources) > MOST_SOURCES
+        else ""
+    )
     if chosen == "triton" and beyond:
         if backend == "triton":
             raise ValueError(f"backend 'triton' does not do {beyond}; choose 'torch' or 'auto'")

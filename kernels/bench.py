@@ -32,7 +32,7 @@ from kernels.route_triton import backward_bytes, forward_bytes
 from models.dar import QUERIES, DepthRouter, RoutedStream
 from models.sit import SIT_MODELS, ResidualStream
 
-TOLERANCE = 2e-2            # of a norm in bf16: operands with 2^-9 each, and logits that grow with sqrt(D)
+TOLERANCE = 2e-2  # of a norm in bf16: operands with 2^-9 each, and logits that grow with sqrt(D)
 QUANTILES = (0.2, 0.5, 0.8)
 
 
@@ -76,10 +76,14 @@ def main(argv=None):
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # or a compiled backward could be called but once
     typed = sys.argv[1:] if argv is None else argv
-    result = {"command": shlex.join(["python", "-m", "kernels.bench", *typed]), **environment(device),
-              "batch_and_tokens": [options.batch, options.tokens], "copy_gb_per_s": copy_bandwidth(device)}
+    result = {
+        "command": shlex.join(["python", "-m", "kernels.bench", *typed]),
+        **environment(device),
+        "batch_and_tokens": [options.batch, options.tokens],
+        "copy_gb_per_s": copy_bandwidth(device),
+    }
     print(f"{result['device']}: copies {result['copy_gb_per_s']:.0f} GB/s, read and write counted", flush=True)
-    for kind in QUERIES:                            # what stacks and steps are made of
+    for kind in QUERIES:  # what stacks and steps are made of
         error = parity(method_named("fused", kind, 9), options, max(options.widths), kind, 9, device)
         if not error < TOLERANCE:
             raise SystemExit(f"error: the fused kernels are wrong ({kind} query, error {error:.1e}): nothing is timed")
@@ -89,7 +93,7 @@ def main(argv=None):
             result[part].append(row)
             print(" | ".join(filter(None, cells(row, part, result["copy_gb_per_s"]))), flush=True)
             result["goals"] = goals(result)
-            write(result, options.out)              # after every row: what was measured survives what comes next
+            write(result, options.out)  # after every row: what was measured survives what comes next
     print(f"wrote {options.out}.json and {options.out}.md")
     return int(any("wrong" in row for part in options.parts for row in result[part] if row["method"] == "fused"))
 
@@ -101,6 +105,7 @@ def write(result, out):
 
 
 # ---- one aggregation ----
+
 
 def operators(options, device):
     for width in options.widths:
@@ -125,12 +130,15 @@ def method_named(name, kind, n):
         return functools.partial(route, backend="triton")
     if name == "fla" and kind == "static" and installed("fla"):
         from fla.ops.attnres import fused_attnres
+
         return lambda v, q, g: fused_attnres(q.to(v[0].dtype), v, g.to(v[0].dtype), scale=len(q) ** -0.5)
     if name == "liger" and kind == "static" and n <= 32 and installed("liger_kernel"):
         from liger_kernel.ops.attn_res import LigerAttnResFunction
+
         # It has no 1 / sqrt(D). Its sources are one stacked tensor: the stacking is part of what it costs.
         return lambda v, q, g: LigerAttnResFunction.apply(
-            torch.stack(v), (q * len(q) ** -0.5).to(v[0].dtype), g.to(v[0].dtype), 1e-6)
+            torch.stack(v), (q * len(q) ** -0.5).to(v[0].dtype), g.to(v[0].dtype), 1e-6
+        )
     return None
 
 
@@ -149,9 +157,13 @@ def time_operator(method, options, width, kind, n, device):
         with torch.no_grad():
             return method(sources, query, weight)
 
-    timed = {"error": error, "peak_bytes": memory, "forward": quantiles(forward, device),
-             "backward": quantiles(lambda: torch.autograd.grad(h, leaves, dh, retain_graph=True), device),
-             "both": quantiles(lambda: torch.autograd.grad(method(sources, query, weight), leaves, dh), device)}
+    timed = {
+        "error": error,
+        "peak_bytes": memory,
+        "forward": quantiles(forward, device),
+        "backward": quantiles(lambda: torch.autograd.grad(h, leaves, dh, retain_graph=True), device),
+        "both": quantiles(lambda: torch.autograd.grad(method(sources, query, weight), leaves, dh), device),
+    }
     numel = dh.numel()
     return timed | {"forward_bytes": forward_bytes(n, numel, 2), "backward_bytes": backward_bytes(n, numel, 2)}
 
@@ -159,6 +171,7 @@ def time_operator(method, options, width, kind, n, device):
 def inputs(batch, tokens, width, kind, n, device):
     def normal(*shape, dtype=torch.bfloat16):
         return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+
     shape = {"static": (width,), "timestep": (batch, width), "dynamic": (batch, tokens, width)}[kind]
     sources = [normal(batch, tokens, width) for _ in range(n)]
     query = normal(*shape, dtype=torch.bfloat16 if kind == "dynamic" else torch.float32)
@@ -174,12 +187,14 @@ def parity(method, options, width, kind, n, device):
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     h, _ = reference.route(exact[:n], exact[-2], exact[-1], 1e-6)
     expected = [h, *torch.autograd.grad(h, exact, dh.double())]
-    errors = [((a.double() - b).norm() / b.norm() if b.norm() else a.double().norm()).item()
-              for a, b in zip(got, expected)]
+    errors = [
+        ((a.double() - b).norm() / b.norm() if b.norm() else a.double().norm()).item() for a, b in zip(got, expected)
+    ]
     return max(errors) if all(error == error for error in errors) else float("nan")
 
 
 # ---- all aggregators of a model, and its training step ----
+
 
 def stacks(options, device):
     """Every read of a state (routing, LayerNorm, adaLN) of one pass, with sublayers that cost nothing."""
@@ -216,18 +231,24 @@ def time_stack(routing, options, device):
 
     before = reset_memory(device)
     both()
-    return {"peak_bytes": peak_memory(device) - before, "forward": quantiles(torch.no_grad()(forward), device),
-            "both": quantiles(both, device)}
+    return {
+        "peak_bytes": peak_memory(device) - before,
+        "forward": quantiles(torch.no_grad()(forward), device),
+        "both": quantiles(both, device),
+    }
 
 
 def steps(options, device):
     """Forward in bf16 autocast, backward and fused AdamW, as the trainer runs them."""
-    arms = [("residual", {}), ("DAR eager", {"routing": "dar", "route_backend": "torch"}),
-            ("DAR fused", {"routing": "dar", "route_backend": "triton"}),
-            ("DAR fused, dynamic", {"routing": "dar", "route_backend": "triton", "query": "dynamic"})]
+    arms = [
+        ("residual", {}),
+        ("DAR eager", {"routing": "dar", "route_backend": "torch"}),
+        ("DAR fused", {"routing": "dar", "route_backend": "triton"}),
+        ("DAR fused, dynamic", {"routing": "dar", "route_backend": "triton", "query": "dynamic"}),
+    ]
     for compiled in (False, True):
         for name, arm in arms:
-            if not (compiled and arm.get("route_backend") == "torch"):          # the compiler unrolls XL's 522 reads
+            if not (compiled and arm.get("route_backend") == "torch"):  # the compiler unrolls XL's 522 reads
                 row = {"method": name + ", compiled" * compiled}
                 yield row | attempt(functools.partial(time_step, arm, compiled, options, device))
 
@@ -265,13 +286,14 @@ def build(options, device, **arm):
 
 # ---- measuring ----
 
+
 def attempt(measure):
     """What it measured, or why it could not: a method that fails must not end the others' comparison."""
     try:
         return measure()
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
-    except Exception as error:                      # of a peer package or the compiler, whatever it may be
+    except Exception as error:  # of a peer package or the compiler, whatever it may be
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
 
 
@@ -288,7 +310,7 @@ def quantiles(function, device, graph=True):
     if not graph:
         return list(triton.testing.do_bench(function, warmup=500, rep=2000, quantiles=QUANTILES))
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side):                   # compiles, and fills the allocator, before the recording
+    with torch.cuda.stream(side):  # compiles, and fills the allocator, before the recording
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(side)
@@ -334,8 +356,11 @@ def environment(device):
 
 # ---- the report ----
 
-LABELS = {"operators": ("width", "query", "sources", "method"), "stacks": ("method", "query", "chunk_size"),
-          "steps": ("method",)}
+LABELS = {
+    "operators": ("width", "query", "sources", "method"),
+    "stacks": ("method", "query", "chunk_size"),
+    "steps": ("method",),
+}
 TIMES = {"operators": ("forward", "backward", "both"), "stacks": ("forward", "both"), "steps": ("step",)}
 
 
@@ -343,8 +368,11 @@ def cells(row, part, copy):
     """A row of measurements as text: what it is of, then times with bandwidths, and memory."""
     text = [str(row.get(label, "")) for label in LABELS[part]]
     if "wrong" in row or "failed" in row:
-        return [*text, f"wrong: error {row['wrong']:.1e}" if "wrong" in row else row["failed"],
-                *[""] * len(TIMES[part])]
+        return [
+            *text,
+            f"wrong: error {row['wrong']:.1e}" if "wrong" in row else row["failed"],
+            *[""] * len(TIMES[part]),
+        ]
     for key in TIMES[part]:
         low, middle, high = row[key]
         text.append(f"{middle:.3f} ({low:.3f}-{high:.3f})")
@@ -360,8 +388,11 @@ def goals(result):
     copy = result["copy_gb_per_s"]
 
     def of(method, **fixed):
-        return {(row["width"], row["query"], row["sources"]): row for row in rows
-                if row["method"] == method and all(row[key] == value for key, value in fixed.items())}
+        return {
+            (row["width"], row["query"], row["sources"]): row
+            for row in rows
+            if row["method"] == method and all(row[key] == value for key, value in fixed.items())
+        }
 
     def worst(values, choose):
         values = list(values)
@@ -369,40 +400,81 @@ def goals(result):
 
     fused = of("fused")
     wide = [row for (width, _, n), row in fused.items() if width == 1152 and n >= 8]
-    floor = {id(row): (row["backward_bytes"] - 2 * row["forward_bytes"] / (row["sources"] + 1)) / copy / 1e6
-             for row in wide}                       # without dh and h: each source read, each gradient written
-    found = [("forward, share of copy bandwidth, n >= 8, D = 1152: at least 85 %",
-              worst((row["forward_bytes"] / row["forward"][1] / 1e6 / copy for row in wide), min)),
-             ("backward, times the floor, n >= 8, D = 1152: at most 1.3",
-              worst((row["backward"][1] / floor[id(row)] for row in wide), max))]
+    floor = {
+        id(row): (row["backward_bytes"] - 2 * row["forward_bytes"] / (row["sources"] + 1)) / copy / 1e6 for row in wide
+    }  # without dh and h: each source read, each gradient written
+    found = [
+        (
+            "forward, share of copy bandwidth, n >= 8, D = 1152: at least 85 %",
+            worst((row["forward_bytes"] / row["forward"][1] / 1e6 / copy for row in wide), min),
+        ),
+        (
+            "backward, times the floor, n >= 8, D = 1152: at most 1.3",
+            worst((row["backward"][1] / floor[id(row)] for row in wide), max),
+        ),
+    ]
     for peer in ("fla", "liger"):
-        found.append((f"static query, time of fused / {peer}, worst shape: at most 1",
-                      worst((fused[key][part][1] / row[part][1] for key, row in of(peer).items() if key in fused
-                             for part in ("forward", "backward")), max)))
+        found.append(
+            (
+                f"static query, time of fused / {peer}, worst shape: at most 1",
+                worst(
+                    (
+                        fused[key][part][1] / row[part][1]
+                        for key, row in of(peer).items()
+                        if key in fused
+                        for part in ("forward", "backward")
+                    ),
+                    max,
+                ),
+            )
+        )
     for part, least in (("forward", 11.5), ("backward", 8.5)):
-        found.append((f"{part} at n = 57, eager / fused, worst shape: at least {least}",
-                      worst((row[part][1] / fused[key][part][1] for key, row in of("eager", sources=57).items()
-                             if key in fused), min)))
+        found.append(
+            (
+                f"{part} at n = 57, eager / fused, worst shape: at least {least}",
+                worst(
+                    (
+                        row[part][1] / fused[key][part][1]
+                        for key, row in of("eager", sources=57).items()
+                        if key in fused
+                    ),
+                    min,
+                ),
+            )
+        )
     step = {row["method"]: row for row in result.get("steps", []) if "step" in row}
     for suffix in ("", ", compiled"):
         pair = [step.get(f"{name}{suffix}") for name in ("residual", "DAR fused")]
-        for what, most, value in (("step", 1.10, lambda row: row["step"][1]),
-                                  ("memory", 1.15, lambda row: row["peak_bytes"])):
-            found.append((f"{what} of DAR S = 4{suffix} / residual{suffix}: at most {most:.2f}",
-                          value(pair[1]) / value(pair[0]) if all(pair) and value(pair[0]) else None))
+        for what, most, value in (
+            ("step", 1.10, lambda row: row["step"][1]),
+            ("memory", 1.15, lambda row: row["peak_bytes"]),
+        ):
+            found.append(
+                (
+                    f"{what} of DAR S = 4{suffix} / residual{suffix}: at most {most:.2f}",
+                    value(pair[1]) / value(pair[0]) if all(pair) and value(pair[0]) else None,
+                )
+            )
     return found
 
 
 def markdown(result):
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in result["versions"].items())
     copy = result["copy_gb_per_s"]
-    lines = [f"# {result['device']}", "", f"`{result['command']}`", "",
-             f"{versions}, CUDA {result['cuda']}, commit {result['commit']}.",
-             f"One aggregation: B, T = {result['batch_and_tokens']}, bf16. A copy moves {copy:.0f} GB/s, read and",
-             "write counted. Times are medians in milliseconds with 20 and 80 % quantiles; bandwidth counts each",
-             "tensor that has to be read or written once; then the peak of memory in MiB above that before."]
-    lines += _table(["goal", "measured"], [[goal, "not measured" if value is None else f"{value:.2f}"]
-                                           for goal, value in result["goals"]])
+    lines = [
+        f"# {result['device']}",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"{versions}, CUDA {result['cuda']}, commit {result['commit']}.",
+        f"One aggregation: B, T = {result['batch_and_tokens']}, bf16. A copy moves {copy:.0f} GB/s, read and",
+        "write counted. Times are medians in milliseconds with 20 and 80 % quantiles; bandwidth counts each",
+        "tensor that has to be read or written once; then the peak of memory in MiB above that before.",
+    ]
+    lines += _table(
+        ["goal", "measured"],
+        [[goal, "not measured" if value is None else f"{value:.2f}"] for goal, value in result["goals"]],
+    )
     for part in ("operators", "stacks", "steps"):
         if part in result:
             lines += ["", f"## {part.capitalize()}"]

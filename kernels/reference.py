@@ -23,16 +23,16 @@ def route(sources, query, norm_weight, eps):
     compute = torch.promote_types(dtype, torch.float32)
     query = query.to(compute) * norm_weight.to(compute) / math.sqrt(width)
     if query.ndim == 2:
-        query = query.unsqueeze(1)                                        # (B, D) -> (B, 1, D)
+        query = query.unsqueeze(1)  # (B, D) -> (B, 1, D)
 
     logits = []
     for v in sources:
         v = v.to(compute)
-        inverse_rms = torch.rsqrt(v.square().mean(-1) + eps)              # (B, T)
-        logits.append((v * query).sum(-1) * inverse_rms)                  # (B, T)
-    alpha = torch.stack(logits).softmax(0)                                # (n, B, T)
+        inverse_rms = torch.rsqrt(v.square().mean(-1) + eps)  # (B, T)
+        logits.append((v * query).sum(-1) * inverse_rms)  # (B, T)
+    alpha = torch.stack(logits).softmax(0)  # (n, B, T)
 
     h = alpha[0].unsqueeze(-1) * sources[0].to(compute)
     for a, v in zip(alpha[1:], sources[1:]):
-        h = torch.addcmul(h, a.unsqueeze(-1), v.to(compute))              # (B, T, D)
+        h = torch.addcmul(h, a.unsqueeze(-1), v.to(compute))  # (B, T, D)
     return h.to(dtype), alpha

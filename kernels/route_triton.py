@@ -25,26 +25,31 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Tokens per program. More of them share a load of the query and write fewer partial sums; fewer fill the GPU.
 FORWARD_ROWS, BACKWARD_ROWS, MODULATE_ROWS = 2, 4, 8
-STAGES = 3                                          # a source is loaded two iterations before it is used
+STAGES = 3  # a source is loaded two iterations before it is used
 WIDTH_PER_WARP = 1280
 FEWEST_SLOTS = 8
 
 
 # ---- rows ----
 
+
 @triton.jit
 def _load(pointer, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     tail = HEAD + tl.arange(0, TAIL)
-    return (tl.load(pointer + tl.arange(0, HEAD)).to(tl.float32),
-            tl.load(pointer + tail, mask=tail < D, other=0.0).to(tl.float32))
+    return (
+        tl.load(pointer + tl.arange(0, HEAD)).to(tl.float32),
+        tl.load(pointer + tail, mask=tail < D, other=0.0).to(tl.float32),
+    )
 
 
 @triton.jit
 def _load_if(wanted, pointer, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     """Zeros, and no traffic, unless `wanted`. A mask and no branch, so that the load can be issued iterations ahead."""
     head, tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
-    return (tl.load(pointer + head, mask=wanted & (head < D), other=0.0).to(tl.float32),
-            tl.load(pointer + tail, mask=wanted & (tail < D), other=0.0).to(tl.float32))
+    return (
+        tl.load(pointer + head, mask=wanted & (head < D), other=0.0).to(tl.float32),
+        tl.load(pointer + tail, mask=wanted & (tail < D), other=0.0).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -60,6 +65,7 @@ def _dot(a, b, c, d):
 
 
 # ---- addresses ----
+
 
 @triton.jit
 def _addresses(tensors):
@@ -81,14 +87,35 @@ def _row_of(table, i, like, offset, ALIGN: tl.constexpr):
 
 # ---- kernels ----
 
-UNSPECIALIZED = ["num_sources", "num_known", "tokens"]       # or n = 1 and n = 16 would each be compiled again
+UNSPECIALIZED = ["num_sources", "num_known", "tokens"]  # or n = 1 and n = 16 would each be compiled again
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _forward(sources, num_sources, query, query_sample_stride, query_row_stride, weight, eps,
-             h, lse, x, shift, scale, shift_stride, scale_stride, norm_eps, tokens,
-             MODULATE: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
-             D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+def _forward(
+    sources,
+    num_sources,
+    query,
+    query_sample_stride,
+    query_row_stride,
+    weight,
+    eps,
+    h,
+    lse,
+    x,
+    shift,
+    scale,
+    shift_stride,
+    scale_stride,
+    norm_eps,
+    tokens,
+    MODULATE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """h = softmax-weighted sum of the sources (Eq. 5-6); with MODULATE also x = LayerNorm(h) (1 + scale) + shift."""
     blocks = tl.cdiv(tokens, ROWS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -98,7 +125,7 @@ def _forward(sources, num_sources, query, query_sample_stride, query_row_stride,
     for token in range(first, tl.minimum(first + ROWS, tokens)):
         row = sample * tokens + token
         q_a, q_b = _load(query + sample * query_sample_stride + row * query_row_stride, D, HEAD, TAIL)
-        q_a, q_b = q_a * g_a * (1 / D ** 0.5), q_b * g_b * (1 / D ** 0.5)
+        q_a, q_b = q_a * g_a * (1 / D**0.5), q_b * g_b * (1 / D**0.5)
         largest, total = float("-inf"), 0.0
         h_a, h_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
         for i in tl.range(0, num_sources, num_stages=STAGES):
@@ -130,10 +157,32 @@ def _normalized(a, b, eps, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constex
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _backward(sources, num_sources, known, num_known, gradients, dh, h, lse,
-              query, query_sample_stride, query_row_stride, weight, eps, dquery, dquery_parts, dweight_parts, tokens,
-              PER_TOKEN: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
-              D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+def _backward(
+    sources,
+    num_sources,
+    known,
+    num_known,
+    gradients,
+    dh,
+    h,
+    lse,
+    query,
+    query_sample_stride,
+    query_row_stride,
+    weight,
+    eps,
+    dquery,
+    dquery_parts,
+    dweight_parts,
+    tokens,
+    PER_TOKEN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """Gradients of all sources in one read of them, added to what is `known` of the first num_known.
 
     With s = r (v . q') / sqrt(D), q' = g * q and r = 1 / rms(v):
@@ -156,7 +205,7 @@ def _backward(sources, num_sources, known, num_known, gradients, dh, h, lse,
         row = sample * tokens + token
         g_a, g_b = _load(weight, D, HEAD, TAIL)
         q_a, q_b = _load(query + row * query_row_stride, D, HEAD, TAIL)
-        q_a, q_b = q_a * g_a * (1 / D ** 0.5), q_b * g_b * (1 / D ** 0.5)
+        q_a, q_b = q_a * g_a * (1 / D**0.5), q_b * g_b * (1 / D**0.5)
         dh_a, dh_b = _load(dh + row * D, D, HEAD, TAIL)
         h_a, h_b = _load(h + row * D, D, HEAD, TAIL)
         dh_h = _dot(dh_a, dh_b, h_a, h_b)
@@ -183,20 +232,34 @@ def _backward(sources, num_sources, known, num_known, gradients, dh, h, lse,
         if PER_TOKEN:
             q_a, q_b = _load(query + row * query_row_stride, D, HEAD, TAIL)
             g_a, g_b = _load(weight, D, HEAD, TAIL)
-            _store(dquery + row * D, dq_a * g_a / D ** 0.5, dq_b * g_b / D ** 0.5, D, HEAD, TAIL)
+            _store(dquery + row * D, dq_a * g_a / D**0.5, dq_b * g_b / D**0.5, D, HEAD, TAIL)
             dg_a, dg_b = dg_a + dq_a * q_a, dg_b + dq_b * q_b
     part = tl.program_id(0).to(tl.int64) * D
     if not PER_TOKEN:
         q_a, q_b = _load(query, D, HEAD, TAIL)
         g_a, g_b = _load(weight, D, HEAD, TAIL)
-        _store(dquery_parts + part, dq_a * g_a / D ** 0.5, dq_b * g_b / D ** 0.5, D, HEAD, TAIL)
+        _store(dquery_parts + part, dq_a * g_a / D**0.5, dq_b * g_b / D**0.5, D, HEAD, TAIL)
         dg_a, dg_b = dq_a * q_a, dq_b * q_b
-    _store(dweight_parts + part, dg_a / D ** 0.5, dg_b / D ** 0.5, D, HEAD, TAIL)
+    _store(dweight_parts + part, dg_a / D**0.5, dg_b / D**0.5, D, HEAD, TAIL)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _modulate_backward(dx, dh_direct, h, scale, scale_stride, norm_eps, dh, dshift_parts, dscale_parts, tokens,
-                       ROWS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+def _modulate_backward(
+    dx,
+    dh_direct,
+    h,
+    scale,
+    scale_stride,
+    norm_eps,
+    dh,
+    dshift_parts,
+    dscale_parts,
+    tokens,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """Gradients of x = LayerNorm(h) (1 + scale) + shift; dh_direct, unless None, is what reached h past x."""
     blocks = tl.cdiv(tokens, ROWS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -225,12 +288,12 @@ def _modulate_backward(dx, dh_direct, h, scale, scale_stride, norm_eps, dh, dshi
 
 # ---- launches ----
 
-INTERPRETED = not isinstance(_forward, triton.JITFunction)               # TRITON_INTERPRET=1: NumPy on the CPU
+INTERPRETED = not isinstance(_forward, triton.JITFunction)  # TRITON_INTERPRET=1: NumPy on the CPU
 
 
 def _options(width, *tensors):
     """Launch options that follow from the width, and from the alignment of the addresses in the tuples `tensors`."""
-    head = 1 << max(0, (width - 1).bit_length() - 1)                 # more than half of the row
+    head = 1 << max(0, (width - 1).bit_length() - 1)  # more than half of the row
     tail = triton.next_power_of_2(max(1, width - head))
     aligned = all(tensor.data_ptr() % 16 == 0 for padded in tensors for tensor in padded)
     options = {"D": width, "HEAD": head, "TAIL": tail, "num_warps": warps(width)}
@@ -258,18 +321,27 @@ def _on(device):
 
 # ---- operators ----
 
+
 @torch.library.custom_op("dar::route", mutates_args=())
-def route(sources: Sequence[torch.Tensor], query: torch.Tensor, norm_weight: torch.Tensor,
-          eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    sources: Sequence[torch.Tensor], query: torch.Tensor, norm_weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.route`: h (B, T, D), and the log-sum-exp of the logits (B, T), -inf where there is one source."""
     h, lse, _ = _launch_forward(sources, query, norm_weight, eps)
     return h, lse
 
 
 @torch.library.custom_op("dar::route_modulate", mutates_args=())
-def route_modulate(sources: Sequence[torch.Tensor], query: torch.Tensor, norm_weight: torch.Tensor,
-                   shift: torch.Tensor, scale: torch.Tensor, eps: float, norm_eps: float,
-                   dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def route_modulate(
+    sources: Sequence[torch.Tensor],
+    query: torch.Tensor,
+    norm_weight: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    norm_eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`kernels.route_modulate`: x (B, T, D) of `dtype`, h (B, T, D) and the log-sum-exp (B, T)."""
     h, lse, x = _launch_forward(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype)
     return x, h, lse
@@ -289,15 +361,36 @@ def _launch_forward(sources, query, norm_weight, eps, shift=None, scale=None, no
     if h.numel():
         with _on(h.device):
             _forward[batch * triton.cdiv(tokens, FORWARD_ROWS),](
-                padded, len(sources), query, *_strides(query), norm_weight, eps, h, lse, x, *modulation,
-                norm_eps, tokens, MODULATE=x is not None, ROWS=FORWARD_ROWS, **_options(width, padded))
+                padded,
+                len(sources),
+                query,
+                *_strides(query),
+                norm_weight,
+                eps,
+                h,
+                lse,
+                x,
+                *modulation,
+                norm_eps,
+                tokens,
+                MODULATE=x is not None,
+                ROWS=FORWARD_ROWS,
+                **_options(width, padded),
+            )
     return h, lse, x
 
 
 @torch.library.custom_op("dar::route_backward", mutates_args=())
-def route_backward(dh: torch.Tensor, h: torch.Tensor, lse: torch.Tensor, sources: Sequence[torch.Tensor],
-                   known: Sequence[torch.Tensor], query: torch.Tensor, norm_weight: torch.Tensor,
-                   eps: float) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def route_backward(
+    dh: torch.Tensor,
+    h: torch.Tensor,
+    lse: torch.Tensor,
+    sources: Sequence[torch.Tensor],
+    known: Sequence[torch.Tensor],
+    query: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients of the sources, the query and the norm weight.
 
     known: gradients that the first len(known) sources have from elsewhere; they are added.
@@ -316,17 +409,40 @@ def route_backward(dh: torch.Tensor, h: torch.Tensor, lse: torch.Tensor, sources
     if h.numel():
         with _on(h.device):
             _backward[batch * programs,](
-                tuples[0], len(sources), tuples[1], len(known), tuples[2], dh, h, lse,
-                query, *_strides(query), norm_weight, eps, dquery, dquery_parts, dweight_parts, tokens,
-                PER_TOKEN=per_token, ROWS=BACKWARD_ROWS, **_options(width, *tuples))
+                tuples[0],
+                len(sources),
+                tuples[1],
+                len(known),
+                tuples[2],
+                dh,
+                h,
+                lse,
+                query,
+                *_strides(query),
+                norm_weight,
+                eps,
+                dquery,
+                dquery_parts,
+                dweight_parts,
+                tokens,
+                PER_TOKEN=per_token,
+                ROWS=BACKWARD_ROWS,
+                **_options(width, *tuples),
+            )
     if not per_token:
         dquery = dquery_parts.sum(1 if query.ndim == 2 else (0, 1)).to(query.dtype)
     return gradients, dquery, dweight_parts.sum((0, 1)).to(norm_weight.dtype)
 
 
 @torch.library.custom_op("dar::modulate_backward", mutates_args=())
-def modulate_backward(dx: torch.Tensor, dh: torch.Tensor | None, h: torch.Tensor, shift: torch.Tensor,
-                      scale: torch.Tensor, norm_eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def modulate_backward(
+    dx: torch.Tensor,
+    dh: torch.Tensor | None,
+    h: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h, shift and scale in x = LayerNorm(h) (1 + scale) + shift; dh, if any, is added to the first."""
     dx, dh = dx.contiguous(), None if dh is None else dh.contiguous()
     scale = scale if scale.stride(-1) == 1 else scale.contiguous()
@@ -336,12 +452,24 @@ def modulate_backward(dx: torch.Tensor, dh: torch.Tensor | None, h: torch.Tensor
     if h.numel():
         with _on(h.device):
             _modulate_backward[batch * parts.shape[2],](
-                dx, dh, h, scale, scale.stride(0), norm_eps, total, parts[0], parts[1], tokens,
-                ROWS=MODULATE_ROWS, **_options(width))
+                dx,
+                dh,
+                h,
+                scale,
+                scale.stride(0),
+                norm_eps,
+                total,
+                parts[0],
+                parts[1],
+                tokens,
+                ROWS=MODULATE_ROWS,
+                **_options(width),
+            )
     return total, parts[0].sum(1).to(shift.dtype), parts[1].sum(1).to(scale.dtype)
 
 
 # ---- what PyTorch must know of them ----
+
 
 @route.register_fake
 def _(sources, query, norm_weight, eps):
@@ -405,10 +533,17 @@ class RouteModulate(torch.autograd.Function):
             dh, dshift, dscale = modulate_backward(dx, dh, h, shift, scale, ctx.norm_eps)
         gradients = list(known)
         if dh is not None:
-            order = sorted(range(len(sources)), key=lambda i: known[i] is None)     # those with one come first
-            sums, dquery, dweight = route_backward(dh, h, lse, [sources[i] for i in order],
-                                                   [known[i] for i in order if known[i] is not None],
-                                                   query, norm_weight, ctx.eps)
+            order = sorted(range(len(sources)), key=lambda i: known[i] is None)  # those with one come first
+            sums, dquery, dweight = route_backward(
+                dh,
+                h,
+                lse,
+                [sources[i] for i in order],
+                [known[i] for i in order if known[i] is not None],
+                query,
+                norm_weight,
+                ctx.eps,
+            )
             for i, gradient in zip(order, sums):
                 gradients[i] = gradient
         return dquery, dweight, dshift, dscale, None, None, None, *gradients

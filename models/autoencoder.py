@@ -14,11 +14,19 @@ from torch import nn
 
 from models.hub import go_offline_if_unreachable
 
-DECODED_AT_ONCE = 8                     # images; so the memory of the decoder does not grow with the batch
-HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
-             "taesd": "madebyollin/taesd"}
-UNDERSTOOD = {"in_channels": 3, "out_channels": 3, "latents_mean": None, "latents_std": None,
-              "upsampling_scaling_factor": 2}
+DECODED_AT_ONCE = 8  # images; so the memory of the decoder does not grow with the batch
+HUB_NAMES = {
+    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
+    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
+    "taesd": "madebyollin/taesd",
+}
+UNDERSTOOD = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latents_mean": None,
+    "latents_std": None,
+    "upsampling_scaling_factor": 2,
+}
 
 
 class Pixels:
@@ -57,8 +65,10 @@ class Latents(nn.Module):
             if model.config.get(key, value) != value:
                 raise ValueError(f"autoencoder {name!r} has {key} = {model.config[key]}; only {value} is understood")
         if not model.config.scaling_factor:
-            raise ValueError(f"autoencoder {name!r} has scaling_factor = {model.config.scaling_factor}; "
-                             "write into its config.json by what its latents are to be multiplied")
+            raise ValueError(
+                f"autoencoder {name!r} has scaling_factor = {model.config.scaling_factor}; "
+                "write into its config.json by what its latents are to be multiplied"
+            )
         self.name, self.model = name, model
         self.channels, self.downsampling = model.config.latent_channels, 2 ** (len(model.config.block_out_channels) - 1)
         self.scale, self.shift = float(model.config.scaling_factor), float(model.config.shift_factor or 0)
@@ -73,8 +83,10 @@ class Latents(nn.Module):
         """
         height, width = images.shape[-2:]
         if height % self.downsampling or width % self.downsampling:
-            raise ValueError(f"autoencoder {self.name!r} cannot encode images of {height} x {width} pixels: "
-                             f"both must be multiples of {self.downsampling}")
+            raise ValueError(
+                f"autoencoder {self.name!r} cannot encode images of {height} x {width} pixels: "
+                f"both must be multiples of {self.downsampling}"
+            )
         encoded = self.model.encode(Pixels().encode(images))
         if "latents" in encoded:
             mean, std = encoded.latents, torch.zeros_like(encoded.latents)
@@ -118,31 +130,42 @@ def load_autoencoder(name):
     repository = HUB_NAMES.get(name, name)
     if is_folder:
         if not os.path.isfile(os.path.join(name, "config.json")):
-            raise ValueError(f"autoencoder {name!r} is a folder without config.json; give one that diffusers' "
-                             "save_pretrained wrote, such as the folder `vae` of a Stable Diffusion pipeline")
+            raise ValueError(
+                f"autoencoder {name!r} is a folder without config.json; give one that diffusers' "
+                "save_pretrained wrote, such as the folder `vae` of a Stable Diffusion pipeline"
+            )
         remedy = "write the folder again with diffusers' save_pretrained"
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
-        remedy = (f"{go_offline_if_unreachable() or 'where the hub cannot be reached'}: run `hf download {repository} "
-                  "--local-dir FOLDER` elsewhere and give the path of that FOLDER as the autoencoder")
+        remedy = (
+            f"{go_offline_if_unreachable() or 'where the hub cannot be reached'}: run `hf download {repository} "
+            "--local-dir FOLDER` elsewhere and give the path of that FOLDER as the autoencoder"
+        )
     else:
-        raise ValueError(f"autoencoder {name!r} is unknown; choose one of {', '.join(['pixels', *HUB_NAMES])}, "
-                         "a folder written by diffusers' save_pretrained, or a hub name OWNER/NAME")
+        raise ValueError(
+            f"autoencoder {name!r} is unknown; choose one of {', '.join(['pixels', *HUB_NAMES])}, "
+            "a folder written by diffusers' save_pretrained, or a hub name OWNER/NAME"
+        )
 
-    from diffusers import AutoencoderKL, AutoencoderTiny                   # only here: pixels do without
+    from diffusers import AutoencoderKL, AutoencoderTiny  # only here: pixels do without
+
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
         kind = AutoencoderKL.load_config(repository).get("_class_name")
         if kind in classes:
             # Not by way of accelerate, so that whether that is installed makes no difference.
             model, loaded = classes[kind].from_pretrained(repository, low_cpu_mem_usage=False, output_loading_info=True)
-    except Exception as error:                                             # diffusers and the hub raise many kinds
-        raise ValueError(f"autoencoder {name!r} could not be loaded ({type(error).__name__}: {error}); {remedy}"
-                         ) from error
+    except Exception as error:  # diffusers and the hub raise many kinds
+        raise ValueError(
+            f"autoencoder {name!r} could not be loaded ({type(error).__name__}: {error}); {remedy}"
+        ) from error
     if kind not in classes:
-        raise ValueError(f"autoencoder {name!r} is of class {kind} by its config.json; "
-                         f"only {' and '.join(classes)} are understood")
+        raise ValueError(
+            f"autoencoder {name!r} is of class {kind} by its config.json; only {' and '.join(classes)} are understood"
+        )
     unfit = sorted([*loaded["missing_keys"], *loaded["unexpected_keys"]])
-    if unfit:                                                              # diffusers would go on with random weights
-        raise ValueError(f"the weights of autoencoder {name!r} do not fit its config.json: {len(unfit)} are missing or "
-                         f"unknown, such as {unfit[0]}; {remedy}")
+    if unfit:  # diffusers would go on with random weights
+        raise ValueError(
+            f"the weights of autoencoder {name!r} do not fit its config.json: {len(unfit)} are missing or "
+            f"unknown, such as {unfit[0]}; {remedy}"
+        )
     return Latents(name, model)

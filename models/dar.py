@@ -34,9 +34,9 @@ def source_plan(num_sublayers, chunk_size):
     if not 1 <= chunk_size <= num_sublayers:
         raise ValueError(f"chunk_size = {chunk_size} is not between 1 and the {num_sublayers} sublayers of the model")
     plan = []
-    for latest in range(num_sublayers + 1):                       # v_latest = v_{l-1} is the newest output
-        chunk = math.ceil(min(latest + 1, num_sublayers) / chunk_size)          # the head belongs to the last chunk
-        summaries = range(0, chunk * chunk_size, chunk_size)                    # c_0 .. c_{n-1}
+    for latest in range(num_sublayers + 1):  # v_latest = v_{l-1} is the newest output
+        chunk = math.ceil(min(latest + 1, num_sublayers) / chunk_size)  # the head belongs to the last chunk
+        summaries = range(0, chunk * chunk_size, chunk_size)  # c_0 .. c_{n-1}
         plan.append((*summaries, *range((chunk - 1) * chunk_size + 1, latest + 1)))
     return plan
 
@@ -70,10 +70,10 @@ class Aggregator(nn.Module):
     def forward(self, newest, t_embedding):
         """The query. newest: the last source (B, T, D); t_embedding: (B, D)."""
         if self.kind == "static":
-            return self.query                                     # (D)
+            return self.query  # (D)
         if self.kind == "timestep":
-            return self.query + t_embedding                       # (B, D)
-        return F.linear(newest, self.query)                       # (B, T, D)
+            return self.query + t_embedding  # (B, D)
+        return F.linear(newest, self.query)  # (B, T, D)
 
 
 class DepthRouter(nn.Module):
@@ -85,15 +85,16 @@ class DepthRouter(nn.Module):
     backend: "auto", "torch" or "triton" (`kernels.route`).
     """
 
-    summed = 1                              # outputs added up in one source (RoutedStream.write): with DAR none are
+    summed = 1  # outputs added up in one source (RoutedStream.write): with DAR none are
 
     def __init__(self, num_sublayers, width, query, chunk_size, final_aggregator, backend="auto"):
         super().__init__()
         if query not in QUERIES:
             raise ValueError(f"query {query!r} is unknown; choose one of {', '.join(QUERIES)}")
         if final_aggregator not in FINAL_AGGREGATORS:
-            raise ValueError(f"final_aggregator {final_aggregator!r} is unknown; "
-                             f"choose one of {', '.join(FINAL_AGGREGATORS)}")
+            raise ValueError(
+                f"final_aggregator {final_aggregator!r} is unknown; choose one of {', '.join(FINAL_AGGREGATORS)}"
+            )
         if backend not in BACKENDS:
             raise ValueError(f"route_backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         self.backend = backend
@@ -114,7 +115,7 @@ class DepthRouter(nn.Module):
     def aggregation(self, v, t_embedding):
         """What forms the next state: the indices of its sources, the query and the norm weight."""
         index = len(v) - 1
-        aggregator = self.aggregators[min(index, len(self.aggregators) - 1)]    # a shared head reuses the last
+        aggregator = self.aggregators[min(index, len(self.aggregators) - 1)]  # a shared head reuses the last
         return self.plan[index], aggregator(v[-1], t_embedding), aggregator.norm_weight
 
 
@@ -136,7 +137,7 @@ class AttnResRouter(DepthRouter):
 
     def aggregation(self, v, t_embedding):
         read, query, norm_weight = super().aggregation(v, t_embedding)
-        return read, math.sqrt(len(query)) * query, norm_weight            # by which the kernels divide
+        return read, math.sqrt(len(query)) * query, norm_weight  # by which the kernels divide
 
 
 class RoutedStream:
@@ -156,8 +157,9 @@ class RoutedStream:
     def read(self, shift, scale):
         """LayerNorm and adaLN (shift, scale: (B, D)) of the next state, and that state: both (B, T, D)."""
         read, query, norm_weight = self.router.aggregation(self.v, self.t_embedding)
-        x, h, sources = route_modulate([self.v[i] for i in read], query, norm_weight, shift, scale,
-                                       backend=self.router.backend)
+        x, h, sources = route_modulate(
+            [self.v[i] for i in read], query, norm_weight, shift, scale, backend=self.router.backend
+        )
         for i, source in zip(read, sources):
             self.v[i] = source
         return x, h

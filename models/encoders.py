@@ -38,7 +38,7 @@ SHORT_NAMES = {
     "ijepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
     "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
     "ijepa-vit-g": "vit_giant_patch16_gap_224.in22k_ijepa",
-    "clip-vit-b": "vit_base_patch16_clip_quickgelu_224.openai",         # OpenAI trained with the quick form of GELU
+    "clip-vit-b": "vit_base_patch16_clip_quickgelu_224.openai",  # OpenAI trained with the quick form of GELU
     "clip-vit-l": "vit_large_patch14_clip_quickgelu_224.openai",
     "siglip-vit-b": "vit_base_patch16_siglip_256.webli",
     "siglip-vit-l": "vit_large_patch16_siglip_256.webli",
@@ -72,7 +72,7 @@ class FrozenEncoder(nn.Module):
         """uint8 (B, 3, H, W) -> patch tokens (B, T, dim) after the final norm, without class or register tokens."""
         x = (images / 255 - self.mean) / self.std
         x = F.interpolate(x, (self.size, self.size), mode="bicubic")
-        return self.model.forward_features(x)[:, self.model.num_prefix_tokens:]
+        return self.model.forward_features(x)[:, self.model.num_prefix_tokens :]
 
     def _fingerprint(self):
         """Twelve hexadecimal digits that change with any weight, the kind of GELU, the normalisation or the grid."""
@@ -92,19 +92,25 @@ def _load_timm(name, grid, weights):
     target = SHORT_NAMES.get(name.lower(), name.removeprefix("timm:"))
     local_folder = (Path(target) / "config.json").is_file()
     if weights and (local_folder or not Path(weights).is_file()):
-        raise ValueError(f"encoder_weights = {weights!r}: " + ("the encoder is a folder that has its own weights"
-                         if local_folder else "there is no such file"))
+        raise ValueError(
+            f"encoder_weights = {weights!r}: "
+            + ("the encoder is a folder that has its own weights" if local_folder else "there is no such file")
+        )
     if not local_folder and target.split(".")[0] not in timm.list_models():
-        raise ValueError(f"encoder {name!r} is neither a short name ({', '.join(SHORT_NAMES)}), nor a timm model, "
-                         "nor a folder with timm's config.json, nor hf: and a repository or folder of transformers; "
-                         "`python -m dataset.standin_encoder DATA --out FOLDER` trains a small one into a folder")
+        raise ValueError(
+            f"encoder {name!r} is neither a short name ({', '.join(SHORT_NAMES)}), nor a timm model, "
+            "nor a folder with timm's config.json, nor hf: and a repository or folder of transformers; "
+            "`python -m dataset.standin_encoder DATA --out FOLDER` trains a small one into a folder"
+        )
     timm_name = f"local-dir:{target}" if local_folder else target
     try:
-        with torch.device("meta"):                                         # no memory, no download: only its structure
+        with torch.device("meta"):  # no memory, no download: only its structure
             plain = timm.create_model(timm_name, num_classes=0)
-    except Exception as error:                                             # a tag or a config.json unknown to timm
-        raise ValueError(f"encoder {name!r} is none that timm can build ({type(error).__name__}: {error}); "
-                         "a folder that transformers wrote is given as hf:FOLDER") from None
+    except Exception as error:  # a tag or a config.json unknown to timm
+        raise ValueError(
+            f"encoder {name!r} is none that timm can build ({type(error).__name__}: {error}); "
+            "a folder that transformers wrote is given as hf:FOLDER"
+        ) from None
     patch = getattr(getattr(plain, "patch_embed", None), "patch_size", None)
     if not patch or patch[0] != patch[1] or not hasattr(plain, "num_prefix_tokens"):
         raise ValueError(f"encoder {name!r} has no square patches; a plain vision transformer is needed")
@@ -125,12 +131,14 @@ def _load_timm(name, grid, weights):
                 raise FileNotFoundError(f"{stored} is not there")
         overlay = {"pretrained_cfg_overlay": {"file": weights}} if weights else {}
         model = timm.create_model(timm_name, pretrained=True, img_size=grid * patch[0], **overlay)
-        model.reset_classifier(0)                  # only now: timm compares all names if the head is its own
-    except Exception as error:                                             # timm and the hub raise many kinds
-        raise ValueError(f"the weights of encoder {name!r} could not be loaded from {source} ({_why(reason, error)}); "
-                         f"without network, give {published['architecture']}'s file with --encoder-weights FILE, or "
-                         "another --encoder: a folder of timm's save_for_hf, or hf:FOLDER for one of transformers' "
-                         "save_pretrained") from error
+        model.reset_classifier(0)  # only now: timm compares all names if the head is its own
+    except Exception as error:  # timm and the hub raise many kinds
+        raise ValueError(
+            f"the weights of encoder {name!r} could not be loaded from {source} ({_why(reason, error)}); "
+            f"without network, give {published['architecture']}'s file with --encoder-weights FILE, or "
+            "another --encoder: a folder of timm's save_for_hf, or hf:FOLDER for one of transformers' "
+            "save_pretrained"
+        ) from error
     tokens = model.patch_embed.grid_size
     if tokens != (grid, grid):
         raise ValueError(f"the model has {grid} x {grid} tokens, encoder {name!r} {tokens[0]} x {tokens[1]}")
@@ -140,32 +148,39 @@ def _load_timm(name, grid, weights):
 
 def _load_transformers(name, grid, weights):
     """The vision model in VisionTower, its patch size, and the mean and standard deviation of its colours."""
-    from transformers import AutoImageProcessor, AutoModel                 # takes seconds, and nothing else needs it
+    from transformers import AutoImageProcessor, AutoModel  # takes seconds, and nothing else needs it
 
     if weights:
-        raise ValueError(f"encoder_weights = {weights!r}: encoder {name!r} has its own; for other weights, give "
-                         "hf:FOLDER, a folder of transformers' save_pretrained")
+        raise ValueError(
+            f"encoder_weights = {weights!r}: encoder {name!r} has its own; for other weights, give "
+            "hf:FOLDER, a folder of transformers' save_pretrained"
+        )
     source = name.removeprefix("hf:")
     reason = "" if Path(source).is_dir() else go_offline_if_unreachable()
     try:
         model, found = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         colours = AutoImageProcessor.from_pretrained(source)
-        tower = getattr(model, "vision_model", model)                      # of an image-text pair
+        tower = getattr(model, "vision_model", model)  # of an image-text pair
         # transformers leaves at random what it does not find. That may happen only to what is not used here.
-        missing = [key for key in sorted(found["missing_keys"]) if "pooler" not in key
-                   and (tower is model or key.startswith("vision_model."))]
+        missing = [
+            key
+            for key in sorted(found["missing_keys"])
+            if "pooler" not in key and (tower is model or key.startswith("vision_model."))
+        ]
         if missing:
             raise LookupError(f"{len(missing)} tensors are not in it, such as {missing[0]}")
-    except Exception as error:                                             # transformers and the hub raise many kinds
-        raise ValueError(f"the weights of encoder {name!r} could not be loaded ({_why(reason, error)}); without "
-                         "network, give --encoder hf:FOLDER, a folder of transformers' save_pretrained that holds the "
-                         "model and its image processor") from error
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise ValueError(
+            f"the weights of encoder {name!r} could not be loaded ({_why(reason, error)}); without "
+            "network, give --encoder hf:FOLDER, a folder of transformers' save_pretrained that holds the "
+            "model and its image processor"
+        ) from error
     patch = getattr(tower.config, "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(f"encoder {name!r} has the patch size {patch}; a plain vision transformer is needed")
     try:
         tower = VisionTower(tower, grid * patch, grid * grid)
-    except Exception as error:                                             # whatever such a model does with the image
+    except Exception as error:  # whatever such a model does with the image
         raise ValueError(f"encoder {name!r} gives no {grid} x {grid} tokens ({_why('', error)})") from error
     normalised = colours.do_normalize
     return tower, patch, colours.image_mean if normalised else [0.0] * 3, colours.image_std if normalised else [1.0] * 3
@@ -186,8 +201,14 @@ class VisionTower(nn.Module):
         self.tower = tower
         resizable = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if resizable else {}
-        final_norm = next((module for name, module in tower.named_children()
-                           if name in ("layernorm", "norm", "post_layernorm") and hasattr(module, "weight")), None)
+        final_norm = next(
+            (
+                module
+                for name, module in tower.named_children()
+                if name in ("layernorm", "norm", "post_layernorm") and hasattr(module, "weight")
+            ),
+            None,
+        )
         if final_norm is None:
             raise ValueError("it has no final norm")
         # CLIP's own forward pass puts its final norm on the class token alone, other models' on all tokens.

@@ -22,8 +22,8 @@ def unreachable(url, seconds=5):
         try:
             # The hub's own client: what it reaches with its proxies and certificates, downloads will reach as well.
             status = get_session().head(url, timeout=seconds).status_code
-            answered.append(status not in (500, 502, 503, 504))         # those that the library would try again
-        except Exception:                                               # each HTTP library has its own kinds
+            answered.append(status not in (500, 502, 503, 504))  # those that the library would try again
+        except Exception:  # each HTTP library has its own kinds
             pass
 
     # Looking up a host name knows no time limit, so it is left behind in a thread.
@@ -44,7 +44,7 @@ def go_offline_if_unreachable():
         return ""
     reason = unreachable(constants.ENDPOINT)
     if reason:
-        constants.HF_HUB_OFFLINE = True                                 # timm, transformers and diffusers go by it
-        if "datasets.config" in sys.modules:                            # has copied it, if imported before
+        constants.HF_HUB_OFFLINE = True  # timm, transformers and diffusers go by it
+        if "datasets.config" in sys.modules:  # has copied it, if imported before
             sys.modules["datasets.config"].HF_HUB_OFFLINE = True
     return reason

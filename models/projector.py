@@ -13,8 +13,10 @@ class Projector(nn.Sequential):
 
     def __init__(self, width, hidden, dim):
         super().__init__(
-            nn.Linear(width, hidden), nn.SiLU(),
-            nn.Linear(hidden, hidden), nn.SiLU(),
+            nn.Linear(width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
             nn.Linear(hidden, dim),
         )
 
@@ -27,5 +29,5 @@ class ConvProjector(nn.Conv2d):
         self.grid = grid
 
     def forward(self, tokens):
-        x = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))    # (B, width, grid, grid)
-        return super().forward(x).flatten(2).transpose(1, 2)               # (B, T, dim)
+        x = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, width, grid, grid)
+        return super().forward(x).flatten(2).transpose(1, 2)  # (B, T, dim)

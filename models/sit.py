@@ -19,7 +19,7 @@ from models.dar import FINAL_AGGREGATORS, QUERIES, AttnResRouter, DepthRouter, R
 from models.projector import PROJECTORS, ConvProjector, Projector
 
 ROUTINGS = ("residual", "dar", "attnres", "unet")
-FREQUENCIES = 256                                   # width of the sinusoidal timestep embedding
+FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 MAX_PERIOD = 10_000
 
 
@@ -43,38 +43,62 @@ class SiT(nn.Module):
     Raises ValueError on any value outside what is said here.
     """
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False,
-                 routing="residual", query="timestep", chunk_size=4, final_aggregator="auto", route_backend="auto",
-                 align_depth=(8,), align_dims=(768,), projector="mlp", projector_dim=2048,
-                 checkpoint_activations=False):
+    def __init__(
+        self,
+        input_size=32,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        mlp_ratio=4.0,
+        num_classes=1000,
+        class_dropout_prob=0.1,
+        qk_norm=False,
+        routing="residual",
+        query="timestep",
+        chunk_size=4,
+        final_aggregator="auto",
+        route_backend="auto",
+        align_depth=(8,),
+        align_dims=(768,),
+        projector="mlp",
+        projector_dim=2048,
+        checkpoint_activations=False,
+    ):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size = {input_size} is not a multiple of patch_size = {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size = {hidden_size} must be a multiple of num_heads = {num_heads} and of 4")
-        for name, value, known in (("routing", routing, ROUTINGS), ("query", query, QUERIES),
-                                   ("final_aggregator", final_aggregator, ("auto", *FINAL_AGGREGATORS)),
-                                   ("projector", projector, PROJECTORS)):
+        for name, value, known in (
+            ("routing", routing, ROUTINGS),
+            ("query", query, QUERIES),
+            ("final_aggregator", final_aggregator, ("auto", *FINAL_AGGREGATORS)),
+            ("projector", projector, PROJECTORS),
+        ):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob = {class_dropout_prob} is not in [0, 1)")
         align_depth = (align_depth,) if isinstance(align_depth, int) else tuple(sorted(align_depth))
-        if align_dims and (not align_depth or len(set(align_depth)) < len(align_depth)
-                           or not all(1 <= k <= depth for k in align_depth)):
-            raise ValueError(f"align_depth = {align_depth} must name different blocks between 1 and depth = {depth}, "
-                             f"for the projectors of align_dims = {tuple(align_dims)}")
+        if align_dims and (
+            not align_depth or len(set(align_depth)) < len(align_depth) or not all(1 <= k <= depth for k in align_depth)
+        ):
+            raise ValueError(
+                f"align_depth = {align_depth} must name different blocks between 1 and depth = {depth}, "
+                f"for the projectors of align_dims = {tuple(align_dims)}"
+            )
 
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.checkpoint_activations, self.routing = num_classes, checkpoint_activations, routing
-        self.align_depth, self.num_encoders = align_depth, len(align_dims)      # without encoders nothing is projected
+        self.align_depth, self.num_encoders = align_depth, len(align_dims)  # without encoders nothing is projected
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         grid = input_size // patch_size
-        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid), requires_grad=False)   # (1, T, D)
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid), requires_grad=False)  # (1, T, D)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.initialize_weights()
@@ -83,19 +107,21 @@ class SiT(nn.Module):
         if routing == "dar":
             if final_aggregator == "auto":
                 final_aggregator = "shared" if align_dims else "dedicated"
-            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, final_aggregator,
-                                      route_backend)
-            if query == "timestep":                          # so that the first aggregation is a plain mean
+            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, final_aggregator, route_backend)
+            if query == "timestep":  # so that the first aggregation is a plain mean
                 nn.init.zeros_(self.t_embedder.mlp[2].weight)
                 nn.init.zeros_(self.t_embedder.mlp[2].bias)
         elif routing == "attnres":
             self.router = AttnResRouter(2 * depth, hidden_size, chunk_size, route_backend)
         self.projectors = nn.ModuleList(
             ConvProjector(hidden_size, grid, dim) if projector == "conv" else Projector(hidden_size, projector_dim, dim)
-            for _ in align_depth for dim in align_dims)
+            for _ in align_depth
+            for dim in align_dims
+        )
         self.projectors.apply(_xavier)
-        self.skips = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size)
-                                   for _ in range(depth // 2 if routing == "unet" else 0))
+        self.skips = nn.ModuleList(
+            nn.Linear(2 * hidden_size, hidden_size) for _ in range(depth // 2 if routing == "unet" else 0)
+        )
         for parameter in self.skips.parameters():
             nn.init.zeros_(parameter)
 
@@ -107,16 +133,21 @@ class SiT(nn.Module):
         Returns the velocity (B, C, H, W) and a list of (B, T, dim), by depth and then by encoder.
         """
         # The convolution leaves D before T in memory, and every state would inherit that.
-        tokens = (self.x_embedder(x) + self.pos_embed).contiguous()        # (B, T, D)
-        e = self.t_embedder(t)                                             # (B, D)
-        c = e + self.y_embedder(y, label_draw)                             # (B, D)
+        tokens = (self.x_embedder(x) + self.pos_embed).contiguous()  # (B, T, D)
+        e = self.t_embedder(t)  # (B, D)
+        c = e + self.y_embedder(y, label_draw)  # (B, D)
 
-        stream = (RoutedStream(self.router, tokens, e) if self.router else
-                  SkipStream(tokens, self.skips, len(self.blocks)) if self.skips else ResidualStream(tokens))
+        stream = (
+            RoutedStream(self.router, tokens, e)
+            if self.router
+            else SkipStream(tokens, self.skips, len(self.blocks))
+            if self.skips
+            else ResidualStream(tokens)
+        )
         aligned = []
         for k, block in enumerate(self.blocks):
             (shift_1, scale_1, gate_1), (shift_2, scale_2, gate_2) = block.modulation(c)
-            x, z = stream.read(shift_1, scale_1)                           # z_k, the state after k blocks
+            x, z = stream.read(shift_1, scale_1)  # z_k, the state after k blocks
             aligned += self.project(z, k)
             stream.write(self.gated(gate_1, block.attn, x))
             x, _ = stream.read(shift_2, scale_2)
@@ -127,6 +158,7 @@ class SiT(nn.Module):
 
     def gated(self, gate, sublayer, x):
         """gate (B, 1, D) * sublayer(x), (B, T, D): what `checkpoint_activations` recomputes."""
+
         def run(gate, x):
             return gate * sublayer(x)
 
@@ -140,24 +172,27 @@ class SiT(nn.Module):
         if k not in self.align_depth:
             return []
         first = self.align_depth.index(k) * self.num_encoders
-        return [projector(z) for projector in self.projectors[first:first + self.num_encoders]]
+        return [projector(z) for projector in self.projectors[first : first + self.num_encoders]]
 
     def unpatchify(self, x):
         """(B, T, p * p * C) -> (B, C, H, W)."""
         p, g = self.patch_size, self.input_size // self.patch_size
-        x = x.reshape(-1, g, g, p, p, self.in_channels)                    # (B, g, g, p, p, C)
+        x = x.reshape(-1, g, g, p, p, self.in_channels)  # (B, g, g, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, g * p, g * p)
 
     def initialize_weights(self):
         self.apply(_xavier)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))    # as the linear layer that it is
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         # adaLN-Zero: every sublayer and the head start at exactly zero.
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
-                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        for layer in (
+            *(block.adaLN_modulation[1] for block in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -196,7 +231,7 @@ class SkipStream(ResidualStream):
 
     def read(self, shift, scale):
         """As in residual addition, but that the state (B, T, D) is the one before it takes up a skip."""
-        h, (k, of_mlp) = self.h, divmod(self.reads, 2)                     # after k blocks, unless the MLP reads it
+        h, (k, of_mlp) = self.h, divmod(self.reads, 2)  # after k blocks, unless the MLP reads it
         self.reads += 1
         first = self.num_blocks - len(self.skips)
         if not of_mlp and 1 <= k <= len(self.skips):
@@ -245,7 +280,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         t, half = t.to(self.mlp[0].weight.dtype), FREQUENCIES // 2
         frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
-        angles = t[:, None] * frequencies                                  # (B, 128)
+        angles = t[:, None] * frequencies  # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
@@ -255,7 +290,7 @@ class LabelEmbedder(nn.Module):
     def __init__(self, num_classes, width, dropout_prob):
         super().__init__()
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + 1, width)        # the last row is the null class
+        self.embedding_table = nn.Embedding(num_classes + 1, width)  # the last row is the null class
 
     def forward(self, labels, draw=None):
         if self.training and self.dropout_prob > 0:
@@ -267,8 +302,8 @@ class LabelEmbedder(nn.Module):
 def sincos_positions(width, grid):
     """Fixed 2-D sine-cosine position embedding (1, grid * grid, width), column coordinate first, as in MAE and DiT."""
     frequencies = MAX_PERIOD ** -(np.arange(width // 4) / (width / 4))
-    angles = np.arange(grid)[:, None] * frequencies                        # (grid, width / 4), float64
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)        # (grid, width / 2)
+    angles = np.arange(grid)[:, None] * frequencies  # (grid, width / 4), float64
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, width / 2)
     columns, rows = np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)
     return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float().unsqueeze(0)
 
@@ -296,16 +331,19 @@ def load_published(model, state_dict):
     reverse = len(state_dict.get("final_layer.linear.bias", ())) == 2 * len(own["final_layer.linear.bias"])
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if name in state_dict and len(state_dict[name]) == 2 * len(own[name]):
-            both = state_dict[name].unflatten(0, (model.patch_size ** 2, 2, model.in_channels))
-            state_dict[name] = both[:, 0].flatten(0, 1)                    # (p * p * C, ...)
+            both = state_dict[name].unflatten(0, (model.patch_size**2, 2, model.in_channels))
+            state_dict[name] = both[:, 0].flatten(0, 1)  # (p * p * C, ...)
     missing = sorted(own.keys() - state_dict.keys())
     unused = sorted(state_dict.keys() - own.keys())
     joined = any(name.startswith(("router.", "skips.")) for name in state_dict)
     optional = ("projectors.",) if joined else ("projectors.", "router.", "skips.")
     problems = [f"missing {name}" for name in missing if not name.startswith(optional)]
     problems += [f"unknown {name}" for name in unused if not name.startswith("projectors.")]
-    problems += [f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(own[name].shape)}"
-                 for name in sorted(own.keys() & state_dict.keys()) if own[name].shape != state_dict[name].shape]
+    problems += [
+        f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state_dict.keys())
+        if own[name].shape != state_dict[name].shape
+    ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}")
@@ -320,7 +358,7 @@ def _reverse_time(model):
     """v(x, t) becomes -v(x, 1 - t), by cos f(1 - t) = cos f cos ft + sin f sin ft, sin f(1 - t) = sin f cos ft - ..."""
     frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(0, 1, 2 / FREQUENCIES, dtype=torch.float64))
     embedding, head = model.t_embedder.mlp[0].weight, model.final_layer.linear
-    of_cos, of_sin = embedding.double().chunk(2, dim=1)                    # (D, 128) each
+    of_cos, of_sin = embedding.double().chunk(2, dim=1)  # (D, 128) each
     cos, sin = frequencies.cos(), frequencies.sin()
     embedding.copy_(torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1))
     head.weight.neg_()
@@ -345,18 +383,24 @@ def flops_per_image(model):
     Elementwise work is left out, and with it norms, softmax and the routing's sums over sources. A training step takes
     about three times as many, or four with `checkpoint_activations`.
     """
+
     def weights(*modules):
         return sum(w.numel() for module in modules for w in module.parameters() if w.ndim > 1)
 
     _, tokens, width = model.pos_embed.shape
-    per_image = weights(model.t_embedder, model.final_layer.adaLN_modulation,
-                        *(block.adaLN_modulation for block in model.blocks))
-    per_token = weights(model.x_embedder, model.final_layer.linear, model.skips,
-                        *(model.projectors if model.align_depth else ()),
-                        *(sublayer for block in model.blocks for sublayer in (block.attn, block.mlp)))
-    per_token += len(model.blocks) * 2 * tokens * width                    # scores, and the sum that they weight
+    per_image = weights(
+        model.t_embedder, model.final_layer.adaLN_modulation, *(block.adaLN_modulation for block in model.blocks)
+    )
+    per_token = weights(
+        model.x_embedder,
+        model.final_layer.linear,
+        model.skips,
+        *(model.projectors if model.align_depth else ()),
+        *(sublayer for block in model.blocks for sublayer in (block.attn, block.mlp)),
+    )
+    per_token += len(model.blocks) * 2 * tokens * width  # scores, and the sum that they weight
     if model.router and model.router.aggregators[0].kind == "dynamic":
-        per_token += len(model.router.plan) * width * width                # a shared one serves twice
+        per_token += len(model.router.plan) * width * width  # a shared one serves twice
     return 2 * (per_image + tokens * per_token)
 
 
@@ -370,7 +414,7 @@ def kept_for_backward(model, *inputs):
     kept = set()
 
     def pack(tensor):
-        kept.add(tensor.untyped_storage())                                 # held, so that no other takes its place
+        kept.add(tensor.untyped_storage())  # held, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -380,8 +424,10 @@ def kept_for_backward(model, *inputs):
 
 def _sized(depth, hidden_size, num_heads, patch_size):
     def build(**kwargs):
-        return SiT(**{"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads,
-                      "patch_size": patch_size, **kwargs})
+        return SiT(
+            **{"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": patch_size, **kwargs}
+        )
+
     return build
 
 

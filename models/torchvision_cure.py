@@ -10,15 +10,17 @@ from pathlib import Path
 
 import torch
 
+
 def _torchvision_library_loads():
     spec = importlib.util.find_spec("torchvision")
     if spec is None:
-        return True                                       # nothing to mend; the import will say what is missing
+        return True  # nothing to mend; the import will say what is missing
     try:
         torch.ops.load_library(next(Path(spec.origin).parent.glob("_C*.so")))
         return True
     except (OSError, StopIteration):
         return False
+
 
 if not _torchvision_library_loads():
     _library = torch.library.Library("torchvision", "DEF")

@@ -4,9 +4,9 @@ import os
 
 # Before any import that reads them; the tests' own child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""             # bit-identity is promised on a CPU; tests/test_gpu.py undoes this
-os.environ["TRITON_INTERPRET"] = "1"                # the kernels run on a CPU where a test asks for them
-os.environ["OMP_NUM_THREADS"] = "1"                 # shapes are so small that threads only wait for each other
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on a CPU; tests/test_gpu.py undoes this
+os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on a CPU where a test asks for them
+os.environ["OMP_NUM_THREADS"] = "1"  # shapes are so small that threads only wait for each other
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def save_tiny_encoder(folder, width=24, img_size=8, patch_size=2, seed=0):
 def read_lines(path):
     """The records of a metrics.jsonl that may still be written; [] before it is there."""
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from models import autoencoder as module
 from models.autoencoder import HUB_NAMES, Latents, load_autoencoder
 from tests.conftest import ROOT
 
-import diffusers                                                        # after models: see its docstring
+import diffusers  # after models: see its docstring
 import huggingface_hub
 from safetensors.torch import load_file, save_file
 
@@ -26,22 +26,31 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def save_kl(folder, widths=(8, 16), seed=0, **settings):
     """An AutoencoderKL in the folder format that `--autoencoder` takes. Returns diffusers' model."""
     torch.manual_seed(seed)
-    model = diffusers.AutoencoderKL(block_out_channels=widths, down_block_types=("DownEncoderBlock2D",) * len(widths),
-                                    up_block_types=("UpDecoderBlock2D",) * len(widths), norm_num_groups=4, **settings)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        norm_num_groups=4,
+        **settings,
+    )
     return saved(model, folder)
 
 
 def save_tiny(folder, levels=3, seed=0, **settings):
     """The same of an AutoencoderTiny."""
     torch.manual_seed(seed)
-    model = diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * levels, num_encoder_blocks=(1,) * levels,
-                                      decoder_block_out_channels=(8,) * levels, num_decoder_blocks=(1,) * levels,
-                                      **settings)
+    model = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8,) * levels,
+        num_encoder_blocks=(1,) * levels,
+        decoder_block_out_channels=(8,) * levels,
+        num_decoder_blocks=(1,) * levels,
+        **settings,
+    )
     return saved(model, folder)
 
 
 def saved(model, folder):
-    for parameter in model.parameters():            # so that no part is idle, and that images have black and white
+    for parameter in model.parameters():  # so that no part is idle, and that images have black and white
         torch.nn.init.normal_(parameter, std=0.8 if len(parameter) == 3 else 0.2)
     model.save_pretrained(folder)
     return model.eval()
@@ -73,7 +82,7 @@ def assert_same_levels(got, expected):
     difference = np.abs(got.numpy() - expected)
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
     black, white = (expected == 0).mean(), (expected == 255).mean()
-    assert 0.01 < black < 0.6 and 0.01 < white < 0.6                   # or else neither end would be looked at
+    assert 0.01 < black < 0.6 and 0.01 < white < 0.6  # or else neither end would be looked at
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +99,7 @@ def tiny(tmp_path_factory):
 
 
 # ---- moments ----
+
 
 @pytest.mark.parametrize("height, width", [(16, 16), (6, 20)])
 @torch.no_grad()
@@ -125,7 +135,7 @@ def test_tiny_has_no_deviation(tiny):
     got = load_autoencoder(folder).moments(images)
     assert got.shape == (3, 8, 2, 5) and got.dtype == torch.float32
     torch.testing.assert_close(got[:, :4], model.encode(images / 255 * 2 - 1).latents, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got[:, :4], model.encoder.layers(images / 255), rtol=1e-4, atol=1e-4)    # TAESD's own
+    torch.testing.assert_close(got[:, :4], model.encoder.layers(images / 255), rtol=1e-4, atol=1e-4)  # TAESD's own
     assert (got[:, 4:] == 0).all()
 
 
@@ -150,6 +160,7 @@ def test_channels_and_downsampling(tmp_path, depth):
 
 
 # ---- scale and shift ----
+
 
 def test_scale_and_shift_are_of_the_config(tmp_path, kl, tiny):
     def scaling(folder):
@@ -192,7 +203,8 @@ def test_sample_of_tiny_is_its_mean(tiny):
 
 # ---- decoding ----
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])       # the samplers' state is float64
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the samplers' state is float64
 @torch.no_grad()
 def test_decode_is_diffusers_after_the_scaling_is_undone(kl, dtype):
     folder, model = kl
@@ -216,7 +228,7 @@ def test_tiny_decodes_scaled_latents(tiny):
     x = normal(5, 4, 4, 6) * 2
     got = load_autoencoder(folder).decode(x)
     assert_same_levels(got, levels(model.decode(x).sample))
-    assert_same_levels(got, levels(model.decoder.layers(3 * torch.tanh(x / 3)) * 2 - 1))                # TAESD's own
+    assert_same_levels(got, levels(model.decoder.layers(3 * torch.tanh(x / 3)) * 2 - 1))  # TAESD's own
 
 
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
@@ -265,6 +277,7 @@ def test_frozen(request, kind):
 
 # ---- loading ----
 
+
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
 def test_name_is_as_given(request, monkeypatch, tmp_path, kind):
     folder = request.getfixturevalue(kind)[0]
@@ -283,7 +296,7 @@ def test_attention_names_of_published_weights(tmp_path):
             renamed += f".{new}." in name
             name = name.replace(f".{new}.", f".{old[new]}.")
         weights[name] = tensor
-    assert renamed == 2 * 4 * 2                                         # encoder and decoder, weight and bias
+    assert renamed == 2 * 4 * 2  # encoder and decoder, weight and bias
     save_file(weights, tmp_path / WEIGHTS)
     loaded = load_autoencoder(str(tmp_path)).model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
@@ -295,7 +308,7 @@ def test_weights_in_pytorchs_format(tmp_path, tiny):
     assert load_autoencoder(str(tmp_path)).fingerprint == load_autoencoder(tiny[0]).fingerprint
 
 
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")       # diffusers' way of asking the hub
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")  # diffusers' way of asking the hub
 @pytest.mark.parametrize("name, repository", [*HUB_NAMES.items(), ("some-owner/vae.v2", "some-owner/vae.v2")])
 def test_hub_names_are_read_from_the_cache(tmp_path, monkeypatch, name, repository):
     snapshot = tmp_path / ("models--" + repository.replace("/", "--")) / "snapshots" / ("0" * 40)
@@ -306,20 +319,24 @@ def test_hub_names_are_read_from_the_cache(tmp_path, monkeypatch, name, reposito
     asked = []
     monkeypatch.setattr(module, "go_offline_if_unreachable", lambda: asked.append(True))
     if name in HUB_NAMES:
-        (tmp_path / name).mkdir()                                       # an alias is the same wherever one is
+        (tmp_path / name).mkdir()  # an alias is the same wherever one is
     monkeypatch.chdir(tmp_path)
     autoencoder = load_autoencoder(name)
     assert autoencoder.name == name and asked == [True]
     assert autoencoder.fingerprint == load_autoencoder(str(snapshot)).fingerprint
-    assert asked == [True]                                              # a folder does not need the hub
+    assert asked == [True]  # a folder does not need the hub
 
 
 def test_aliases():
-    assert HUB_NAMES == {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
-                         "taesd": "madebyollin/taesd"}
+    assert HUB_NAMES == {
+        "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
+        "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
+        "taesd": "madebyollin/taesd",
+    }
 
 
 # ---- fingerprint ----
+
 
 def test_fingerprint_does_not_follow_place_name_or_type(tmp_path, kl):
     folder, model = kl
@@ -331,7 +348,7 @@ def test_fingerprint_does_not_follow_place_name_or_type(tmp_path, kl):
     assert load_autoencoder(str(tmp_path / "another name")).fingerprint == original
 
     fingerprints = set()
-    for half in (True, False):                      # the same numbers stored in two types
+    for half in (True, False):  # the same numbers stored in two types
         model = save_tiny(tmp_path / "tiny").half()
         (model if half else model.float()).save_pretrained(tmp_path / "tiny")
         stored = load_file(tmp_path / "tiny" / WEIGHTS).values()
@@ -371,8 +388,11 @@ def test_fingerprint_follows_scale_shift_and_class(tmp_path, save):
 
 # ---- errors ----
 
-@pytest.mark.parametrize("name", ["vae", "", "no/such/folder", "/no/such", "./vae", "../vae", "owner/", "owner/na me",
-                                  "hf://owner/name", "Pixels"])
+
+@pytest.mark.parametrize(
+    "name",
+    ["vae", "", "no/such/folder", "/no/such", "./vae", "../vae", "owner/", "owner/na me", "hf://owner/name", "Pixels"],
+)
 def test_unknown_name(name):
     with pytest.raises(ValueError) as error:
         load_autoencoder(name)
@@ -385,24 +405,36 @@ def test_folder_without_config(tmp_path):
         load_autoencoder(str(tmp_path))
 
 
-@pytest.mark.parametrize("config, match", [
-    ('{"_class_name": "UNet2DModel"}', "is of class UNet2DModel.* only AutoencoderKL and AutoencoderTiny"),
-    ('{"_class_name": "AsymmetricAutoencoderKL"}', "is of class AsymmetricAutoencoderKL"),
-    ("{}", "is of class None"), ("[]", "could not be loaded.*save_pretrained"),
-    ("not json", "could not be loaded.*JSON.*save_pretrained")])
+@pytest.mark.parametrize(
+    "config, match",
+    [
+        ('{"_class_name": "UNet2DModel"}', "is of class UNet2DModel.* only AutoencoderKL and AutoencoderTiny"),
+        ('{"_class_name": "AsymmetricAutoencoderKL"}', "is of class AsymmetricAutoencoderKL"),
+        ("{}", "is of class None"),
+        ("[]", "could not be loaded.*save_pretrained"),
+        ("not json", "could not be loaded.*JSON.*save_pretrained"),
+    ],
+)
 def test_folder_of_something_else(tmp_path, config, match):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=f"autoencoder .*{tmp_path.name}.*{match}"):
         load_autoencoder(str(tmp_path))
 
 
-@pytest.mark.parametrize("save, settings", [
-    (save_kl, {"in_channels": 1}), (save_kl, {"out_channels": 4}), (save_tiny, {"out_channels": 1}),
-    (save_kl, {"latents_mean": [0.5] * 4}), (save_kl, {"latents_std": [0.5] * 4}),
-    (save_tiny, {"upsampling_scaling_factor": 4})])
+@pytest.mark.parametrize(
+    "save, settings",
+    [
+        (save_kl, {"in_channels": 1}),
+        (save_kl, {"out_channels": 4}),
+        (save_tiny, {"out_channels": 1}),
+        (save_kl, {"latents_mean": [0.5] * 4}),
+        (save_kl, {"latents_std": [0.5] * 4}),
+        (save_tiny, {"upsampling_scaling_factor": 4}),
+    ],
+)
 def test_settings_that_are_not_understood(tmp_path, save, settings):
     save(tmp_path, **settings)
-    (key, value), = settings.items()
+    ((key, value),) = settings.items()
     with pytest.raises(ValueError) as error:
         load_autoencoder(str(tmp_path))
     assert f"{key} = {value}" in str(error.value) and tmp_path.name in str(error.value)
@@ -430,11 +462,23 @@ def test_weights_that_are_damaged(tmp_path):
 
 
 # diffusers fills up what is missing with random weights, and leaves out what it does not know.
-@pytest.mark.parametrize("save, change, match", [
-    (save_kl, lambda weights: weights.pop("decoder.conv_out.bias"), "1 are missing .*such as decoder.conv_out.bias"),
-    (save_tiny, lambda weights: weights.pop("encoder.layers.0.bias"), "1 are missing .*such as encoder.layers.0.bias"),
-    (save_tiny, lambda weights: weights.update(more=torch.zeros(1)), "1 are missing or unknown, such as more"),
-    (save_tiny, lambda weights: weights.update({"encoder.layers.0.bias": torch.zeros(9)}), "could not be loaded")])
+@pytest.mark.parametrize(
+    "save, change, match",
+    [
+        (
+            save_kl,
+            lambda weights: weights.pop("decoder.conv_out.bias"),
+            "1 are missing .*such as decoder.conv_out.bias",
+        ),
+        (
+            save_tiny,
+            lambda weights: weights.pop("encoder.layers.0.bias"),
+            "1 are missing .*such as encoder.layers.0.bias",
+        ),
+        (save_tiny, lambda weights: weights.update(more=torch.zeros(1)), "1 are missing or unknown, such as more"),
+        (save_tiny, lambda weights: weights.update({"encoder.layers.0.bias": torch.zeros(9)}), "could not be loaded"),
+    ],
+)
 def test_weights_that_do_not_fit(tmp_path, save, change, match):
     save(tmp_path)
     weights = load_file(tmp_path / WEIGHTS)
@@ -460,10 +504,14 @@ def test_without_network_hub_names_fail_soon_and_say_what_to_do(tmp_path):
                 print(f"{time.perf_counter() - start:.2f}", " ".join(str(error).split()))
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True,
-                          text=True, timeout=120)
+    environment |= {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == len(HUB_NAMES) + 1, done.stderr
     for line, name in zip(lines, [*HUB_NAMES, "owner/name"]):
@@ -474,6 +522,7 @@ def test_without_network_hub_names_fail_soon_and_say_what_to_do(tmp_path):
 
 # ---- pixels ----
 
+
 def test_pixels_come_back_exactly():
     every = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     pixels = load_autoencoder("pixels")
@@ -483,7 +532,7 @@ def test_pixels_come_back_exactly():
     assert x.dtype == torch.float32 and x.shape == every.shape
     assert (x.min(), x.max()) == (-1, 1)
     np.testing.assert_allclose(x[0, 0].flatten().numpy(), np.arange(256) / 127.5 - 1, atol=1e-7)
-    for latents in (x, x.double()):                                    # the samplers' state is float64
+    for latents in (x, x.double()):  # the samplers' state is float64
         assert torch.equal(pixels.decode(latents), every)
 
 

@@ -26,6 +26,7 @@ BASELINES = ("attnres", "unet")
 
 # ---- the definitions ----
 
+
 def modulated(h, shift, scale):
     """LayerNorm without weights, then adaLN."""
     centred = h - h.mean(-1, keepdim=True)
@@ -44,8 +45,11 @@ def parts(model, x, t, y):
         six = block.adaLN_modulation(c).chunk(6, dim=-1)
         sublayers += [sublayer(block.attn, *six[:3]), sublayer(block.mlp, *six[3:])]
     shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=-1)
-    return (model.x_embedder(x) + model.pos_embed, sublayers,
-            lambda h: model.unpatchify(model.final_layer.linear(modulated(h, shift, scale))))
+    return (
+        model.x_embedder(x) + model.pos_embed,
+        sublayers,
+        lambda h: model.unpatchify(model.final_layer.linear(modulated(h, shift, scale))),
+    )
 
 
 def attnres_forward(v_0, sublayers, S, query, norm_weight):
@@ -57,12 +61,12 @@ def attnres_forward(v_0, sublayers, S, query, norm_weight):
     outputs, states, weights = {}, [], []
     for l in range(1, L + 2):
         sources = [v_0]
-        for first in range(1, L + 1, S):                               # of a chunk
+        for first in range(1, L + 1, S):  # of a chunk
             members = [outputs[i] for i in range(first, min(first + S, L + 1)) if i < l]
-            if members:                                                # finished, or begun before l
+            if members:  # finished, or begun before l
                 sources.append(sum(members))
         keys = [norm_weight(l) * v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() for v in sources]
-        raised = [torch.exp(key @ query(l)) for key in keys]           # no square root of D
+        raised = [torch.exp(key @ query(l)) for key in keys]  # no square root of D
         alpha = torch.stack(raised) / sum(raised)
         states.append(sum(a[..., None] * v for a, v in zip(alpha, sources)))
         weights.append(alpha)
@@ -91,20 +95,28 @@ def defined(model, inputs, S=None):
     v_0, sublayers, head = parts(model, *inputs)
     if model.routing == "attnres":
         aggregators = model.router.aggregators
-        states, _ = attnres_forward(v_0, sublayers, S, lambda l: aggregators[l - 1].query,
-                                    lambda l: aggregators[l - 1].norm_weight)
-        after = states[::2]                                            # z_k is what block k + 1 reads
+        states, _ = attnres_forward(
+            v_0, sublayers, S, lambda l: aggregators[l - 1].query, lambda l: aggregators[l - 1].norm_weight
+        )
+        after = states[::2]  # z_k is what block k + 1 reads
     else:
         first = len(model.blocks) - len(model.skips) + 1
-        after = unet_forward(v_0, sublayers, lambda number: model.skips[number - first].weight,
-                             lambda number: model.skips[number - first].bias)
-    aligned = [model.projectors[2 * i + encoder](after[k]) for i, k in enumerate(model.align_depth)
-               for encoder in range(2)]
+        after = unet_forward(
+            v_0,
+            sublayers,
+            lambda number: model.skips[number - first].weight,
+            lambda number: model.skips[number - first].bias,
+        )
+    aligned = [
+        model.projectors[2 * i + encoder](after[k]) for i, k in enumerate(model.align_depth) for encoder in range(2)
+    ]
     return head(after[-1]), aligned
 
 
-CASES = [dict(routing="attnres", depth=depth, chunk_size=S, align_depth=tuple(range(1, depth + 1)))
-         for depth, S in ((1, 1), (1, 2), (3, 1), (3, 2), (3, 3), (3, 4), (3, 5), (3, 6), (4, 3))]
+CASES = [
+    dict(routing="attnres", depth=depth, chunk_size=S, align_depth=tuple(range(1, depth + 1)))
+    for depth, S in ((1, 1), (1, 2), (3, 1), (3, 2), (3, 3), (3, 4), (3, 5), (3, 6), (4, 3))
+]
 CASES += [dict(routing="unet", depth=depth, align_depth=tuple(range(1, depth + 1))) for depth in (1, 2, 3, 4, 5)]
 
 
@@ -120,14 +132,22 @@ def test_forward_and_gradients_equal_the_definition(changes):
     assert expected["output 0"].std() > 0.1
     for name, value in expected.items():
         if name.startswith("router.aggregators.0."):
-            assert not actual[name].any(), name                        # one source, nothing to weigh
+            assert not actual[name].any(), name  # one source, nothing to weigh
         else:
             assert value.any() and value.isfinite().all(), name
             assert_near(actual[name], value, name, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("changes", [dict(routing="attnres", chunk_size=4), dict(routing="attnres", chunk_size=1),
-                                     dict(routing="unet"), dict(routing="unet", depth=4)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(routing="attnres", chunk_size=4),
+        dict(routing="attnres", chunk_size=1),
+        dict(routing="unet"),
+        dict(routing="unet", depth=4),
+    ],
+    ids=str,
+)
 def test_first_steps_train_every_parameter(changes):
     """Finite from the first step, where all outputs are zero and RMSNorm's gradient gain is 1000; none without one.
 
@@ -155,6 +175,7 @@ def test_first_steps_train_every_parameter(changes):
 
 # ---- AttnRes ----
 
+
 @pytest.mark.parametrize("zero_queries", [True, False])
 @pytest.mark.parametrize("depth, S", [(1, 1), (2, 3), (3, 2), (3, 4), (3, 6)])
 def test_weights_of_attnres(depth, S, zero_queries):
@@ -168,11 +189,12 @@ def test_weights_of_attnres(depth, S, zero_queries):
     aggregators = model.router.aggregators
     with torch.no_grad(), diagnosis.observed(model, weights=True) as look:
         trace = look(*inputs)
-        states, expected = attnres_forward(v_0, sublayers, S, lambda l: aggregators[l - 1].query,
-                                           lambda l: aggregators[l - 1].norm_weight)
+        states, expected = attnres_forward(
+            v_0, sublayers, S, lambda l: aggregators[l - 1].query, lambda l: aggregators[l - 1].norm_weight
+        )
     assert len(trace.weights) == len(trace.states) == 2 * depth + 1
     for l, (alpha, weights, h, state) in enumerate(zip(trace.weights, expected, trace.states, states), start=1):
-        count = 1 + -(-(l - 1) // S)                                   # v_0, and the chunks that have begun
+        count = 1 + -(-(l - 1) // S)  # v_0, and the chunks that have begun
         assert alpha.shape == (count, 3, 16)
         torch.testing.assert_close(alpha.sum(0), torch.ones(3, 16, dtype=torch.float64))
         assert_near(alpha, weights, f"weights of reader {l}", tolerance=1e-9)
@@ -188,7 +210,7 @@ def test_weights_of_attnres(depth, S, zero_queries):
 
 def test_attnres_starts_as_a_plain_mean_with_a_query_and_a_norm_for_each_reader():
     model = build(routing="attnres", randomized=False, chunk_size=4)
-    assert len(model.router.aggregators) == 7                          # six sublayers and the head, aligned or not
+    assert len(model.router.aggregators) == 7  # six sublayers and the head, aligned or not
     for aggregator in model.router.aggregators:
         assert aggregator.query.shape == (24,) and not aggregator.query.any() and (aggregator.norm_weight == 1).all()
     assert parameters_by_part(model)["router"] == 7 * 2 * 24
@@ -197,8 +219,10 @@ def test_attnres_starts_as_a_plain_mean_with_a_query_and_a_norm_for_each_reader(
 def test_options_of_dar_are_idle_elsewhere():
     """query and final_aggregator change nothing in attnres, and with chunk_size nothing in unet."""
     idle = dict(query="dynamic", final_aggregator="shared")
-    for changes, others in ((dict(routing="attnres", chunk_size=3), idle),
-                            (dict(routing="unet"), {**idle, "chunk_size": 99})):
+    for changes, others in (
+        (dict(routing="attnres", chunk_size=3), idle),
+        (dict(routing="unet"), {**idle, "chunk_size": 99}),
+    ):
         plain, other = build(**changes), build(**{**changes, **others})
         assert plain.state_dict().keys() == other.state_dict().keys()
         assert torch.equal(plain(*batch())[0], other(*batch())[0])
@@ -207,7 +231,7 @@ def test_options_of_dar_are_idle_elsewhere():
 @pytest.mark.skipif(kernels.route_triton is None, reason="triton is not installed")
 def test_fused_kernels_serve_attnres():
     """Running sums pass through the fused backward, which adds up a source's gradients on its way."""
-    changes = dict(routing="attnres", depth=2, align_depth=2, chunk_size=3, input_size=4)     # slow here
+    changes = dict(routing="attnres", depth=2, align_depth=2, chunk_size=3, input_size=4)  # slow here
     inputs, results = batch(2, size=4), {}
     for backend in ("triton", "torch"):
         model = build(route_backend=backend, **changes)
@@ -225,13 +249,14 @@ def test_sums_have_the_dtype_of_sources_under_autocast(backend, dtype):
         pytest.skip("triton is not installed")
     with torch.autocast("cpu", torch.bfloat16):
         stream = RoutedStream(AttnResRouter(6, 24, 3, backend), torch.full((2, 4, 24), 5.0), torch.zeros(2, 24))
-        for _ in range(4):                                             # v_2 and v_3 are sums, v_4 begins a chunk
+        for _ in range(4):  # v_2 and v_3 are sums, v_4 begins a chunk
             stream.write(torch.ones(2, 4, 24, dtype=torch.bfloat16))
     assert [v.dtype for v in stream.v] == [dtype] * 5
     assert [v.unique().tolist() for v in stream.v] == [[5], [1], [2], [3], [1]]
 
 
 # ---- long skips ----
+
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -240,8 +265,10 @@ def test_long_skips_start_as_the_residual_model(depth, half):
     residual = build(depth=depth, align_depth=depth)
     model = build(depth=depth, align_depth=depth, routing="unet", randomized=False)
     assert len(model.skips) == depth // 2 and not any(p.any() for p in model.skips.parameters())
-    assert load_published(model, residual.state_dict()) == (sorted(
-        name for name in model.state_dict() if name.startswith("skips.")), [])
+    assert load_published(model, residual.state_dict()) == (
+        sorted(name for name in model.state_dict() if name.startswith("skips.")),
+        [],
+    )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         (velocity, aligned), (expected, aligned_expected) = model(*batch()), residual(*batch())
     assert velocity.std() > 0.1 and torch.equal(velocity, expected)
@@ -264,10 +291,11 @@ def test_an_odd_depth_has_a_middle_block_without_skip():
             model = SiT(depth=depth, routing="unet", align_depth=1)
         assert len(model.skips) == count
         assert all(tuple(skip.weight.shape) == (1152, 2 * 1152) for skip in model.skips)
-        assert parameters_by_part(model).get("skips", 0) == count * (2 * 1152 ** 2 + 1152)
+        assert parameters_by_part(model).get("skips", 0) == count * (2 * 1152**2 + 1152)
 
 
 # ---- weights of another routing ----
+
 
 @pytest.mark.parametrize("routing, part", [("attnres", "router."), ("unet", "skips.")])
 def test_residual_weights_start_a_baseline_whose_own_parts_stay(routing, part):
@@ -280,10 +308,15 @@ def test_residual_weights_start_a_baseline_whose_own_parts_stay(routing, part):
     assert_loaded(target, whole)
 
 
-@pytest.mark.parametrize("theirs, ours, message", [
-    ("unet", "residual", "unknown skips.0.bias; unknown skips.0.weight$"),
-    ("attnres", "residual", "unknown router.aggregators.0.norm_weight"),
-    ("unet", "attnres", "missing router.aggregators.0.*; .* more"), ("dar", "unet", "missing skips.0.bias; .* more")])
+@pytest.mark.parametrize(
+    "theirs, ours, message",
+    [
+        ("unet", "residual", "unknown skips.0.bias; unknown skips.0.weight$"),
+        ("attnres", "residual", "unknown router.aggregators.0.norm_weight"),
+        ("unet", "attnres", "missing router.aggregators.0.*; .* more"),
+        ("dar", "unet", "missing skips.0.bias; .* more"),
+    ],
+)
 def test_weights_of_another_routing_are_refused(theirs, ours, message):
     with pytest.raises(ValueError, match=message):
         load_published(build(routing=ours), build(routing=theirs).state_dict())
@@ -298,6 +331,7 @@ def test_a_part_of_the_skips_is_refused():
 
 # ---- the commands ----
 
+
 @pytest.fixture(scope="module")
 def runs(digits, encoder_folder, tmp_path_factory):
     """Three steps of the trainer with each baseline, three blocks and alignment: {routing: (folder, what it said)}."""
@@ -306,12 +340,50 @@ def runs(digits, encoder_folder, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             said = []
             patch.setattr(train_repa_dar.Trainer, "say", lambda self, text: said.append(text))
-            train_repa_dar.main([
-                "--config", "digits", "--data", str(digits), "--encoder", str(encoder_folder), "--alignment", "repa",
-                "--out", str(folder / routing), "--routing", routing, "--depth", "3", "--hidden-size", "32",
-                "--num-heads", "2", "--align-depth", "2", "--projector-dim", "16", "--chunk-size", "4",
-                "--batch-size", "8", "--max-steps", "3", "--log-every", "1", "--lr", "0.01", "--eval-every", "3",
-                "--eval-samples", "4", "--sample-steps", "2", "--tensorboard", "False"])
+            train_repa_dar.main(
+                [
+                    "--config",
+                    "digits",
+                    "--data",
+                    str(digits),
+                    "--encoder",
+                    str(encoder_folder),
+                    "--alignment",
+                    "repa",
+                    "--out",
+                    str(folder / routing),
+                    "--routing",
+                    routing,
+                    "--depth",
+                    "3",
+                    "--hidden-size",
+                    "32",
+                    "--num-heads",
+                    "2",
+                    "--align-depth",
+                    "2",
+                    "--projector-dim",
+                    "16",
+                    "--chunk-size",
+                    "4",
+                    "--batch-size",
+                    "8",
+                    "--max-steps",
+                    "3",
+                    "--log-every",
+                    "1",
+                    "--lr",
+                    "0.01",
+                    "--eval-every",
+                    "3",
+                    "--eval-samples",
+                    "4",
+                    "--sample-steps",
+                    "2",
+                    "--tensorboard",
+                    "False",
+                ]
+            )
         found[routing] = folder / routing, "\n".join(said)
     return found
 
@@ -329,7 +401,7 @@ def test_a_run_trains_evaluates_and_is_rebuilt(runs, routing):
     assert (model.routing, options["routing"]) == (routing, routing)
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
     moved = "router.aggregators.6.query" if routing == "attnres" else "skips.0.weight"
-    assert trained[moved].any()                                        # from zero
+    assert trained[moved].any()  # from zero
 
 
 @pytest.mark.parametrize("routing", BASELINES)
@@ -344,7 +416,7 @@ def test_figures_of_a_run(runs, tmp_path, routing):
     assert len(content["states"]["data"]["rms"][0]) == 4 and len(content["time"]["data"]["r2"]) == 7
     if routing == "attnres":
         data = content["routing"]["data"]
-        assert data["sources"] == [[0], [0, 1], [0, 2], [0, 3], [0, 4], [0, 4, 5], [0, 4, 6]]       # S = 4
+        assert data["sources"] == [[0], [0, 1], [0, 2], [0, 3], [0, 4], [0, 4, 5], [0, 4, 6]]  # S = 4
         for rows in data["weights"]:
             assert [len(row) for row in rows] == [1, 2, 2, 2, 2, 3, 3]
             assert all(sum(row) == pytest.approx(1) for row in rows)

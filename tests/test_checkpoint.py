@@ -17,16 +17,38 @@ SIZES = {"depth": 2, "hidden_size": 32, "num_heads": 2}
 @pytest.fixture(scope="module")
 def train(digits, encoder_folder, tmp_path_factory):
     """Two steps of the trainer, once for the same options. Returns the path of the checkpoint."""
+
     @functools.lru_cache
     def run(*extra):
         out = tmp_path_factory.mktemp("run") / "tiny"
-        values = {"data": digits, "out": out, "encoder": encoder_folder, **SIZES, "align_depth": 1,
-                  "projector_dim": 16, "lr": 0.05, "batch_size": 8, "max_steps": 2, "eval_every": 0,
-                  "tensorboard": False}
-        train_repa_dar.main(["--config", "digits", *extra,
-                             *(word for key, value in values.items() if f"--{key.replace('_', '-')}" not in extra
-                               for word in (f"--{key.replace('_', '-')}", str(value)))])
+        values = {
+            "data": digits,
+            "out": out,
+            "encoder": encoder_folder,
+            **SIZES,
+            "align_depth": 1,
+            "projector_dim": 16,
+            "lr": 0.05,
+            "batch_size": 8,
+            "max_steps": 2,
+            "eval_every": 0,
+            "tensorboard": False,
+        }
+        train_repa_dar.main(
+            [
+                "--config",
+                "digits",
+                *extra,
+                *(
+                    word
+                    for key, value in values.items()
+                    if f"--{key.replace('_', '-')}" not in extra
+                    for word in (f"--{key.replace('_', '-')}", str(value))
+                ),
+            ]
+        )
         return out / "last.pt"
+
     return run
 
 
@@ -56,11 +78,29 @@ ARMS = {
     "residual": [],
     "residual, aligned": ["--alignment", "repa", "--align-depth", "2", "1"],
     "static": ["--routing", "dar", "--query", "static"],
-    "timestep, shared": ["--routing", "dar", "--query", "timestep", "--chunk-size", "3",
-                         "--final-aggregator", "shared"],
+    "timestep, shared": [
+        "--routing",
+        "dar",
+        "--query",
+        "timestep",
+        "--chunk-size",
+        "3",
+        "--final-aggregator",
+        "shared",
+    ],
     "timestep, aligned": ["--routing", "dar", "--query", "timestep", "--alignment", "repa"],
-    "dynamic, dedicated, aligned": ["--routing", "dar", "--query", "dynamic", "--chunk-size", "1", "--alignment",
-                                    "repa", "--final-aggregator", "dedicated"],
+    "dynamic, dedicated, aligned": [
+        "--routing",
+        "dar",
+        "--query",
+        "dynamic",
+        "--chunk-size",
+        "1",
+        "--alignment",
+        "repa",
+        "--final-aggregator",
+        "dedicated",
+    ],
     "convolved": ["--alignment", "repa", "--align-depth", "2", "1", "--projector", "conv", "--routing", "dar"],
     "attnres": ["--routing", "attnres", "--chunk-size", "3"],
     "unet, aligned": ["--routing", "unet", "--alignment", "repa"],
@@ -73,8 +113,11 @@ ARMS = {
 def test_the_model_of_a_run_computes_what_the_trained_one_did(train, monkeypatch, arm):
     """Against the average that the trainer itself held at the end, tokens of the alignment included."""
     trainers = []
-    monkeypatch.setattr(train_repa_dar.Trainer, "close", lambda self, close=train_repa_dar.Trainer.close:
-                        (trainers.append(self), close(self)))
+    monkeypatch.setattr(
+        train_repa_dar.Trainer,
+        "close",
+        lambda self, close=train_repa_dar.Trainer.close: (trainers.append(self), close(self)),
+    )
     path = train(*ARMS[arm])
     model, options = load_trained(path)
     assert options["step"] == 2 and options["average"] == "0.99" and options["depth"] == 2
@@ -83,7 +126,7 @@ def test_the_model_of_a_run_computes_what_the_trained_one_did(train, monkeypatch
     assert model.num_classes == average.num_classes == 10
     velocity, aligned = model(*inputs())
     expected, expected_aligned = average(*inputs())
-    assert velocity.abs().max() > 1e-3                                 # two steps have left the initial zero
+    assert velocity.abs().max() > 1e-3  # two steps have left the initial zero
     assert torch.equal(velocity, expected) and len(aligned) == len(expected_aligned)
     assert all(torch.equal(a, b) for a, b in zip(aligned, expected_aligned))
 
@@ -91,8 +134,12 @@ def test_the_model_of_a_run_computes_what_the_trained_one_did(train, monkeypatch
 def test_the_choice_of_an_average(train):
     path = train("--ema-decays", "0.9", "0.5")
     content = load_file(path)
-    for average, weights in (("", content["emas"]["0.9"]), ("0.9", content["emas"]["0.9"]),
-                             ("0.5", content["emas"]["0.5"]), ("none", content["model"])):
+    for average, weights in (
+        ("", content["emas"]["0.9"]),
+        ("0.9", content["emas"]["0.9"]),
+        ("0.5", content["emas"]["0.5"]),
+        ("none", content["model"]),
+    ):
         model, options = load_trained(path, average)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
         assert options["average"] == (average or "0.9")
@@ -108,11 +155,20 @@ def test_a_wrong_name_for_ours_is_refused(train):
 
 # ---- released ones ----
 
+
 def test_repa_with_its_projectors(tmp_path):
     """Their depth is nowhere in the file, and sampling does not need them."""
     whole = released(align_dims=(5, 7), align_depth=(1,), projector_dim=6)
-    torch.save({"model": {}, "ema": {f"module.{name}": value for name, value in whole.state_dict().items()},
-                "opt": {}, "args": argparse.Namespace(model="SiT-S/2"), "steps": 7}, tmp_path / "repa.pt")
+    torch.save(
+        {
+            "model": {},
+            "ema": {f"module.{name}": value for name, value in whole.state_dict().items()},
+            "opt": {},
+            "args": argparse.Namespace(model="SiT-S/2"),
+            "steps": 7,
+        },
+        tmp_path / "repa.pt",
+    )
     model, options = load_trained(tmp_path / "repa.pt", name="SiT-S/2")
     assert options == {} and model.num_classes == 3 and model.in_channels == 4 and model.input_size == 4
     velocity, aligned = model(*inputs(4, 4))
@@ -125,17 +181,18 @@ def test_sit_predicts_a_variance_and_counts_time_from_noise_to_data(tmp_path, ke
     weights = theirs.state_dict()
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         both = weights[name].unflatten(0, (4, 1, 4)).expand(4, 2, *([4] + list(weights[name].shape[1:]))).clone()
-        both[:, 1] = 17                                                # (p * p, velocity or variance, C, ...)
+        both[:, 1] = 17  # (p * p, velocity or variance, C, ...)
         weights[name] = both.flatten(0, 2)
     torch.save({key: weights} if key else weights, tmp_path / "sit.pt")
     model, _ = load_trained(tmp_path / "sit.pt", name="SiT-S/2")
     x, t, y = inputs(4, 4)
     velocity, _ = model(x, t, y)
     torch.testing.assert_close(velocity, -theirs(x, 1 - t, y)[0], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(velocity, -theirs(x, t, y)[0], rtol=1e-2)          # the time matters here
+    assert not torch.allclose(velocity, -theirs(x, t, y)[0], rtol=1e-2)  # the time matters here
 
 
 # ---- errors ----
+
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
     path = tmp_path / "weights.pt"
@@ -148,7 +205,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
             load_trained(path, name=name)
     with pytest.raises(ValueError, match="average = '0.9999': .* no choice of averages"):
         load_trained(path, "0.9999", "SiT-S/2")
-    for name in ("SiT-S/4", "SiT-B/2"):                                # other patches; a width that other heads fit too
+    for name in ("SiT-S/4", "SiT-B/2"):  # other patches; a width that other heads fit too
         with pytest.raises(ValueError, match=f"weights.pt does not fit {name}: .*, the model's is"):
             load_trained(path, name=name)
     torch.save({"x_embedder.proj.weight": torch.zeros(1)}, path)

@@ -44,6 +44,7 @@ def write(tmp_path):
         path = tmp_path / name
         path.write_text(text)
         return path
+
     return write_yaml
 
 
@@ -103,21 +104,52 @@ WRONG = {
     "sampler": {"ddim": "'ddim'"},
     "sample_steps": {"1": "1", **WRONG_INTEGERS},
     "cfg_scale": {"-1": "-1.0", **WRONG_FLOATS},
-    "guidance_interval": {"0.5 0.5": "(0.5, 0.5)", "0.9 0.1": "(0.9, 0.1)", "-0.1 1": "(-0.1, 1.0)",
-                          "0 1.1": "(0.0, 1.1)", "nan 1": "(nan, 1.0)", "a b": "'a'"},
+    "guidance_interval": {
+        "0.5 0.5": "(0.5, 0.5)",
+        "0.9 0.1": "(0.9, 0.1)",
+        "-0.1 1": "(-0.1, 1.0)",
+        "0 1.1": "(0.0, 1.1)",
+        "nan 1": "(nan, 1.0)",
+        "a b": "'a'",
+    },
     "diagnose_every": {"-1": "-1", **WRONG_INTEGERS},
     "diagnose_images": {"19": "19", **WRONG_INTEGERS},
 }
 
 # The same limits from inside: the last value that must still be taken.
 ALLOWED = {
-    "seed": "0", "depth": "1", "hidden_size": "4", "num_heads": "1", "class_dropout_prob": "0", "chunk_size": "1",
-    "align_depth": "1 2", "proj_coeff": "0", "projector_dim": "1", "spatial_norm": "0",
-    "align_steps": "1", "batch_size": "1", "micro_batch_size": "1",
-    "max_steps": "1", "lr": "1e-12", "betas": "0 0", "weight_decay": "0", "grad_clip": "1e-12", "ema_decays": "0 0.5",
-    "num_workers": "0", "max_skipped_steps": "1", "log_every": "1", "checkpoint_every": "1", "snapshot_every": "0",
-    "eval_every": "0", "eval_samples": "2", "eval_batch_size": "1", "sample_steps": "2", "cfg_scale": "0",
-    "guidance_interval": "0 1", "diagnose_every": "0", "diagnose_images": "20",
+    "seed": "0",
+    "depth": "1",
+    "hidden_size": "4",
+    "num_heads": "1",
+    "class_dropout_prob": "0",
+    "chunk_size": "1",
+    "align_depth": "1 2",
+    "proj_coeff": "0",
+    "projector_dim": "1",
+    "spatial_norm": "0",
+    "align_steps": "1",
+    "batch_size": "1",
+    "micro_batch_size": "1",
+    "max_steps": "1",
+    "lr": "1e-12",
+    "betas": "0 0",
+    "weight_decay": "0",
+    "grad_clip": "1e-12",
+    "ema_decays": "0 0.5",
+    "num_workers": "0",
+    "max_skipped_steps": "1",
+    "log_every": "1",
+    "checkpoint_every": "1",
+    "snapshot_every": "0",
+    "eval_every": "0",
+    "eval_samples": "2",
+    "eval_batch_size": "1",
+    "sample_steps": "2",
+    "cfg_scale": "0",
+    "guidance_interval": "0 1",
+    "diagnose_every": "0",
+    "diagnose_images": "20",
 }
 
 # ---- wrong values that only the trainer can judge: field -> other settings, and what the message must contain.
@@ -125,38 +157,60 @@ ALLOWED = {
 
 TIMM_NAME = "vit_tiny_patch16_224"
 WRONG_FOR_A_RUN = {
-    "data": [({"data": "{missing}"}, "data = '{missing}'"), ({"data": "{file}"}, "data = '{file}'"),
-             ({"data": "{empty}"}, "data = '{empty}'"), ({"data": "{unfinished}"}, "'{unfinished}' is not finished")],
+    "data": [
+        ({"data": "{missing}"}, "data = '{missing}'"),
+        ({"data": "{file}"}, "data = '{file}'"),
+        ({"data": "{empty}"}, "data = '{empty}'"),
+        ({"data": "{unfinished}"}, "'{unfinished}' is not finished"),
+    ],
     "out": [({"out": "{file}"}, "{file}"), ({"out": "{file}/run"}, "{file}")],
-    "init_from": [({"init_from": "{missing}"}, "{missing}"), ({"init_from": "{file}"}, "{file}"),
-                  ({"init_from": "{empty}"}, "{empty}"),
-                  ({"init_from": "{safetensors}"}, "{safetensors}"), ({"init_from": "{tensor}"}, "{tensor}"),
-                  ({"init_from": "{other_model}"}, "{other_model}")],
-    "model": [({"model": "SiT-Q/2"}, "model = 'SiT-Q/2'"), ({"model": ""}, "model = ''"),
-              ({"model": "SiT-B/3", "eval_every": 0}, "model = 'SiT-B/3'")],
+    "init_from": [
+        ({"init_from": "{missing}"}, "{missing}"),
+        ({"init_from": "{file}"}, "{file}"),
+        ({"init_from": "{empty}"}, "{empty}"),
+        ({"init_from": "{safetensors}"}, "{safetensors}"),
+        ({"init_from": "{tensor}"}, "{tensor}"),
+        ({"init_from": "{other_model}"}, "{other_model}"),
+    ],
+    "model": [
+        ({"model": "SiT-Q/2"}, "model = 'SiT-Q/2'"),
+        ({"model": ""}, "model = ''"),
+        ({"model": "SiT-B/3", "eval_every": 0}, "model = 'SiT-B/3'"),
+    ],
     "num_heads": [({"num_heads": 3}, "num_heads = 3")],
     "hidden_size": [({"hidden_size": 6, "num_heads": 1}, "hidden_size = 6")],
     "align_depth": [({"align_depth": (1, 9), "alignment": "repa"}, "align_depth = (1, 9)")],
-    "chunk_size": [({"chunk_size": 3, "routing": "dar"}, "chunk_size = 3")],     # one block has two sublayers
+    "chunk_size": [({"chunk_size": 3, "routing": "dar"}, "chunk_size = 3")],  # one block has two sublayers
     "batch_size": [({"batch_size": 6, "micro_batch_size": 4}, "batch_size = 6")],
     "micro_batch_size": [({"micro_batch_size": 3}, "micro_batch_size = 3")],
     "autoencoder": [({"autoencoder": "sd-vae"}, "'sd-vae'"), ({"autoencoder": "{empty}"}, "'{empty}'")],
     "decoder": [({"decoder": "vqgan"}, "'vqgan'")],
-    "encoder": [({"encoder": "no_such_vit"}, "'no_such_vit'"), ({"encoder": "{empty}"}, "'{empty}'"),
-                ({"encoder": "resnet18"}, "'resnet18'"), ({"encoder": ""}, "encoder ''"),
-                ({"encoder": "{broken_encoder}"}, "{broken_encoder}"),
-                ({"encoder": "{unknown_encoder}"}, "{unknown_encoder}"),
-                ({"encoder": "{weightless_encoder}"}, "{weightless_encoder}")],
-    "encoder_weights": [({"encoder": TIMM_NAME, "encoder_weights": "{missing}"}, "'{missing}'"),
-                        ({"encoder_weights": "{file}"}, "'{file}'"),
-                        ({"encoder_weights": ("a", "b")}, "encoder_weights = ('a', 'b')")],
+    "encoder": [
+        ({"encoder": "no_such_vit"}, "'no_such_vit'"),
+        ({"encoder": "{empty}"}, "'{empty}'"),
+        ({"encoder": "resnet18"}, "'resnet18'"),
+        ({"encoder": ""}, "encoder ''"),
+        ({"encoder": "{broken_encoder}"}, "{broken_encoder}"),
+        ({"encoder": "{unknown_encoder}"}, "{unknown_encoder}"),
+        ({"encoder": "{weightless_encoder}"}, "{weightless_encoder}"),
+    ],
+    "encoder_weights": [
+        ({"encoder": TIMM_NAME, "encoder_weights": "{missing}"}, "'{missing}'"),
+        ({"encoder_weights": "{file}"}, "'{file}'"),
+        ({"encoder_weights": ("a", "b")}, "encoder_weights = ('a', 'b')"),
+    ],
     # The features of the fixture are for 16 tokens; this model has 4.
-    "encoder_features": [({"encoder_features": "prepared", "alignment": "repa", "model": "SiT-S/4"},
-                          "--encoder-features")],
-    "inception": [({"eval_metric": "fid", "inception": "{missing}"}, "{missing}"),
-                  ({"eval_metric": "fid", "inception": "{file}"}, "{file}")],
-    "fid_reference": [({"eval_metric": "fid", "fid_reference": "{missing}"}, "{missing}"),
-                      ({"eval_metric": "fid", "fid_reference": "{file}"}, "{file}")],
+    "encoder_features": [
+        ({"encoder_features": "prepared", "alignment": "repa", "model": "SiT-S/4"}, "--encoder-features")
+    ],
+    "inception": [
+        ({"eval_metric": "fid", "inception": "{missing}"}, "{missing}"),
+        ({"eval_metric": "fid", "inception": "{file}"}, "{file}"),
+    ],
+    "fid_reference": [
+        ({"eval_metric": "fid", "fid_reference": "{missing}"}, "{missing}"),
+        ({"eval_metric": "fid", "fid_reference": "{file}"}, "{file}"),
+    ],
     "diagnose_images": [({"diagnose_every": 1, "diagnose_images": 10_000}, "diagnose_images = 10000")],
 }
 
@@ -165,8 +219,9 @@ def test_tables_of_wrong_values_cover_every_option():
     assert sorted(WRONG.keys() | WRONG_FOR_A_RUN.keys()) == sorted(FIELDS)
 
 
-@pytest.mark.parametrize("field, typed, shown",
-                         [(field, typed, shown) for field, cases in WRONG.items() for typed, shown in cases.items()])
+@pytest.mark.parametrize(
+    "field, typed, shown", [(field, typed, shown) for field, cases in WRONG.items() for typed, shown in cases.items()]
+)
 def test_wrong_value_is_refused_by_name(capsys, field, typed, shown):
     message = refused(capsys, [f"--{field.replace('_', '-')}", *(typed.split() or [""])])
     assert names(message, field), message
@@ -198,8 +253,18 @@ def test_align_depth_may_be_empty_only_without_alignment(capsys):
 def paths(tmp_path_factory, encoder_folder):
     """Paths that are wrong in different ways, by the names that WRONG_FOR_A_RUN uses."""
     folder = tmp_path_factory.mktemp("wrong")
-    made = {name: folder / name for name in ("missing", "file", "empty", "unfinished", "broken_encoder",
-                                             "unknown_encoder", "weightless_encoder")}
+    made = {
+        name: folder / name
+        for name in (
+            "missing",
+            "file",
+            "empty",
+            "unfinished",
+            "broken_encoder",
+            "unknown_encoder",
+            "weightless_encoder",
+        )
+    }
     for name in ("empty", "unfinished", "broken_encoder", "unknown_encoder", "weightless_encoder"):
         made[name].mkdir()
     made["file"].write_text("not what you think")
@@ -207,8 +272,11 @@ def paths(tmp_path_factory, encoder_folder):
     (made["broken_encoder"] / "config.json").write_text("{")
     (made["unknown_encoder"] / "config.json").write_text('{"architecture": "no_such_vit"}')
     (made["weightless_encoder"] / "config.json").write_text((encoder_folder / "config.json").read_text())
-    made |= {"safetensors": folder / "junk.safetensors", "tensor": folder / "tensor.pt",
-             "other_model": folder / "sit.pt"}
+    made |= {
+        "safetensors": folder / "junk.safetensors",
+        "tensor": folder / "tensor.pt",
+        "other_model": folder / "sit.pt",
+    }
     made["safetensors"].write_bytes(b"junk" * 10)
     torch.save(torch.zeros(3), made["tensor"])
     torch.save({"ema": {"blocks.0.weight": torch.zeros(3)}}, made["other_model"])
@@ -218,10 +286,25 @@ def paths(tmp_path_factory, encoder_folder):
 @pytest.fixture
 def tiny(digits, encoder_folder, tmp_path):
     """Settings of a run that would take one small step, should a wrong value get through."""
-    return {"data": digits, "encoder": encoder_folder, "out": tmp_path / "run", "depth": 1, "hidden_size": 8,
-            "num_heads": 2, "align_depth": 1, "projector_dim": 4, "chunk_size": 1, "encoder_features": "online",
-            "batch_size": 4, "max_steps": 1, "eval_every": 1, "eval_samples": 4, "eval_batch_size": 4,
-            "sample_steps": 2, "tensorboard": False}
+    return {
+        "data": digits,
+        "encoder": encoder_folder,
+        "out": tmp_path / "run",
+        "depth": 1,
+        "hidden_size": 8,
+        "num_heads": 2,
+        "align_depth": 1,
+        "projector_dim": 4,
+        "chunk_size": 1,
+        "encoder_features": "online",
+        "batch_size": 4,
+        "max_steps": 1,
+        "eval_every": 1,
+        "eval_samples": 4,
+        "eval_batch_size": 4,
+        "sample_steps": 2,
+        "tensorboard": False,
+    }
 
 
 def command_line(settings):
@@ -231,8 +314,9 @@ def command_line(settings):
     return arguments
 
 
-@pytest.mark.parametrize("field, settings, shown", [(field, *case) for field, cases in WRONG_FOR_A_RUN.items()
-                                                    for case in cases])
+@pytest.mark.parametrize(
+    "field, settings, shown", [(field, *case) for field, cases in WRONG_FOR_A_RUN.items() for case in cases]
+)
 def test_value_that_only_the_trainer_can_judge_is_refused(capsys, tiny, paths, field, settings, shown):
     settings = {name: value.format(**paths) if isinstance(value, str) else value for name, value in settings.items()}
     message = refused(capsys, command_line({**tiny, **settings}), train_repa_dar.main)
@@ -242,14 +326,30 @@ def test_value_that_only_the_trainer_can_judge_is_refused(capsys, tiny, paths, f
 
 def choices(*fields):
     """Every value of these choices and switches."""
-    return [(name, value) for name in fields
-            for value in ((False, True) if TYPES[name] is bool else typing.get_args(TYPES[name]))]
+    return [
+        (name, value)
+        for name in fields
+        for value in ((False, True) if TYPES[name] is bool else typing.get_args(TYPES[name]))
+    ]
 
 
 # Those that the model is built from; `compile` costs three seconds and belongs to the trainer's tests.
-@pytest.mark.parametrize("name, value", choices("routing", "query", "final_aggregator", "qk_norm", "alignment",
-                                                "projector", "encoder_features", "checkpoint_activations", "mirror",
-                                                "precision", "tf32"))
+@pytest.mark.parametrize(
+    "name, value",
+    choices(
+        "routing",
+        "query",
+        "final_aggregator",
+        "qk_norm",
+        "alignment",
+        "projector",
+        "encoder_features",
+        "checkpoint_activations",
+        "mirror",
+        "precision",
+        "tf32",
+    ),
+)
 def test_every_choice_builds(tiny, name, value):
     settings = config.parse(command_line({**tiny, "routing": "dar", "alignment": "repa", name: value}))
     assert getattr(settings, name) == value
@@ -258,11 +358,17 @@ def test_every_choice_builds(tiny, name, value):
 
 # ---- no dead option ----
 
+
 def fields_read(source, module_name="config"):
     """Attributes taken from anything called `config`, and names that getattr takes from it."""
+
     def is_config(node):
-        return (isinstance(node, ast.Name) and node.id == module_name
-                or isinstance(node, ast.Attribute) and node.attr == module_name)
+        return (
+            isinstance(node, ast.Name)
+            and node.id == module_name
+            or isinstance(node, ast.Attribute)
+            and node.attr == module_name
+        )
 
     found = set()
     tree = ast.parse(source)
@@ -270,14 +376,22 @@ def fields_read(source, module_name="config"):
         if isinstance(node, ast.Attribute) and is_config(node.value):
             found.add(node.attr)
         generators = [node] if isinstance(node, ast.For) else getattr(node, "generators", [])
-        looped = {constant.value for generator in generators for constant in ast.walk(generator.iter)
-                  if isinstance(constant, ast.Constant)}
+        looped = {
+            constant.value
+            for generator in generators
+            for constant in ast.walk(generator.iter)
+            if isinstance(constant, ast.Constant)
+        }
         for call in ast.walk(node):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "getattr" \
-                    and is_config(call.args[0]):
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Name)
+                and call.func.id == "getattr"
+                and is_config(call.args[0])
+            ):
                 if isinstance(call.args[1], ast.Constant):
                     found.add(call.args[1].value)
-                elif isinstance(call.args[1], ast.Name):            # getattr(config, name) for name in ("a", "b")
+                elif isinstance(call.args[1], ast.Name):  # getattr(config, name) for name in ("a", "b")
                     found |= looped
     return found
 
@@ -301,8 +415,11 @@ def test_every_option_is_read():
         if path not in unused_by and "tests" not in inside and not any(part.startswith(".") for part in inside):
             read |= fields_read(path.read_text())
     # Config.run_folder reads for those who call it.
-    methods = {node.name: node for node in ast.walk(ast.parse((ROOT / "config.py").read_text()))
-               if isinstance(node, ast.FunctionDef)}
+    methods = {
+        node.name: node
+        for node in ast.walk(ast.parse((ROOT / "config.py").read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
     if "run_folder" in read:
         read |= fields_read(ast.unparse(methods["run_folder"]), "self")
     assert sorted(set(FIELDS) - read) == [], "no program reads these options"
@@ -310,14 +427,16 @@ def test_every_option_is_read():
 
 # ---- YAML files ----
 
+
 def test_unknown_key_names_the_nearest_and_the_file(capsys, write):
     path = write("chunk_sise: 4")
     message = refused(capsys, ["--config", path])
     assert "'chunk_sise'" in message and "'chunk_size'" in message and str(path) in message
 
 
-@pytest.mark.parametrize("key, near", [("learning_rate", None), ("1", None), ("seeds", "seed"),
-                                       ("ema_decay", "ema_decays")])
+@pytest.mark.parametrize(
+    "key, near", [("learning_rate", None), ("1", None), ("seeds", "seed"), ("ema_decay", "ema_decays")]
+)
 def test_unknown_key_always_gets_a_valid_neighbour(capsys, write, key, near):
     message = refused(capsys, ["--config", write(f"{key}: 1")])
     offered = re.search(r"nearest valid one is '(\w+)'", message)
@@ -325,13 +444,24 @@ def test_unknown_key_always_gets_a_valid_neighbour(capsys, write, key, near):
     assert near is None or offered[1] == near
 
 
-@pytest.mark.parametrize("text, field, shown", [
-    ("lr: fast", "lr", "'fast'"), ("seed: 1.5", "seed", "1.5"), ("seed: true", "seed", "True"),
-    ("compile: 1", "compile", "1"), ("routing: dense", "routing", "'dense'"), ("routing: off", "routing", "False"),
-    ("align_depth: null", "align_depth", "None"), ("ema_decays: [0.9, slow]", "ema_decays", "'slow'"),
-    ("lr: {a: 1}", "lr", "{'a': 1}"), ("lr: [0.1, 0.2]", "lr", "0.2"), ("data: [x, y]", "data", "'y'"),
-    ("betas: 0.9", "betas", "betas"), ("max_steps: 1e5", "max_steps", "'1e5'"),
-])
+@pytest.mark.parametrize(
+    "text, field, shown",
+    [
+        ("lr: fast", "lr", "'fast'"),
+        ("seed: 1.5", "seed", "1.5"),
+        ("seed: true", "seed", "True"),
+        ("compile: 1", "compile", "1"),
+        ("routing: dense", "routing", "'dense'"),
+        ("routing: off", "routing", "False"),
+        ("align_depth: null", "align_depth", "None"),
+        ("ema_decays: [0.9, slow]", "ema_decays", "'slow'"),
+        ("lr: {a: 1}", "lr", "{'a': 1}"),
+        ("lr: [0.1, 0.2]", "lr", "0.2"),
+        ("data: [x, y]", "data", "'y'"),
+        ("betas: 0.9", "betas", "betas"),
+        ("max_steps: 1e5", "max_steps", "'1e5'"),
+    ],
+)
 def test_wrong_type_in_a_file_names_the_key_and_the_file(capsys, write, text, field, shown):
     path = write(text)
     message = refused(capsys, ["--config", path])
@@ -374,27 +504,45 @@ def test_empty_file_gives_the_defaults(write):
     assert config.parse(["--config", str(write("# nothing\n"))]) == Config()
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("lr: 1e-4", {"lr": 1e-4}),                     # text for PyYAML, which wants 1.0e-4
-    ("weight_decay: 0", {"weight_decay": 0.0}),
-    ("depth: null\nmicro_batch_size: ~", {"depth": None, "micro_batch_size": None}),
-    ("depth: 3", {"depth": 3}),
-    ("align_depth: [2, 1]\nbetas: [0.5, 0.6]", {"align_depth": (2, 1), "betas": (0.5, 0.6)}),
-    ("align_depth: 3\nema_decays: 0.5", {"align_depth": (3,), "ema_decays": (0.5,)}),
-    ("align_depth: []", {"align_depth": ()}),
-    ("compile: true\ntf32: false", {"compile": True, "tf32": False}),
-    ("data: ''\nout: a b", {"data": "", "out": "a b"}),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("lr: 1e-4", {"lr": 1e-4}),  # text for PyYAML, which wants 1.0e-4
+        ("weight_decay: 0", {"weight_decay": 0.0}),
+        ("depth: null\nmicro_batch_size: ~", {"depth": None, "micro_batch_size": None}),
+        ("depth: 3", {"depth": 3}),
+        ("align_depth: [2, 1]\nbetas: [0.5, 0.6]", {"align_depth": (2, 1), "betas": (0.5, 0.6)}),
+        ("align_depth: 3\nema_decays: 0.5", {"align_depth": (3,), "ema_decays": (0.5,)}),
+        ("align_depth: []", {"align_depth": ()}),
+        ("compile: true\ntf32: false", {"compile": True, "tf32": False}),
+        ("data: ''\nout: a b", {"data": "", "out": "a b"}),
+    ],
+)
 def test_values_of_a_file(write, text, expected):
     assert config.parse(["--config", str(write(text))]) == dataclasses.replace(Config(), **expected)
 
 
 def test_command_line_beats_the_file(write):
     path = write("lr: 0.5\nalign_depth: [1, 2, 3]\ncompile: true\ndepth: 3\nrouting: dar\nseed: 7")
-    parsed = config.parse(["--config", str(path), "--lr", "0.25", "--align-depth", "5", "--compile", "False",
-                           "--depth", "None", "--routing", "residual"])
-    assert parsed == dataclasses.replace(Config(), lr=0.25, align_depth=(5,), compile=False, depth=None,
-                                         routing="residual", seed=7)
+    parsed = config.parse(
+        [
+            "--config",
+            str(path),
+            "--lr",
+            "0.25",
+            "--align-depth",
+            "5",
+            "--compile",
+            "False",
+            "--depth",
+            "None",
+            "--routing",
+            "residual",
+        ]
+    )
+    assert parsed == dataclasses.replace(
+        Config(), lr=0.25, align_depth=(5,), compile=False, depth=None, routing="residual", seed=7
+    )
     assert config.parse(["--lr", "0.25", f"--config={path}"]).lr == 0.25, "in whatever order"
 
 
@@ -420,8 +568,9 @@ def test_preset_parses(preset):
     assert config.parse(["--config", str(path)]) == parsed
 
 
-@pytest.mark.parametrize("typed, near", [("--chunksize", "--chunk-size"), ("--max-stepps", "--max-steps"),
-                                         ("--rooting", "--routing")])
+@pytest.mark.parametrize(
+    "typed, near", [("--chunksize", "--chunk-size"), ("--max-stepps", "--max-steps"), ("--rooting", "--routing")]
+)
 def test_unknown_option_suggests_the_nearest(capsys, typed, near):
     message = refused(capsys, [typed, "3"])
     assert re.search(rf"{typed}\b", message) and re.search(rf"{near}\b", message), message
@@ -436,8 +585,26 @@ def test_abbreviated_and_stray_arguments_are_refused(capsys):
 # ---- saving, and telling configurations apart ----
 
 # Text that YAML or a command line could take for something else.
-TEXTS = ["", "data/digits", "with space", "None", "null", "~", "true", "1e-4", "007", "é–ü", "a: b # c", "[1, 2]",
-         "{a: 1}", "it's \"quoted\"", " padded ", "back\\slash", "2024-01-01", "*"]
+TEXTS = [
+    "",
+    "data/digits",
+    "with space",
+    "None",
+    "null",
+    "~",
+    "true",
+    "1e-4",
+    "007",
+    "é–ü",
+    "a: b # c",
+    "[1, 2]",
+    "{a: 1}",
+    'it\'s "quoted"',
+    " padded ",
+    "back\\slash",
+    "2024-01-01",
+    "*",
+]
 
 
 def random_config(rng):
@@ -459,7 +626,7 @@ def random_config(rng):
             values[name] = number(kind)
         elif typing.get_origin(kind) is typing.Literal:
             values[name] = rng.choice(arguments)
-        elif typing.get_origin(kind) is tuple:                  # different numbers, and in order for the intervals
+        elif typing.get_origin(kind) is tuple:  # different numbers, and in order for the intervals
             count = rng.randint(1, 4) if Ellipsis in arguments else len(arguments)
             values[name] = tuple(sorted({number(arguments[0]) for _ in range(count)}))
             while len(values[name]) < count:
@@ -497,8 +664,19 @@ def test_saved_file_holds_every_option(tmp_path):
 
 
 # Settings that may change when a run goes on: anything else would change more than rounding.
-FREE = {"out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_every", "snapshot_every", "tensorboard",
-        "dry_run", "checkpoint_activations", "diagnose_every", "diagnose_images"}
+FREE = {
+    "out",
+    "max_steps",
+    "micro_batch_size",
+    "num_workers",
+    "checkpoint_every",
+    "snapshot_every",
+    "tensorboard",
+    "dry_run",
+    "checkpoint_activations",
+    "diagnose_every",
+    "diagnose_images",
+}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -529,12 +707,18 @@ def test_an_option_younger_than_the_run_had_its_default():
 
 
 def test_a_switch_needs_no_value():
-    for typed in (["--dry-run"], ["--dry_run"], ["--dry-run", "True"], ["--dry-run=True"],
-                  ["--dry-run", "--seed", "3"]):
+    for typed in (
+        ["--dry-run"],
+        ["--dry_run"],
+        ["--dry-run", "True"],
+        ["--dry-run=True"],
+        ["--dry-run", "--seed", "3"],
+    ):
         assert config.parse(typed).dry_run is True
     assert config.parse(["--dry-run", "False", "--seed", "3"]).dry_run is False
     assert config.parse(["--tf32", "--seed", "3", "--compile"]) == dataclasses.replace(
-        config.parse([]), tf32=True, seed=3, compile=True)
+        config.parse([]), tf32=True, seed=3, compile=True
+    )
 
 
 def test_another_batch_than_the_presets_is_pointed_out(capsys, monkeypatch):
@@ -555,6 +739,7 @@ def test_run_folder():
 
 # ---- the README's reference ----
 
+
 def test_readme_lists_every_option_with_its_meaning():
     """One row per field, in the words that --help uses, so that the two cannot drift apart."""
     readme = (ROOT / "README.md").read_text()
@@ -569,13 +754,20 @@ def test_readme_lists_every_option_with_its_meaning():
     assert listed == len(dataclasses.fields(Config))
 
 
-@pytest.mark.parametrize("words, note", [
-    (["--projector", "conv", "--spatial-norm=0.6"], "projector, spatial_norm are not read with alignment = none"),
-    (["--query", "static"], "query is not read with routing = residual"),
-    (["--routing", "unet", "--chunk_size=2"], "chunk_size is not read with routing = unet"),
-    (["--alignment", "repa", "--projector", "conv", "--projector-dim", "8"],
-     "projector_dim is not read with alignment = repa, projector = conv"),
-    (["--routing", "dar", "--query", "static", "--chunk-size", "2"], ""), (["--seed", "3"], "")])
+@pytest.mark.parametrize(
+    "words, note",
+    [
+        (["--projector", "conv", "--spatial-norm=0.6"], "projector, spatial_norm are not read with alignment = none"),
+        (["--query", "static"], "query is not read with routing = residual"),
+        (["--routing", "unet", "--chunk_size=2"], "chunk_size is not read with routing = unet"),
+        (
+            ["--alignment", "repa", "--projector", "conv", "--projector-dim", "8"],
+            "projector_dim is not read with alignment = repa, projector = conv",
+        ),
+        (["--routing", "dar", "--query", "static", "--chunk-size", "2"], ""),
+        (["--seed", "3"], ""),
+    ],
+)
 def test_options_that_nothing_reads_are_noted(capsys, words, note):
     config.parse(words)
     assert capsys.readouterr().err == (f"note: {note}\n" if note else "")

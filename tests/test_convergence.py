@@ -10,8 +10,19 @@ from PIL import Image
 import config
 from config import Config
 from analysis import convergence
-from analysis.convergence import (Options, Run, common_steps, compare, default_targets, group, label, ratio_text, read_run,
-                              speedup, time_to_target)
+from analysis.convergence import (
+    Options,
+    Run,
+    common_steps,
+    compare,
+    default_targets,
+    group,
+    label,
+    ratio_text,
+    read_run,
+    speedup,
+    time_to_target,
+)
 
 STEPS = range(100, 1001, 100)
 BATCH = 64
@@ -32,8 +43,16 @@ def write_run(folder, points, seconds_per_step=0.5, rate=128.0, environment=(), 
     lines = []
     for step, value in points:
         axes = {"step": step, "images": step * BATCH, "seconds": round(step * seconds_per_step, 3)}
-        lines.append({**axes, "loss": 1 + 10 / step, "denoising_loss": 1 + 10 / step, "grad_norm": 1.0,
-                      "skipped_steps": 0, **({"samples_per_second": rate} if rate else {})})
+        lines.append(
+            {
+                **axes,
+                "loss": 1 + 10 / step,
+                "denoising_loss": 1 + 10 / step,
+                "grad_norm": 1.0,
+                "skipped_steps": 0,
+                **({"samples_per_second": rate} if rate else {}),
+            }
+        )
         lines.append({**axes, "frechet_distance": value, "evaluation_seconds": 3.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     if environment:
@@ -44,10 +63,18 @@ def write_run(folder, points, seconds_per_step=0.5, rate=128.0, environment=(), 
 def curve(points, seconds_per_step=0.5, seed=0, folder="run", **settings):
     """The same run, already read."""
     steps = np.array([step for step, _ in points], dtype=float)
-    saved = {name: list(value) if isinstance(value, tuple) else value
-             for name, value in dataclasses.asdict(dataclasses.replace(Config(), seed=seed, **settings)).items()}
-    return Run(folder, saved, {"step": steps, "images": steps * BATCH, "seconds": steps * seconds_per_step},
-               np.array([value for _, value in points], dtype=float), 128.0, {})
+    saved = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(dataclasses.replace(Config(), seed=seed, **settings)).items()
+    }
+    return Run(
+        folder,
+        saved,
+        {"step": steps, "images": steps * BATCH, "seconds": steps * seconds_per_step},
+        np.array([value for _, value in points], dtype=float),
+        128.0,
+        {},
+    )
 
 
 def options(**changes):
@@ -57,6 +84,7 @@ def options(**changes):
 def strict_json(path):
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
+
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
@@ -65,7 +93,7 @@ def table_rows(markdown, first_column):
     lines = markdown.splitlines()
     start = next(i for i, text in enumerate(lines) if text.startswith(f"| {first_column} |"))
     rows = []
-    for text in lines[start + 2:]:
+    for text in lines[start + 2 :]:
         if not text.startswith("|"):
             break
         rows.append([cell.strip() for cell in text.strip("|").split("|")])
@@ -73,6 +101,7 @@ def table_rows(markdown, first_column):
 
 
 # ---- time to target ----
+
 
 @pytest.mark.parametrize("target, expected", [(73, 540), (90, 200), (51, 980), (94.99, 100.2), (50, 1000)])
 def test_crossing_of_a_straight_line(target, expected):
@@ -84,7 +113,7 @@ def test_crossing_of_a_straight_line(target, expected):
 def test_crossing_of_an_exponential(target):
     x = np.array([0.0, 1, 2, 4, 8, 16, 32])
     y = np.exp(-x / 10)
-    k = np.searchsorted(-y, -target)                  # the first point at or below the target
+    k = np.searchsorted(-y, -target)  # the first point at or below the target
     expected = x[k - 1] + (x[k] - x[k - 1]) * (y[k - 1] - target) / (y[k - 1] - y[k])
     found = time_to_target(x, y, target)
     assert found == pytest.approx(expected, rel=1e-12)
@@ -105,28 +134,32 @@ def test_crossing_of_a_monotone_curve_is_linear_interpolation(seed):
 X = np.array([10.0, 20, 30, 40])
 
 
-@pytest.mark.parametrize("y, target, goal, expected", [
-    ([9, 6, 3, 1], 9.5, "min", 10.0),                  # reached before the first point
-    ([9, 6, 3, 1], 9, "min", 10.0),
-    ([9, 6, 3, 1], 6, "min", 20.0),                    # a hit on a point is that point
-    ([9, 6, 3, 1], 1, "min", 40.0),
-    ([9, 6, 3, 1], 0.5, "min", None),
-    ([9, 9, 6, 6], 9, "min", 10.0),
-    ([9, 6, 6, 3], 6, "min", 20.0),                    # the beginning of a plateau
-    ([10, 4, 8, 2], 5, "min", 10 + 10 * 5 / 6),        # later worse again: the first crossing counts
-    ([10, 4, 8, 2], 3, "min", 30 + 10 * 5 / 6),
-    ([1, 5, 3, 9], 4, "max", 10 + 10 * 3 / 4),
-    ([1, 5, 3, 9], 5, "max", 20.0),
-    ([1, 5, 3, 9], 7, "max", 30 + 10 * 4 / 6),
-    ([1, 5, 3, 9], 10, "max", None),
-    ([1, 5, 3, 9], 0, "max", 10.0),
-])
+@pytest.mark.parametrize(
+    "y, target, goal, expected",
+    [
+        ([9, 6, 3, 1], 9.5, "min", 10.0),  # reached before the first point
+        ([9, 6, 3, 1], 9, "min", 10.0),
+        ([9, 6, 3, 1], 6, "min", 20.0),  # a hit on a point is that point
+        ([9, 6, 3, 1], 1, "min", 40.0),
+        ([9, 6, 3, 1], 0.5, "min", None),
+        ([9, 9, 6, 6], 9, "min", 10.0),
+        ([9, 6, 6, 3], 6, "min", 20.0),  # the beginning of a plateau
+        ([10, 4, 8, 2], 5, "min", 10 + 10 * 5 / 6),  # later worse again: the first crossing counts
+        ([10, 4, 8, 2], 3, "min", 30 + 10 * 5 / 6),
+        ([1, 5, 3, 9], 4, "max", 10 + 10 * 3 / 4),
+        ([1, 5, 3, 9], 5, "max", 20.0),
+        ([1, 5, 3, 9], 7, "max", 30 + 10 * 4 / 6),
+        ([1, 5, 3, 9], 10, "max", None),
+        ([1, 5, 3, 9], 0, "max", 10.0),
+    ],
+)
 def test_first_crossing(y, target, goal, expected):
     found = time_to_target(X, np.array(y, dtype=float), target, goal)
     assert found is None if expected is None else found == pytest.approx(expected, rel=1e-12)
 
 
 # ---- speedups ----
+
 
 def test_arm_that_is_twice_as_fast():
     reference, other = curve(line(0.05), 0.5), curve(line(0.1), 0.8)
@@ -151,8 +184,8 @@ def test_bounds_where_an_arm_had_arrived_before_its_first_point():
     # 92: the fast one is at 90 by its first point, step 100; the slow one arrives at step 160.
     assert speedup(slow, fast, 92, "step") == (pytest.approx(1.6), ">")
     assert speedup(fast, slow, 92, "step") == (pytest.approx(1 / 1.6), "<")
-    assert speedup(slow, fast, 90, "step") == (pytest.approx(2.0), "")          # the first point is a measurement
-    assert speedup(slow, fast, 97, "step") == (None, "")                        # both had
+    assert speedup(slow, fast, 90, "step") == (pytest.approx(2.0), "")  # the first point is a measurement
+    assert speedup(slow, fast, 97, "step") == (None, "")  # both had
     # One had arrived before its first point and the other never does: the bound holds all the more.
     never = curve([(step, 95) for step in STEPS])
     assert speedup(never, fast, 92, "step") == (pytest.approx(10.0), ">")
@@ -175,8 +208,12 @@ def row(result, arm):
 
 def test_seeds_are_paired():
     # Steps to 70: 600 and 300 for seed 0, 750 and 250 for seed 1. Crosswise the ratios would be 2.4 and 2.5.
-    arms = arms_of(curve(line(0.05), seed=0), curve(line(0.04), seed=1),
-                   curve(line(0.12), seed=1, **DAR), curve(line(0.1), seed=0, **DAR))
+    arms = arms_of(
+        curve(line(0.05), seed=0),
+        curve(line(0.04), seed=1),
+        curve(line(0.12), seed=1, **DAR),
+        curve(line(0.1), seed=0, **DAR),
+    )
     result = compare(arms, options(targets=(70,)))
     assert result["reference"] == "residual"
     cell = row(result, "DAR")["step_speedup"]
@@ -189,8 +226,13 @@ def test_seeds_are_paired():
 def test_three_seeds_have_their_mean_and_not_their_median():
     # Steps to 70: 600, 750 and 500 for the reference, 300, 250 and 250 for DAR; ratios 2, 3 and 2.
     slopes = {"residual": (0.05, 0.04, 0.06), "dar": (0.1, 0.12, 0.12)}
-    arms = arms_of(*(curve(line(slope), seed=seed, routing=routing) for routing in slopes
-                     for seed, slope in enumerate(slopes[routing])))
+    arms = arms_of(
+        *(
+            curve(line(slope), seed=seed, routing=routing)
+            for routing in slopes
+            for seed, slope in enumerate(slopes[routing])
+        )
+    )
     result = compare(arms, options(targets=(70,)))
     assert row(result, "residual")["step"]["mean"] == pytest.approx(1850 / 3)
     assert row(result, "DAR")["step"]["mean"] == pytest.approx(800 / 3)
@@ -202,7 +244,7 @@ def test_a_seed_that_never_arrives_leaves_no_mean_time():
     # 70: at step 600 by seed 0; seed 1 is at 80 when its run ends.
     result = compare(arms_of(curve(line(0.05), seed=0), curve(line(0.02), seed=1)), options(targets=(70,)))
     assert row(result, "residual")["step"] == {"per_seed": {0: pytest.approx(600), 1: None}, "mean": None}
-    cells, = table_rows(convergence.markdown(result), "`frechet_distance` reaches")
+    (cells,) = table_rows(convergence.markdown(result), "`frechet_distance` reaches")
     assert cells[2] == cells[4] == "not reached by 1 of 2"
 
 
@@ -212,7 +254,7 @@ def test_a_metric_that_is_better_when_large():
     arms = arms_of(curve(slow), curve(fast, **DAR))
     result = compare(arms, options(goal="max"))
     rows = [entry for entry in result["targets"] if entry["arm"] == "DAR"]
-    assert [entry["target"] for entry in rows] == pytest.approx([10, 25, 35, 50])      # of steps 200, 500, 700, 1000
+    assert [entry["target"] for entry in rows] == pytest.approx([10, 25, 35, 50])  # of steps 200, 500, 700, 1000
     assert [entry["step"]["mean"] for entry in rows] == pytest.approx([100, 250, 350, 500])
     assert [entry["step_speedup"]["per_seed"][0] for entry in rows] == [{"ratio": pytest.approx(2), "bound": ""}] * 4
     never, before = (row(compare(arms, options(goal="max", targets=(target,))), "DAR") for target in (80, 8))
@@ -221,8 +263,12 @@ def test_a_metric_that_is_better_when_large():
 
 
 def test_seeds_of_one_arm_alone_have_no_ratio():
-    arms = arms_of(curve(line(0.05), seed=0), curve(line(0.05), seed=3),
-                   curve(line(0.1), seed=0, **DAR), curve(line(0.1), seed=2, **DAR))
+    arms = arms_of(
+        curve(line(0.05), seed=0),
+        curve(line(0.05), seed=3),
+        curve(line(0.1), seed=0, **DAR),
+        curve(line(0.1), seed=2, **DAR),
+    )
     dar = row(compare(arms, options(targets=(70,))), "DAR")
     assert set(dar["step_speedup"]["per_seed"]) == {0}
     assert set(dar["step"]["per_seed"]) == {0, 2}, "its own time is known all the same"
@@ -233,11 +279,20 @@ def test_arms_without_a_common_seed():
     assert ratio_text(row(compare(arms, options(targets=(70,))), "DAR")["step_speedup"]) == "no seed in common"
 
 
-@pytest.mark.parametrize("entries, text", [
-    ([(2.0, "")], "2.00"), ([(2.0, ""), (3.0, "")], "2.50 [2.00, 3.00]"), ([(1.25, ">")], ">1.25"),
-    ([(0.8, "<")], "<0.80"), ([(None, "")], "not comparable"), ([(None, ""), (None, "")], "not comparable"),
-    ([(2.0, ""), (1.25, ">")], "2.00; >1.25"), ([(1.25, ">"), (1.5, ">")], ">1.25; >1.50"), ([], "no seed in common"),
-])
+@pytest.mark.parametrize(
+    "entries, text",
+    [
+        ([(2.0, "")], "2.00"),
+        ([(2.0, ""), (3.0, "")], "2.50 [2.00, 3.00]"),
+        ([(1.25, ">")], ">1.25"),
+        ([(0.8, "<")], "<0.80"),
+        ([(None, "")], "not comparable"),
+        ([(None, ""), (None, "")], "not comparable"),
+        ([(2.0, ""), (1.25, ">")], "2.00; >1.25"),
+        ([(1.25, ">"), (1.5, ">")], ">1.25; >1.50"),
+        ([], "no seed in common"),
+    ],
+)
 def test_ratio_in_the_table(entries, text):
     cell = {"per_seed": {seed: {"ratio": ratio, "bound": bound} for seed, (ratio, bound) in enumerate(entries)}}
     assert ratio_text(cell) == text
@@ -262,8 +317,15 @@ def test_unknown_reference_lists_the_arms():
 def test_summary_of_an_arm():
     curves = [[(100, 9.0), (200, 3.0), (300, 4.0)], [(100, 8.0), (200, 5.0), (300, 6.0)]]
     runs = [curve(points, seed=seed, folder=f"run{seed}", encoder="tiny") for seed, points in enumerate(curves)]
-    expected = {"seeds": [0, 1], "last": 5.0, "best": 4.0, "samples_per_second": 128.0, "last_step": 300,
-                "folders": ["run0", "run1"], "encoder": ["tiny"]}
+    expected = {
+        "seeds": [0, 1],
+        "last": 5.0,
+        "best": 4.0,
+        "samples_per_second": 128.0,
+        "last_step": 300,
+        "folders": ["run0", "run1"],
+        "encoder": ["tiny"],
+    }
     assert compare(arms_of(*runs), options())["arms"] == {"residual": expected}
     assert compare(arms_of(*runs), options(goal="max"))["arms"]["residual"]["best"] == 8.5
 
@@ -276,36 +338,59 @@ def test_an_arm_is_as_long_as_its_longest_run():
 
 # ---- arms ----
 
-@pytest.mark.parametrize("settings, varied, name", [
-    ({}, [], "residual"),
-    (DAR, ["routing"], "DAR"),
-    (REPA, ["alignment"], "residual + REPA"),
-    (DAR | REPA, ["routing", "alignment"], "DAR + REPA"),
-    ({"lr": 0.5}, [], "residual"),
-    ({"lr": 0.5}, ["lr"], "residual, lr=0.5"),
-    (DAR | {"chunk_size": 2, "lr": 0.5}, ["chunk_size", "lr", "routing"], "DAR, chunk_size=2, lr=0.5"),
-    (REPA | {"align_depth": (2, 3)}, ["align_depth"], "residual + REPA, align_depth=2 3"),
-    ({"chunk_size": 2, "query": "static"}, ["chunk_size", "query"], "residual"),
-    ({"final_aggregator": "shared"}, ["final_aggregator"], "residual"),
-    (DAR | {"align_depth": (2,), "proj_coeff": 1.0}, ["align_depth", "proj_coeff"], "DAR"),
-    (DAR | {"projector_dim": 8, "encoder_features": "prepared"}, ["projector_dim", "encoder_features"], "DAR"),
-    ({"projector": "conv", "spatial_norm": 0.6, "align_steps": 9}, ["align_steps", "projector", "spatial_norm"],
-     "residual"),
-    (REPA | {"projector": "conv", "spatial_norm": 0.6, "align_steps": 9, "projector_dim": 8},
-     ["align_steps", "projector", "projector_dim", "spatial_norm"],
-     "residual + REPA, align_steps=9, projector=conv, spatial_norm=0.6"),
-    (REPA | {"projector_dim": 8}, ["projector", "projector_dim"], "residual + REPA, projector=mlp, projector_dim=8"),
-    (ATTNRES, ["routing"], "AttnRes"),
-    (UNET | REPA, ["routing", "alignment"], "U-ViT skips + REPA"),
-    (ATTNRES | {"chunk_size": 2, "route_backend": "torch"}, ["chunk_size", "route_backend"],
-     "AttnRes, chunk_size=2, route_backend=torch"),
-    (ATTNRES | {"query": "static", "final_aggregator": "shared"}, ["query", "final_aggregator"], "AttnRes"),
-    (UNET | {"query": "static", "chunk_size": 2, "final_aggregator": "shared", "route_backend": "torch", "lr": 0.5},
-     ["query", "chunk_size", "final_aggregator", "route_backend", "lr"], "U-ViT skips, lr=0.5"),
-    (DAR | {"query": "static", "final_aggregator": "shared", "route_backend": "torch"},
-     ["query", "final_aggregator", "route_backend"], "DAR, query=static, final_aggregator=shared, route_backend=torch"),
-    ({"encoder": "tiny"}, ["encoder"], "residual, encoder=tiny"),      # it measures the distance too
-])
+
+@pytest.mark.parametrize(
+    "settings, varied, name",
+    [
+        ({}, [], "residual"),
+        (DAR, ["routing"], "DAR"),
+        (REPA, ["alignment"], "residual + REPA"),
+        (DAR | REPA, ["routing", "alignment"], "DAR + REPA"),
+        ({"lr": 0.5}, [], "residual"),
+        ({"lr": 0.5}, ["lr"], "residual, lr=0.5"),
+        (DAR | {"chunk_size": 2, "lr": 0.5}, ["chunk_size", "lr", "routing"], "DAR, chunk_size=2, lr=0.5"),
+        (REPA | {"align_depth": (2, 3)}, ["align_depth"], "residual + REPA, align_depth=2 3"),
+        ({"chunk_size": 2, "query": "static"}, ["chunk_size", "query"], "residual"),
+        ({"final_aggregator": "shared"}, ["final_aggregator"], "residual"),
+        (DAR | {"align_depth": (2,), "proj_coeff": 1.0}, ["align_depth", "proj_coeff"], "DAR"),
+        (DAR | {"projector_dim": 8, "encoder_features": "prepared"}, ["projector_dim", "encoder_features"], "DAR"),
+        (
+            {"projector": "conv", "spatial_norm": 0.6, "align_steps": 9},
+            ["align_steps", "projector", "spatial_norm"],
+            "residual",
+        ),
+        (
+            REPA | {"projector": "conv", "spatial_norm": 0.6, "align_steps": 9, "projector_dim": 8},
+            ["align_steps", "projector", "projector_dim", "spatial_norm"],
+            "residual + REPA, align_steps=9, projector=conv, spatial_norm=0.6",
+        ),
+        (
+            REPA | {"projector_dim": 8},
+            ["projector", "projector_dim"],
+            "residual + REPA, projector=mlp, projector_dim=8",
+        ),
+        (ATTNRES, ["routing"], "AttnRes"),
+        (UNET | REPA, ["routing", "alignment"], "U-ViT skips + REPA"),
+        (
+            ATTNRES | {"chunk_size": 2, "route_backend": "torch"},
+            ["chunk_size", "route_backend"],
+            "AttnRes, chunk_size=2, route_backend=torch",
+        ),
+        (ATTNRES | {"query": "static", "final_aggregator": "shared"}, ["query", "final_aggregator"], "AttnRes"),
+        (
+            UNET
+            | {"query": "static", "chunk_size": 2, "final_aggregator": "shared", "route_backend": "torch", "lr": 0.5},
+            ["query", "chunk_size", "final_aggregator", "route_backend", "lr"],
+            "U-ViT skips, lr=0.5",
+        ),
+        (
+            DAR | {"query": "static", "final_aggregator": "shared", "route_backend": "torch"},
+            ["query", "final_aggregator", "route_backend"],
+            "DAR, query=static, final_aggregator=shared, route_backend=torch",
+        ),
+        ({"encoder": "tiny"}, ["encoder"], "residual, encoder=tiny"),  # it measures the distance too
+    ],
+)
 def test_label(settings, varied, name):
     assert label(curve(line(0.1), **settings).config, varied) == name
 
@@ -318,26 +403,57 @@ def test_a_run_from_before_an_option_had_its_default(tmp_path):
     other = write_run(tmp_path / "other", line(0.2), projector="conv", **REPA)
     arms = group([read_run(folder, "frechet_distance") for folder in (old, new, other)])
     assert {name: sorted(seeds) for name, seeds in arms.items()} == {
-        "residual + REPA, projector=mlp": [0, 1], "residual + REPA, projector=conv": [0]}
+        "residual + REPA, projector=mlp": [0, 1],
+        "residual + REPA, projector=conv": [0],
+    }
 
 
 def test_idle_options_neither_split_nor_name_arms():
-    runs = [curve(line(0.1), seed=0), curve(line(0.1), seed=1, chunk_size=2, query="static", align_depth=(2,)),
-            curve(line(0.1), seed=0, **DAR), curve(line(0.1), seed=0, chunk_size=2, **DAR)]
+    runs = [
+        curve(line(0.1), seed=0),
+        curve(line(0.1), seed=1, chunk_size=2, query="static", align_depth=(2,)),
+        curve(line(0.1), seed=0, **DAR),
+        curve(line(0.1), seed=0, chunk_size=2, **DAR),
+    ]
     arms = group(runs)
     assert {name: sorted(seeds) for name, seeds in arms.items()} == {
-        "residual": [0, 1], "DAR, chunk_size=4, query=timestep": [0], "DAR, chunk_size=2, query=timestep": [0]}
+        "residual": [0, 1],
+        "DAR, chunk_size=4, query=timestep": [0],
+        "DAR, chunk_size=2, query=timestep": [0],
+    }
 
 
-@pytest.mark.parametrize("name, value", [("out", "x"), ("max_steps", 7), ("num_workers", 3), ("checkpoint_every", 7),
-                                         ("snapshot_every", 7), ("tensorboard", False), ("log_every", 7),
-                                         ("micro_batch_size", 8), ("eval_metric", "fid"), ("diagnose_every", 7)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("out", "x"),
+        ("max_steps", 7),
+        ("num_workers", 3),
+        ("checkpoint_every", 7),
+        ("snapshot_every", 7),
+        ("tensorboard", False),
+        ("log_every", 7),
+        ("micro_batch_size", 8),
+        ("eval_metric", "fid"),
+        ("diagnose_every", 7),
+    ],
+)
 def test_settings_that_do_not_tell_arms_apart(name, value):
     assert list(group([curve(line(0.1)), curve(line(0.1), seed=1, **{name: value})])) == ["residual"]
 
 
-@pytest.mark.parametrize("name, value", [("lr", 0.5), ("batch_size", 8), ("data", "flowers"), ("eval_samples", 9),
-                                         ("sampler", "heun"), ("model", "SiT-S/2"), ("compile", True)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("lr", 0.5),
+        ("batch_size", 8),
+        ("data", "flowers"),
+        ("eval_samples", 9),
+        ("sampler", "heun"),
+        ("model", "SiT-S/2"),
+        ("compile", True),
+    ],
+)
 def test_settings_that_tell_arms_apart(name, value):
     plain, other = group([curve(line(0.1)), curve(line(0.1), **{name: value})])
     assert (plain, other) == (f"residual, {name}={getattr(Config(), name)}", f"residual, {name}={value}")
@@ -346,9 +462,23 @@ def test_settings_that_tell_arms_apart(name, value):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
 def test_every_option_that_changes_what_is_learnt_or_measured_tells_arms_apart(name):
     """And no other; with everything switched on, so that each option is read."""
-    others = {"seed", "out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_activations", "dry_run",
-              "log_every", "checkpoint_every", "snapshot_every", "tensorboard", "eval_metric", "inception",
-              "diagnose_every", "diagnose_images"}
+    others = {
+        "seed",
+        "out",
+        "max_steps",
+        "micro_batch_size",
+        "num_workers",
+        "checkpoint_activations",
+        "dry_run",
+        "log_every",
+        "checkpoint_every",
+        "snapshot_every",
+        "tensorboard",
+        "eval_metric",
+        "inception",
+        "diagnose_every",
+        "diagnose_images",
+    }
     on = {"seed": 0, "eval_metric": "fid", "cfg_scale": 2.0, "diagnose_every": 1, **DAR, **REPA}
     other = 7 if name in ("eval_every", "diagnose_every") else "another"
     runs = [curve(line(0.1), **on), curve(line(0.1), **{**on, "seed": 1, name: other})]
@@ -366,6 +496,7 @@ def test_same_settings_and_seed_twice_are_refused():
 
 
 # ---- curves and targets ----
+
 
 def test_common_steps_is_over_the_steps_that_all_seeds_have():
     runs = [curve([(100, 8.0), (200, 6.0), (300, 4.0)], 0.5), curve([(200, 2.0), (300, 8.0), (400, 1.0)], 1.0, seed=1)]
@@ -397,13 +528,17 @@ def test_default_targets_of_a_single_point():
 
 # ---- reading ----
 
+
 def test_reading_a_run(tmp_path):
     machines = [{"from_step": 0, "gpu": "old"}, {"from_step": 300, "gpu": "new"}]
     folder = write_run(tmp_path / "a", [(100, 9.0), (200, 7.0)], 0.25, 64.0, machines, seed=5, **DAR)
     run = read_run(folder, "frechet_distance")
     assert run.y.tolist() == [9.0, 7.0]
-    assert {axis: x.tolist() for axis, x in run.x.items()} == {"step": [100, 200], "seconds": [25, 50],
-                                                               "images": [100 * BATCH, 200 * BATCH]}
+    assert {axis: x.tolist() for axis, x in run.x.items()} == {
+        "step": [100, 200],
+        "seconds": [25, 50],
+        "images": [100 * BATCH, 200 * BATCH],
+    }
     assert (run.config["seed"], run.config["routing"], run.samples_per_second) == (5, "dar", 64.0)
     assert run.environments == machines
 
@@ -429,8 +564,10 @@ def test_unknown_metric_lists_those_that_were_logged(tmp_path):
     with pytest.raises(ValueError) as error:
         read_run(folder, "fid")
     assert "'fid'" in str(error.value) and str(folder) in str(error.value)
-    assert str(error.value).endswith("it has denoising_loss, evaluation_seconds, frechet_distance, grad_norm, loss, "
-                                     "samples_per_second, skipped_steps")
+    assert str(error.value).endswith(
+        "it has denoising_loss, evaluation_seconds, frechet_distance, grad_norm, loss, "
+        "samples_per_second, skipped_steps"
+    )
 
 
 def test_run_without_any_line_has_no_metric(tmp_path):
@@ -448,15 +585,28 @@ def test_folder_that_is_no_run_is_refused(tmp_path, missing):
 
 # ---- the command ----
 
+
 @pytest.fixture
 def study(tmp_path):
     """Two arms with two seeds each; 70 is reached 2 and 3 times sooner in steps, 1.25 and 1.875 in seconds."""
     machine = {"gpu": "none", "torch": "x"}
-    runs = [write_run(tmp_path / "runs" / f"{arm}{seed}", line(slope), seconds, rate, [
-                {"from_step": 0, "command": f"command {arm}{seed}", **machine}], seed=seed, **settings)
-            for arm, seed, slope, seconds, rate, settings in [
-                ("residual", 0, 0.05, 0.5, 128.0, {}), ("residual", 1, 0.04, 0.5, 128.0, {}),
-                ("dar", 0, 0.1, 0.8, 80.0, DAR), ("dar", 1, 0.12, 0.8, 80.0, DAR)]]
+    runs = [
+        write_run(
+            tmp_path / "runs" / f"{arm}{seed}",
+            line(slope),
+            seconds,
+            rate,
+            [{"from_step": 0, "command": f"command {arm}{seed}", **machine}],
+            seed=seed,
+            **settings,
+        )
+        for arm, seed, slope, seconds, rate, settings in [
+            ("residual", 0, 0.05, 0.5, 128.0, {}),
+            ("residual", 1, 0.04, 0.5, 128.0, {}),
+            ("dar", 0, 0.1, 0.8, 80.0, DAR),
+            ("dar", 1, 0.12, 0.8, 80.0, DAR),
+        ]
+    ]
     return [str(run) for run in runs], tmp_path / "out" / "plot"
 
 
@@ -470,8 +620,13 @@ def test_command_writes_plot_table_and_numbers_that_agree(study, capsys):
     arms = {cells[0]: cells[1:] for cells in table_rows(table, "arm")}
     assert arms.keys() == result["arms"].keys() == {"residual", "DAR"}
     for name, arm in result["arms"].items():
-        assert arms[name] == [", ".join(map(str, arm["seeds"])), f"{arm['last']:.4g}", f"{arm['best']:.4g}",
-                              str(arm["last_step"]), f"{arm['samples_per_second']:.0f}"]
+        assert arms[name] == [
+            ", ".join(map(str, arm["seeds"])),
+            f"{arm['last']:.4g}",
+            f"{arm['best']:.4g}",
+            str(arm["last_step"]),
+            f"{arm['samples_per_second']:.0f}",
+        ]
     assert arms["DAR"] == ["0, 1", "-10", "-10", "1000", "80"]
 
     rows = table_rows(table, "`frechet_distance` reaches")
@@ -516,10 +671,11 @@ def test_command_with_default_targets_uses_the_reference_of_its_choice(study):
 def plotted(monkeypatch, arguments):
     """The figure of a command, kept open."""
     import matplotlib.pyplot as plt
+
     kept = []
     monkeypatch.setattr(plt, "close", kept.append)
     convergence.main(arguments)
-    figure, = kept
+    (figure,) = kept
     monkeypatch.undo()
     plt.close(figure)
     return figure
@@ -528,9 +684,9 @@ def plotted(monkeypatch, arguments):
 def test_plot_over_images(study, monkeypatch):
     runs, out = study
     figure = plotted(monkeypatch, [*runs, "--out", str(out), "--x", "images"])
-    panel, = figure.axes
+    (panel,) = figure.axes
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("images seen", "Fréchet distance")
-    legend, = figure.legends
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["residual (2 seeds)", "DAR (2 seeds)"]
     images = np.array(STEPS) * BATCH
     for drawn, band, slopes in zip(panel.lines, panel.collections, [(0.05, 0.04), (0.1, 0.12)]):
@@ -544,7 +700,7 @@ def test_plot_over_images(study, monkeypatch):
 def test_plot_of_three_seeds_is_their_mean(tmp_path, monkeypatch):
     slopes = 0.05, 0.06, 0.1
     runs = [write_run(tmp_path / str(seed), line(slope), seed=seed) for seed, slope in enumerate(slopes)]
-    panel, = plotted(monkeypatch, [*map(str, runs), "--out", str(tmp_path / "plot"), "--x", "step"]).axes
+    (panel,) = plotted(monkeypatch, [*map(str, runs), "--out", str(tmp_path / "plot"), "--x", "step"]).axes
     assert panel.lines[0].get_ydata() == pytest.approx(100 - sum(slopes) / 3 * np.array(STEPS))
 
 
@@ -573,17 +729,22 @@ def test_numbers_are_valid_json_where_no_speed_was_logged(tmp_path):
 
 
 def test_two_machines_are_both_named(tmp_path):
-    runs = [write_run(tmp_path / gpu, line(0.1), environment=[{"gpu": gpu, "command": "x", "from_step": 0}], seed=seed)
-            for seed, gpu in enumerate(["H100", "A100"])]
+    runs = [
+        write_run(tmp_path / gpu, line(0.1), environment=[{"gpu": gpu, "command": "x", "from_step": 0}], seed=seed)
+        for seed, gpu in enumerate(["H100", "A100"])
+    ]
     convergence.main([*map(str, runs), "--out", str(tmp_path / "plot"), "--x", "step"])
     assert strict_json(tmp_path / "plot.json")["environments"] == [{"gpu": "A100"}, {"gpu": "H100"}]
     assert all(f"Measured on: gpu {gpu}." in (tmp_path / "plot.md").read_text() for gpu in ("A100", "H100"))
 
 
-@pytest.mark.parametrize("changes, message", [
-    (["--metric", "fid"], "never logged 'fid'; it has denoising_loss"),
-    (["--reference", "dense"], "reference 'dense' is not among the arms: 'residual', 'DAR'"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--metric", "fid"], "never logged 'fid'; it has denoising_loss"),
+        (["--reference", "dense"], "reference 'dense' is not among the arms: 'residual', 'DAR'"),
+    ],
+)
 def test_command_ends_in_a_clear_error(study, changes, message):
     runs, out = study
     with pytest.raises(SystemExit) as stop:

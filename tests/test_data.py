@@ -55,7 +55,7 @@ def stored_images(folder):
     files = {path: path.read_bytes() for path in sorted((folder / "images").glob("*.bin"))}
     data, images = b"".join(files.values()), []
     for end, size in zip(sizes.cumsum(), sizes):
-        image = Image.open(io.BytesIO(data[end - size:end])) if size else Image.new("RGB", [meta["resolution"]] * 2)
+        image = Image.open(io.BytesIO(data[end - size : end])) if size else Image.new("RGB", [meta["resolution"]] * 2)
         images.append(np.asarray(image))
     return np.stack(images)
 
@@ -76,6 +76,7 @@ def noise_image(width, height, seed=0):
 
 # ---- a class folder with one picture of each kind ----
 
+
 def half_transparent_palette():
     """Left half transparent, right half the palette's (40, 50, 60)."""
     image = Image.new("P", (SIZE, SIZE), 1)
@@ -93,8 +94,10 @@ READABLE = {
     "cat/large.jpg": (lambda path: flat((10, 120, 230), (90, 70)).save(path, quality=100), (10, 120, 230)),
     "dog/alpha.png": (lambda path: flat((200, 0, 100, 51), (33, 33), "RGBA").save(path), (244, 204, 224)),
     "dog/color_key.png": (lambda path: flat((9, 8, 7), (16, 16)).save(path, transparency=(9, 8, 7)), (255, 255, 255)),
-    "dog/sixteen_bit.png": (lambda path: Image.fromarray(np.full((20, 17), 0xABCD, np.uint16)).save(path),
-                            (0xAB, 0xAB, 0xAB)),
+    "dog/sixteen_bit.png": (
+        lambda path: Image.fromarray(np.full((20, 17), 0xABCD, np.uint16)).save(path),
+        (0xAB, 0xAB, 0xAB),
+    ),
     "dog/small.png": (lambda path: flat((1, 2, 3), (5, 7)).save(path), (1, 2, 3)),
 }
 DAMAGED = ["cat/empty.png", "dog/text.jpg", "dog/truncated.jpg"]
@@ -111,7 +114,7 @@ def photos(tmp_path_factory):
     (folder / "cat" / "empty.png").write_bytes(b"")
     (folder / "dog" / "text.jpg").write_text("this is not a picture")
     whole = encoded(Image.fromarray(noise_image(60, 60)), "JPEG")
-    (folder / "dog" / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "dog" / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "dog" / "notes.txt").write_text("not even named like a picture")
     return folder
 
@@ -132,14 +135,14 @@ def names_in(photos):
 def test_every_picture_format_becomes_rgb(photos, prepared_photos, name):
     row = stored_images(prepared_photos)[names_in(photos).index(name)]
     assert row.shape == (SIZE, SIZE, 3) and row.dtype == np.uint8
-    tolerance = 2 if name.endswith("jpg") else 1                       # JPEG rounds; so does blending
+    tolerance = 2 if name.endswith("jpg") else 1  # JPEG rounds; so does blending
     assert np.abs(row.astype(int) - READABLE[name][1]).max() <= tolerance
 
 
 def test_transparent_palette_entries_become_white(photos, prepared_photos):
     row = stored_images(prepared_photos)[names_in(photos).index("dog/palette.png")]
-    assert (row[:, :SIZE // 2] == 255).all()
-    assert (row[:, SIZE // 2:] == (40, 50, 60)).all()
+    assert (row[:, : SIZE // 2] == 255).all()
+    assert (row[:, SIZE // 2 :] == (40, 50, 60)).all()
 
 
 def test_damaged_files_are_named_and_counted(photos, tmp_path, capsys):
@@ -186,7 +189,7 @@ def test_embedded_digits():
     assert len(images) == len(labels) == 1797
     assert sorted(set(labels.tolist())) == list(range(10))
     assert {image.mode for image in images} == {"RGB"} and {image.size for image in images} == {(8, 8)}
-    assert max(np.asarray(image).max() for image in images) == 255     # 16 grey levels up to full white
+    assert max(np.asarray(image).max() for image in images) == 255  # 16 grey levels up to full white
 
 
 def test_prepared_digits_are_the_embedded_ones(digits):
@@ -202,8 +205,10 @@ def test_prepared_digits_are_the_embedded_ones(digits):
 
 # ---- ADM's crop ----
 
+
 def resampled(pixels, width, height, kernel):
     """Separable resampling with a kernel stretched when shrinking, to 8 bits after each pass, from its definition."""
+
     def matrix(size_in, size_out):
         scale = size_in / size_out
         distance = np.arange(size_in) + 0.5 - (np.arange(size_out)[:, None] + 0.5) * scale
@@ -235,13 +240,28 @@ def adm_crop(pixels, size):
     scale = size / min(height, width)
     pixels = resampled(pixels, round(width * scale), round(height * scale), keys_cubic)
     top, left = math.floor((pixels.shape[0] - size) / 2), math.floor((pixels.shape[1] - size) / 2)
-    return pixels[top:top + size, left:left + size]
+    return pixels[top : top + size, left : left + size]
 
 
 # Powers of two, one side longer, odd sizes and odd margins, one pass of bicubic, enlarging, extreme shapes.
-@pytest.mark.parametrize("width, height", [
-    (64, 64), (128, 32), (33, 47), (50, 37), (131, 70), (31, 29), (21, 16), (16, 23), (5, 7), (40, 21), (100, 3),
-    (1, 1), (16, 16)])
+@pytest.mark.parametrize(
+    "width, height",
+    [
+        (64, 64),
+        (128, 32),
+        (33, 47),
+        (50, 37),
+        (131, 70),
+        (31, 29),
+        (21, 16),
+        (16, 23),
+        (5, 7),
+        (40, 21),
+        (100, 3),
+        (1, 1),
+        (16, 16),
+    ],
+)
 def test_crop_matches_its_definition(width, height):
     pixels = noise_image(width, height, seed=width)
     got = np.asarray(prepare.center_crop(Image.fromarray(pixels), SIZE)).astype(int)
@@ -254,7 +274,7 @@ def test_crop_of_a_power_of_two_is_the_box_average():
     pixels = noise_image(8 * SIZE, 8 * SIZE)
     average = pixels.reshape(SIZE, 8, SIZE, 8, 3).mean((1, 3))
     got = np.asarray(prepare.center_crop(Image.fromarray(pixels), SIZE))
-    assert np.abs(got - average).max() <= 3                            # three halvings, each rounded twice
+    assert np.abs(got - average).max() <= 3  # three halvings, each rounded twice
 
 
 @pytest.mark.parametrize("width, first", [(16, 0), (17, 0), (18, 1), (21, 2), (40, 12)])
@@ -273,6 +293,7 @@ def test_crop_of_a_flat_image_is_flat(size):
 
 # ---- parquet ----
 
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """Writes a parquet file from columns; the library's cache stays inside the test's folder."""
@@ -283,6 +304,7 @@ def table(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
         return path
+
     return write
 
 
@@ -305,12 +327,13 @@ def test_parquet_with_declared_features(tmp_path, table):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "photos.parquet")
     run(tmp_path / "photos.parquet", tmp_path / "out", "--resolution", 8)
     assert reds(tmp_path / "out") == [10, 20, 30, 40]
-    assert meta_of(tmp_path / "out")["class_names"] == ["cat", "dog", "owl"]        # also the one that has no image
+    assert meta_of(tmp_path / "out")["class_names"] == ["cat", "dog", "owl"]  # also the one that has no image
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 1, 1, 0]
 
 
-@pytest.mark.parametrize("labels, class_names", [
-    ([7, 3, 3, 7], ["3", "7"]), (["tree", "sea", "sea", "tree"], ["sea", "tree"])])
+@pytest.mark.parametrize(
+    "labels, class_names", [([7, 3, 3, 7], ["3", "7"]), (["tree", "sea", "sea", "tree"], ["sea", "tree"])]
+)
 def test_parquet_with_plain_columns_numbers_the_classes(tmp_path, table, labels, class_names):
     run(table(image=cells(*COLORS), label=labels), tmp_path / "out", "--resolution", 8)
     assert reds(tmp_path / "out") == [10, 20, 30, 40]
@@ -386,6 +409,7 @@ def test_parquet_file_that_is_none_is_not_called_missing(tmp_path, table):
 
 # ---- sources and settings that cannot be used ----
 
+
 def test_unknown_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
@@ -403,9 +427,16 @@ def test_unknown_sources(tmp_path, monkeypatch):
 
 
 # Without one, digits are 8 x 8; zero is not "without one".
-@pytest.mark.parametrize("source, arguments", [
-    ("photos", []), ("photos", ["--resolution", 0]), ("digits", ["--resolution", 0]), ("photos", ["--resolution", -8]),
-    ("digits", ["--resolution", -8])])
+@pytest.mark.parametrize(
+    "source, arguments",
+    [
+        ("photos", []),
+        ("photos", ["--resolution", 0]),
+        ("digits", ["--resolution", 0]),
+        ("photos", ["--resolution", -8]),
+        ("digits", ["--resolution", -8]),
+    ],
+)
 def test_resolution_is_needed_and_positive(photos, tmp_path, source, arguments):
     message = refusal("digits" if source == "digits" else photos, tmp_path / "out", *arguments)
     assert f"resolution = {arguments[-1] if arguments else None}" in message and "--resolution 256" in message
@@ -419,7 +450,7 @@ def test_other_numbers_out_of_range(photos, tmp_path, arguments, words):
 def test_limit_spreads_over_the_source(tmp_path):
     images, labels = load_digits()
     run("digits", tmp_path / "out", "--limit", 7)
-    chosen = [0, 256, 513, 770, 1026, 1283, 1540]                      # floor(i * 1797 / 7)
+    chosen = [0, 256, 513, 770, 1026, 1283, 1540]  # floor(i * 1797 / 7)
     assert (stored_images(tmp_path / "out") == np.stack([np.asarray(images[i]) for i in chosen])).all()
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == labels[chosen].tolist()
     assert len(meta_of(tmp_path / "out")["class_names"]) == 10
@@ -433,11 +464,11 @@ def test_limit_above_the_source_takes_all(photos, tmp_path, prepared_photos):
 def test_disk_that_is_too_small(tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 70))      # a PNG needs more
+        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 70))  # a PNG needs more
         message = refusal("digits", tmp_path / "out")
     assert "needs about" in message and "KiB" in message and "--limit" in message
     assert not (tmp_path / "out").exists()
-    run("digits", tmp_path / "out")                                    # after making room
+    run("digits", tmp_path / "out")  # after making room
     assert len(PreparedImages(tmp_path / "out")) == 1797
 
 
@@ -455,8 +486,10 @@ def test_out_that_is_a_file_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "chapter 1"
 
 
-@pytest.mark.parametrize("arguments, change", [
-    (["--resolution", 8], "resolution: 16 -> 8"), (["--resolution", SIZE, "--limit", 5], "count: 13 -> 5")])
+@pytest.mark.parametrize(
+    "arguments, change",
+    [(["--resolution", 8], "resolution: 16 -> 8"), (["--resolution", SIZE, "--limit", 5], "count: 13 -> 5")],
+)
 def test_other_settings_are_refused(photos, prepared_photos, arguments, change):
     before = content(prepared_photos)
     message = refusal(photos, prepared_photos, *arguments)
@@ -483,6 +516,7 @@ def test_source_that_has_changed_is_refused(tmp_path):
 def test_finished_folder_is_reused(photos, prepared_photos, encoder_folder, capsys, monkeypatch):
     def never(*arguments):
         raise AssertionError("an image was read or encoded again")
+
     before = content(prepared_photos)
     monkeypatch.setattr(prepare, "center_crop", never)
     monkeypatch.setattr(FrozenEncoder, "forward", never)
@@ -494,6 +528,7 @@ def test_finished_folder_is_reused(photos, prepared_photos, encoder_folder, caps
 
 # ---- interrupted runs ----
 
+
 class Interrupt:
     """Calls through to a function, but raises KeyboardInterrupt at call number `at` (from 0); None: never."""
 
@@ -501,7 +536,7 @@ class Interrupt:
         self.function, self.at, self.calls, self.lock = function, at, 0, threading.Lock()
 
     def __call__(self, *arguments, **options):
-        with self.lock:                                                # images are read by several threads
+        with self.lock:  # images are read by several threads
             self.calls += 1
             stop = self.calls - 1 == self.at
         if stop:
@@ -531,14 +566,14 @@ def twelve(tmp_path):
 
 def interrupted(patch, owner, name, at, source, out, *arguments):
     """Runs the command until that call of `owner.name`, and checks that it was stopped there, unfinished."""
-    patch.setattr(prepare, "estimate", lambda stages, folder: None)    # which reads some images first
+    patch.setattr(prepare, "estimate", lambda stages, folder: None)  # which reads some images first
     patch.setattr(owner, name, Interrupt(getattr(owner, name), at))
     with pytest.raises(SystemExit, match="the same command again"):
         run(source, out, *arguments)
     assert not (out / "meta.json").exists()
 
 
-@pytest.mark.parametrize("image", [0, 5, 10])                          # in the first, a middle and the last chunk
+@pytest.mark.parametrize("image", [0, 5, 10])  # in the first, a middle and the last chunk
 def test_interrupted_images_end_up_the_same(twelve, tmp_path, monkeypatch, small_chunks, image):
     run(twelve, tmp_path / "whole", "--resolution", 8)
     with monkeypatch.context() as patch:
@@ -567,7 +602,7 @@ def test_interruption_before_any_record_is_in_place(twelve, tmp_path, monkeypatc
 
 def test_interrupted_twice(twelve, tmp_path, monkeypatch, small_chunks):
     run(twelve, tmp_path / "whole", "--resolution", 8)
-    for image in (5, 6):                                               # in the second chunk, then in the third
+    for image in (5, 6):  # in the second chunk, then in the third
         with monkeypatch.context() as patch:
             interrupted(patch, prepare, "center_crop", image, twelve, tmp_path / "parts", "--resolution", 8)
     run(twelve, tmp_path / "parts", "--resolution", 8)
@@ -580,7 +615,7 @@ def test_interrupted_folder_refuses_other_settings_too(twelve, tmp_path, monkeyp
     assert "resolution: 8 -> 4" in refusal(twelve, tmp_path / "parts", "--resolution", 4)
 
 
-@pytest.mark.parametrize("call", [0, 3])                               # batches of 3 in chunks of 4: two calls each
+@pytest.mark.parametrize("call", [0, 3])  # batches of 3 in chunks of 4: two calls each
 def test_interrupted_features_end_up_the_same(twelve, tmp_path, encoder_folder, monkeypatch, small_chunks, call):
     arguments = ["--resolution", 8, "--encoder", encoder_folder, "--batch-size", 3]
     run(twelve, tmp_path / "whole", *arguments)
@@ -591,7 +626,7 @@ def test_interrupted_features_end_up_the_same(twelve, tmp_path, encoder_folder, 
         patch.setattr(FrozenEncoder, "forward", Interrupt(FrozenEncoder.forward, call))
         with pytest.raises(SystemExit, match="the same command again"):
             run(twelve, parts, *arguments)
-    fingerprint, = os.listdir(parts / "features")
+    (fingerprint,) = os.listdir(parts / "features")
     with pytest.raises(ValueError, match=f"no finished features {fingerprint}"):
         PreparedImages(parts, features=[fingerprint])
     counted = Interrupt(FrozenEncoder.forward, None)
@@ -604,6 +639,7 @@ def test_interrupted_features_end_up_the_same(twelve, tmp_path, encoder_folder, 
 
 
 # ---- reading ----
+
 
 def stream(*arguments, **options):
     return [item for batch in ShuffledBatches(*arguments, **options) for item in batch]
@@ -618,7 +654,7 @@ def test_each_epoch_is_another_permutation():
 def test_order_follows_from_the_seed_alone():
     order = stream(50, 10, seed=3, start=0, stop=10)
     assert order == stream(50, 10, seed=3, start=0, stop=10)
-    assert order == stream(50, 4, seed=3, start=0, stop=25)            # not from the batch size
+    assert order == stream(50, 4, seed=3, start=0, stop=25)  # not from the batch size
     assert order[:50] != stream(50, 10, seed=4, start=0, stop=5)
     # Nor may the next seed's first epoch be this seed's second one.
     assert order[50:] != stream(50, 10, seed=4, start=0, stop=5)
@@ -647,7 +683,7 @@ def test_starting_late_skips_steps(num_items, batch_size, start):
 
 
 def test_batches_that_span_epochs_drop_nothing():
-    items = stream(13, 8, seed=1, start=0, stop=13)                    # 104 entries: exactly 8 epochs
+    items = stream(13, 8, seed=1, start=0, stop=13)  # 104 entries: exactly 8 epochs
     assert collections.Counter(items) == {item: 8 for item in range(13)}
 
 
@@ -678,11 +714,11 @@ def test_tokens_served_are_the_encoders(digits, encoder_folder):
 
 
 def test_reader_process_serves_the_same_batches(digits, encoder_folder):
-    fingerprint, = os.listdir(digits / "features")
+    (fingerprint,) = os.listdir(digits / "features")
 
     def read(num_workers):
         data = PreparedImages(digits, features=[fingerprint])
-        sampler = ShuffledBatches(len(data), 6, seed=0, start=298, stop=302)       # crosses the end of an epoch
+        sampler = ShuffledBatches(len(data), 6, seed=0, start=298, stop=302)  # crosses the end of an epoch
         return list(DataLoader(data, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=num_workers))
 
     here, there = read(0), read(1)

@@ -32,8 +32,21 @@ DAR = {"routing": "dar", "query": "dynamic", "chunk_size": 2}
 def small_model(dtype=torch.float64, depth=2, random=True, **settings):
     """Every parameter random, so that no gate is zero and no weight uniform."""
     torch.manual_seed(0)
-    model = SiT(input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=depth, num_heads=2, num_classes=10,
-                align_dims=(), **settings).to(dtype).eval()
+    model = (
+        SiT(
+            input_size=8,
+            patch_size=2,
+            in_channels=3,
+            hidden_size=16,
+            depth=depth,
+            num_heads=2,
+            num_classes=10,
+            align_dims=(),
+            **settings,
+        )
+        .to(dtype)
+        .eval()
+    )
     if random:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -78,8 +91,10 @@ def ones(model):
 
 # ---- looking ----
 
-@pytest.mark.parametrize("settings", [{}, DAR, {**DAR, "query": "timestep", "chunk_size": 1},
-                                      {"checkpoint_activations": True}])
+
+@pytest.mark.parametrize(
+    "settings", [{}, DAR, {**DAR, "query": "timestep", "chunk_size": 1}, {"checkpoint_activations": True}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_looking_leaves_the_forward_pass_bit_identical(images, settings, dtype):
     model = small_model(dtype, **settings)
@@ -114,8 +129,9 @@ def test_what_is_seen_of_a_routed_model(images):
     for reader in range(1, 6):
         aggregator = router.aggregators[reader - 1]
         query = F.linear(v[reader - 1], aggregator.query)
-        state, weights = route([v[i] for i in router.plan[reader - 1]], query, aggregator.norm_weight,
-                               return_weights=True)
+        state, weights = route(
+            [v[i] for i in router.plan[reader - 1]], query, aggregator.norm_weight, return_weights=True
+        )
         torch.testing.assert_close(trace.states[reader - 1], state)
         torch.testing.assert_close(trace.weights[reader - 1], weights)
 
@@ -142,13 +158,19 @@ def test_model_and_random_state_are_left_as_found(images, encoder_folder, tmp_pa
     model.final_layer.linear.weight.grad = torch.ones_like(model.final_layer.linear.weight)
 
     def state():
-        return ([value.clone() for value in (*model.state_dict().values(), torch.get_rng_state())],
-                [module.training for module in model.modules()],
-                [(parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()],
-                model.router and model.router.backend, sit.ResidualStream, sit.RoutedStream,
-                random.getstate(), np.random.get_state()[1].tolist())
+        return (
+            [value.clone() for value in (*model.state_dict().values(), torch.get_rng_state())],
+            [module.training for module in model.modules()],
+            [(parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()],
+            model.router and model.router.backend,
+            sit.ResidualStream,
+            sit.RoutedStream,
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        )
 
     encoder = FrozenEncoder(str(encoder_folder), 4)
+
     def same(a, b):
         return all(map(torch.equal, a[0], b[0])) and a[1:] == b[1:]
 
@@ -184,6 +206,7 @@ def test_images_are_noised_on_the_path_of_the_run(images):
 
 def test_sample_of_latents_is_a_draw_from_the_posterior():
     """Latents of 4 channels and half the size; a second image of the same moments has another draw."""
+
     class Data(types.SimpleNamespace):
         resolution, num_classes, labels, folder = 16, 10, torch.arange(10), "folder"
 
@@ -207,6 +230,7 @@ def test_sample_of_latents_is_a_draw_from_the_posterior():
 
 
 # ---- (a) states ----
+
 
 def test_states_of_a_residual_model(images):
     """Values and gradients of the stream by a plain recursion h <- h + v."""
@@ -232,9 +256,12 @@ def test_states_of_a_residual_model(images):
         gradients = torch.autograd.grad(loss, stream)
         assert data["rms"][row] == pytest.approx([h.square().mean().sqrt().item() for h in stream])
         assert data["gradient_rms"][row] == pytest.approx([g.square().mean().sqrt().item() for g in gradients])
-        assert data["cosine"][row] == pytest.approx([
-            (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1).mean().item()
-            for a, b in zip(stream, stream[1:])])
+        assert data["cosine"][row] == pytest.approx(
+            [
+                (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1).mean().item()
+                for a, b in zip(stream, stream[1:])
+            ]
+        )
     assert data["blocks"] == [0, 1, 2]
 
 
@@ -248,18 +275,21 @@ def test_state_gradient_of_a_routed_model_is_a_finite_difference(images, monkeyp
     original = sit.RoutedStream.read
 
     for step in (1e-5, -1e-5):
+
         def read(self, shift, scale):
             x, h = original(self, shift, scale)
             if len(self.v) - 1 == reader:
                 h = h + step * direction
                 x = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
             return x, h
+
         monkeypatch.setattr(sit.RoutedStream, "read", read)
         values.append((model(x_t, t, y)[0] - target).square().mean().item())
     assert (gradients[2] * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
 
 
 # ---- (b) routing ----
+
 
 def test_importance_is_the_finite_difference_of_explicit_gates(images):
     model = small_model()
@@ -324,6 +354,7 @@ def test_entropy_of_a_certain_choice_is_zero():
 
 # ---- (c), (d) probes ----
 
+
 def test_pooled_states_are_in_order_and_under_the_null_label(images):
     model = small_model()
     sample = sample_of(model, images)
@@ -387,12 +418,16 @@ def cknna_by_loops(a, b, k):
     count = len(a)
     unit = [[row / math.sqrt(sum(row * row)) for row in features] for features in (a, b)]
     kernel = [[[float(sum(u * w)) for w in rows] for u in rows] for rows in unit]
-    near = [[set(sorted((j for j in range(count) if j != i), key=lambda j: -one[i][j])[:k]) for i in range(count)]
-            for one in kernel]
+    near = [
+        [set(sorted((j for j in range(count) if j != i), key=lambda j: -one[i][j])[:k]) for i in range(count)]
+        for one in kernel
+    ]
 
     def similarity(p, q):
-        left, right = ([[one[i][j] if j in near[p][i] and j in near[q][i] else 0 for j in range(count)]
-                        for i in range(count)] for one in (kernel[p], kernel[q]))
+        left, right = (
+            [[one[i][j] if j in near[p][i] and j in near[q][i] else 0 for j in range(count)] for i in range(count)]
+            for one in (kernel[p], kernel[q])
+        )
         numbers = range(count)
         trace = sum(left[i][j] * right[j][i] for i in numbers for j in numbers)
         sums = sum(map(sum, left)) * sum(map(sum, right))
@@ -438,8 +473,9 @@ def test_alignment_looks_at_every_time_that_is_asked_for(images, encoder_folder,
     model = small_model(torch.float32)
     sample, encoder = sample_of(model, images, 80, 40), FrozenEncoder(str(encoder_folder), 4)
     tokens, noise = sample.encoded(encoder), np.random.default_rng(0).normal(size=(80, 24))
-    monkeypatch.setattr(diagnosis, "pooled_states",
-                        lambda look, sample, t: np.stack([tokens if t == 0.7 else noise] * 5))
+    monkeypatch.setattr(
+        diagnosis, "pooled_states", lambda look, sample, t: np.stack([tokens if t == 0.7 else noise] * 5)
+    )
     data = diagnosis.alignment(None, model, sample, TIMES, encoder)
     assert data["cknna"] == [[pytest.approx(cknna(noise, tokens))] * 3, [pytest.approx(1)] * 3]
     assert data["accuracy"][1] == [data["encoder_accuracy"]] * 3
@@ -447,14 +483,22 @@ def test_alignment_looks_at_every_time_that_is_asked_for(images, encoder_folder,
 
 # ---- the pictures ----
 
+
 def test_picture_of_routing_puts_each_weight_at_its_source():
     """Readers of four sublayers in chunks of two; columns that a reader does not see stay empty."""
     sources, times = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]], [0.2, 0.7]
     rng = np.random.default_rng(0)
     weights = [[rng.dirichlet(np.ones(len(read))).tolist() for read in sources] for _ in times]
     shares, largest = rng.random((2, 2, 5)).tolist()
-    figure = diagnosis.plot_routing({"sources": sources, "times": times, "weights": weights, "largest": largest,
-                                     "entropy_share": [[None, *row[1:]] for row in shares]})
+    figure = diagnosis.plot_routing(
+        {
+            "sources": sources,
+            "times": times,
+            "weights": weights,
+            "largest": largest,
+            "entropy_share": [[None, *row[1:]] for row in shares],
+        }
+    )
     maps = [panel for panel in figure.axes if panel.images]
     assert [panel.get_title() for panel in maps] == ["t = 0.2", "t = 0.7"]
     for panel, rows in zip(maps, weights):
@@ -466,8 +510,9 @@ def test_picture_of_routing_puts_each_weight_at_its_source():
     panels = {panel.get_title(): panel.lines for panel in figure.axes if panel.lines}
     for reader in (1, 3, 5):
         drawn = {line.get_label(): list(line.get_ydata()) for line in panels[f"reader {reader}"]}
-        assert drawn == {f"v{i}": [rows[reader - 1][place] for rows in weights]
-                         for place, i in enumerate(sources[reader - 1])}
+        assert drawn == {
+            f"v{i}": [rows[reader - 1][place] for rows in weights] for place, i in enumerate(sources[reader - 1])
+        }
     for title, rows in (("entropy / log n", shares), ("largest weight", largest)):
         for line, row in zip(panels[title], rows, strict=True):
             np.testing.assert_array_equal(line.get_ydata()[1:], row[1:])
@@ -478,16 +523,28 @@ def test_pictures_of_curves_show_their_own_numbers():
     times, blocks = [0.2, 0.7], [0, 1, 2]
     rms, gradient, cosine, cknna_rows, accuracy = np.random.default_rng(0).uniform(0.1, 1, size=(5, 2, 3)).tolist()
     cosine = [row[:2] for row in cosine]
-    states = diagnosis.plot_states({"times": times, "blocks": blocks, "rms": rms, "gradient_rms": gradient,
-                                    "cosine": cosine})
-    alignment = diagnosis.plot_alignment({"times": times, "blocks": blocks, "cknna": cknna_rows, "accuracy": accuracy,
-                                          "neighbours": 10, "encoder_accuracy": 0.55})
+    states = diagnosis.plot_states(
+        {"times": times, "blocks": blocks, "rms": rms, "gradient_rms": gradient, "cosine": cosine}
+    )
+    alignment = diagnosis.plot_alignment(
+        {
+            "times": times,
+            "blocks": blocks,
+            "cknna": cknna_rows,
+            "accuracy": accuracy,
+            "neighbours": 10,
+            "encoder_accuracy": 0.55,
+        }
+    )
     time = diagnosis.plot_time({"readers": [1, 2, 3], "r2": [0.1, 0.9, 0.4]})
-    for figure, kinds in ((states, {"RMS of the state": rms, "RMS of the loss gradient": gradient,
-                                    "cosine with the next state": cosine}),
-                          (alignment, {"CKNNA, k = 10": cknna_rows, "accuracy of a linear probe": accuracy})):
-        panels = {panel.get_title(): {line.get_label(): list(line.get_ydata()) for line in panel.lines}
-                  for panel in figure.axes}
+    for figure, kinds in (
+        (states, {"RMS of the state": rms, "RMS of the loss gradient": gradient, "cosine with the next state": cosine}),
+        (alignment, {"CKNNA, k = 10": cknna_rows, "accuracy of a linear probe": accuracy}),
+    ):
+        panels = {
+            panel.get_title(): {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+            for panel in figure.axes
+        }
         assert panels.keys() == kinds.keys()
         for title, rows in kinds.items():
             assert [panels[title][f"t = {t:g}"] for t in times] == rows
@@ -497,15 +554,45 @@ def test_pictures_of_curves_show_their_own_numbers():
 
 # ---- the command ----
 
+
 @pytest.fixture(scope="module")
 def checkpoints(digits, encoder_folder, tmp_path_factory):
     """Runs of three steps: {name: last.pt}."""
     folder, paths = tmp_path_factory.mktemp("runs"), {}
     for name, extra in (("residual", ("--alignment", "none")), ("dar", ("--alignment", "repa", "--path", "cosine"))):
-        train_repa_dar.main(["--config", "digits", "--data", str(digits), "--encoder", str(encoder_folder),
-                             "--out", str(folder / name), "--routing", name, "--depth", "2", "--hidden-size", "32",
-                             "--num-heads", "2", "--align-depth", "1", "--projector-dim", "16", "--batch-size", "8",
-                             "--max-steps", "3", "--eval-every", "0", "--tensorboard", "False", *extra])
+        train_repa_dar.main(
+            [
+                "--config",
+                "digits",
+                "--data",
+                str(digits),
+                "--encoder",
+                str(encoder_folder),
+                "--out",
+                str(folder / name),
+                "--routing",
+                name,
+                "--depth",
+                "2",
+                "--hidden-size",
+                "32",
+                "--num-heads",
+                "2",
+                "--align-depth",
+                "1",
+                "--projector-dim",
+                "16",
+                "--batch-size",
+                "8",
+                "--max-steps",
+                "3",
+                "--eval-every",
+                "0",
+                "--tensorboard",
+                "False",
+                *extra,
+            ]
+        )
         paths[name] = str(folder / name / "last.pt")
     return paths
 
@@ -517,6 +604,7 @@ def command(checkpoint, out, *extra):
 def read(folder, name):
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
+
     return json.loads((folder / f"{name}.json").read_text(), parse_constant=refuse)
 
 
@@ -525,13 +613,24 @@ def test_command_writes_every_figure(checkpoints, digits, encoder_folder, tmp_pa
     command(checkpoints[name], tmp_path / "new" / "a", "--figures", "states")
     command(checkpoints[name], tmp_path / "b", "--average", "none")
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
-        f"{figure}.{kind}" for figure in FIGURES for kind in ("json", "png"))
+        f"{figure}.{kind}" for figure in FIGURES for kind in ("json", "png")
+    )
     for figure in FIGURES:
         content = read(tmp_path / "b", figure)
-        assert {"figure": figure, "step": 3, "average": "none",
-                "checkpoint": checkpoints[name]}.items() <= content.items()
-        assert {"seed": 0, "num_images": 24, "batch_size": 16, "data": str(digits), "routing": name,
-                "path": "linear" if name == "residual" else "cosine"}.items() <= content["settings"].items()
+        assert {
+            "figure": figure,
+            "step": 3,
+            "average": "none",
+            "checkpoint": checkpoints[name],
+        }.items() <= content.items()
+        assert {
+            "seed": 0,
+            "num_images": 24,
+            "batch_size": 16,
+            "data": str(digits),
+            "routing": name,
+            "path": "linear" if name == "residual" else "cosine",
+        }.items() <= content["settings"].items()
         assert {"torch", "python", "command", "gpu"} <= content.keys()
         with Image.open(tmp_path / "b" / f"{figure}.png") as image:
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10, "an empty page"
@@ -564,31 +663,41 @@ def test_untrained_residual_model_has_no_importance_and_still_makes_a_figure(ima
     assert "checkpoint" not in read(tmp_path, "states")
 
 
-@pytest.mark.parametrize("extra, message", [
-    (["--figures", "states", "weights"], r"figures = \('weights',\): choose from states, routing, time, alignment"),
-    (["--times", "0.5", "1.5"], r"times = \(0.5, 1.5\): give times in \[0, 1\]"),
-    (["--times", "nan"], "times"),
-    (["--num-images", "0"], "num_images = 0: must be at least 1"),
-    (["--batch-size", "0"], "batch_size = 0"),
-    (["--seed", "-1"], "seed = -1"),
-    (["--num-images", "19", "--figures", "time"], "figure 'time' needs at least 20 images, not 19"),
-    (["--num-images", "19", "--figures", "alignment"], "figure 'alignment' needs at least 20 images"),
-    (["--data", "nowhere"], "not a prepared folder"),
-    (["--encoder", "nobody"], "encoder 'nobody' is neither"),
-    (["--average", "0.5"], "no average '0.5'"),
-])
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--figures", "states", "weights"], r"figures = \('weights',\): choose from states, routing, time, alignment"),
+        (["--times", "0.5", "1.5"], r"times = \(0.5, 1.5\): give times in \[0, 1\]"),
+        (["--times", "nan"], "times"),
+        (["--num-images", "0"], "num_images = 0: must be at least 1"),
+        (["--batch-size", "0"], "batch_size = 0"),
+        (["--seed", "-1"], "seed = -1"),
+        (["--num-images", "19", "--figures", "time"], "figure 'time' needs at least 20 images, not 19"),
+        (["--num-images", "19", "--figures", "alignment"], "figure 'alignment' needs at least 20 images"),
+        (["--data", "nowhere"], "not a prepared folder"),
+        (["--encoder", "nobody"], "encoder 'nobody' is neither"),
+        (["--average", "0.5"], "no average '0.5'"),
+    ],
+)
 def test_command_ends_in_a_clear_error(checkpoints, tmp_path, extra, message):
     with pytest.raises(SystemExit, match="error: .*" + message):
         command(checkpoints["residual"], tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("extra, expected", [
-    ((), ("{own}", "own.pt")), (("--encoder", "other"), ("other", "")),
-    (("--encoder-weights", "b.pt"), ("{own}", "b.pt")),
-    (("--encoder", "other", "--encoder-weights", "b.pt"), ("other", "b.pt"))], ids=str)
-def test_weights_of_the_run_are_for_its_own_encoder(checkpoints, encoder_folder, tmp_path, monkeypatch, extra,
-                                                    expected):
+@pytest.mark.parametrize(
+    "extra, expected",
+    [
+        ((), ("{own}", "own.pt")),
+        (("--encoder", "other"), ("other", "")),
+        (("--encoder-weights", "b.pt"), ("{own}", "b.pt")),
+        (("--encoder", "other", "--encoder-weights", "b.pt"), ("other", "b.pt")),
+    ],
+    ids=str,
+)
+def test_weights_of_the_run_are_for_its_own_encoder(
+    checkpoints, encoder_folder, tmp_path, monkeypatch, extra, expected
+):
     def refuse(name, grid, weights):
         raise ValueError(f"asked for {name!r} with {weights!r}")
 
@@ -617,8 +726,18 @@ def released(tmp_path, monkeypatch):
 
 
 def test_released_weights_with_all_that_they_do_not_say(released, digits, encoder_folder, tmp_path):
-    command(*released, "--data", digits, "--autoencoder", "pixels", "--encoder", encoder_folder, "--figures", "time",
-            "alignment")
+    command(
+        *released,
+        "--data",
+        digits,
+        "--autoencoder",
+        "pixels",
+        "--encoder",
+        encoder_folder,
+        "--figures",
+        "time",
+        "alignment",
+    )
     assert read(tmp_path / "out", "alignment")["step"] is None
     assert read(tmp_path / "out", "time")["settings"]["path"] == "linear"
 
@@ -633,11 +752,22 @@ def test_released_weights_have_to_be_told_what_they_do_not_say(released, digits,
 
 @pytest.mark.parametrize("settings", [{"input_size": 16}, {"in_channels": 4}, {"num_classes": 9}])
 def test_data_that_do_not_fit_the_model_are_refused(images, tmp_path, settings):
-    model = SiT(**{"input_size": 8, "in_channels": 3, "num_classes": 10, "hidden_size": 16, "depth": 1, "num_heads": 2,
-                   "align_dims": (), **settings})
+    model = SiT(
+        **{
+            "input_size": 8,
+            "in_channels": 3,
+            "num_classes": 10,
+            "hidden_size": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "align_dims": (),
+            **settings,
+        }
+    )
     given = [settings.get(key, value) for key, value in (("in_channels", 3), ("input_size", 8), ("num_classes", 10))]
-    with pytest.raises(ValueError, match="has 3 channels of size 8 and 10 classes, the model %d of size %d and %d"
-                                         % tuple(given)):
+    with pytest.raises(
+        ValueError, match="has 3 channels of size 8 and 10 classes, the model %d of size %d and %d" % tuple(given)
+    ):
         diagnose(model, images, Pixels(), None, tmp_path / "out", ("states",))
 
 
@@ -654,8 +784,9 @@ def test_images_of_one_class_have_no_alignment_and_still_make_the_other_figures(
     (folder / "meta.json").write_text(json.dumps({**meta, "class_names": ["all"]}))
     np.save(folder / "labels.npy", np.zeros_like(np.load(folder / "labels.npy")))
     torch.manual_seed(0)
-    model = SiT(input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=1,
-                align_dims=())
+    model = SiT(
+        input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=1, align_dims=()
+    )
     encoder = FrozenEncoder(str(encoder_folder), 4)
     done = diagnose(model, PreparedImages(folder), Pixels(), encoder, tmp_path / "out", times=(0.5,), num_images=20)
     assert sorted(done) == ["routing", "states", "time"]

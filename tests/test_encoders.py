@@ -35,6 +35,7 @@ def bicubic(images, size, a=-0.75):
 
     a: the kernel's free parameter; PyTorch's, and hence REPA's, is -0.75.
     """
+
     def kernel(d):
         d = abs(d)
         if d < 1:
@@ -62,21 +63,22 @@ def save_encoder(folder, architecture="vit_tiny_patch16_224", seed=0, mean=None,
     model = timm.create_model(architecture, num_classes=0, **arguments).eval()
     if mean:
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": mean, "std": std}
-    for parameter in model.parameters():                                # so that no part is idle as timm starts it
+    for parameter in model.parameters():  # so that no part is idle as timm starts it
         torch.nn.init.normal_(parameter, std=0.2)
     save_for_hf(model, str(folder), model_args=dict(num_classes=0, **arguments), safe_serialization=True)
     return model
 
 
 SMALL = dict(embed_dim=24, depth=2, num_heads=2)
-REGISTERS = dict(patch_size=7, img_size=28, reg_tokens=2, **SMALL)      # a class token and two registers
+REGISTERS = dict(patch_size=7, img_size=28, reg_tokens=2, **SMALL)  # a class token and two registers
 
 
 # ---- tokens ----
 
-@pytest.mark.parametrize("size", [28, 32, 20])                          # as it is, shrunk, enlarged
+
+@pytest.mark.parametrize("size", [28, 32, 20])  # as it is, shrunk, enlarged
 def test_tokens_are_timms_without_prefix(tmp_path, size):
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)                        # the folder's own, found in no default
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)  # the folder's own, found in no default
     model = save_encoder(tmp_path / "vit", mean=mean, std=std, **REGISTERS)
     encoder = FrozenEncoder(str(tmp_path / "vit"), 4)
     assert (tuple(encoder.grid), encoder.dim, encoder.size) == ((4, 4), 24, 28)
@@ -96,7 +98,7 @@ def test_tokens_are_in_row_order(tmp_path):
     encoder = FrozenEncoder(str(tmp_path / "vit"), 4)
     images = photos(1, 28)
     changed = images.clone()
-    changed[..., 7:14, 21:28] = 255 - changed[..., 7:14, 21:28]         # second row, fourth column
+    changed[..., 7:14, 21:28] = 255 - changed[..., 7:14, 21:28]  # second row, fourth column
     difference = (encoder(images) - encoder(changed)).abs().sum(-1)[0]
     assert difference.argmax() == 1 * 4 + 3
 
@@ -114,12 +116,15 @@ def test_positions_of_a_folder_are_resampled_to_the_grid(tmp_path, grid, registe
     assert encoder(photos(2, 28)).shape == (2, grid * grid, 24)
 
 
-@pytest.mark.parametrize("name, prefix, size, grid", [
-    ("vit_small_patch14_dinov2", 1, 64, 4),
-    ("timm:vit_small_patch14_dinov2.lvd142m", 1, 64, 4),
-    ("dinov2-vit-s", 1, 64, 4),
-    ("DINOv2-ViT-S-reg", 5, 512, 32),
-])
+@pytest.mark.parametrize(
+    "name, prefix, size, grid",
+    [
+        ("vit_small_patch14_dinov2", 1, 64, 4),
+        ("timm:vit_small_patch14_dinov2.lvd142m", 1, 64, 4),
+        ("dinov2-vit-s", 1, 64, 4),
+        ("DINOv2-ViT-S-reg", 5, 512, 32),
+    ],
+)
 def test_dinov2_by_name_with_local_weights(tmp_path, name, prefix, size, grid):
     """The default encoder's architecture in its smallest size, stored for 37 x 37 patches as it is published."""
     architecture = "vit_small_patch14_dinov2" if prefix == 1 else "vit_small_patch14_reg4_dinov2"
@@ -133,7 +138,7 @@ def test_dinov2_by_name_with_local_weights(tmp_path, name, prefix, size, grid):
 
     loaded = encoder.model.state_dict()
     assert loaded.keys() == stored.keys()
-    positions = stored.pop("pos_embed")                                 # where there are registers, of patches alone
+    positions = stored.pop("pos_embed")  # where there are registers, of patches alone
     prefix_positions = 1 if prefix == 1 else 0
     assert positions.shape == (1, prefix_positions + 37 * 37, 384)
     resampled = resample_abs_pos_embed(positions, (grid, grid), num_prefix_tokens=prefix_positions)
@@ -147,10 +152,18 @@ def test_dinov2_by_name_with_local_weights(tmp_path, name, prefix, size, grid):
 
 
 @pytest.mark.parametrize("size, grid", [(256, 16), (512, 32)])
-@pytest.mark.parametrize("architecture, patch, prefix", [
-    ("vit_small_patch14_dinov2", 14, 1), ("vit_small_patch14_reg4_dinov2", 14, 5), ("vit_small_patch16_dinov3", 16, 5),
-    ("vit_small_patch16_224", 16, 1), ("vit_huge_patch14_gap_224", 14, 0), ("vit_base_patch16_siglip_256", 16, 0),
-    ("vit_base_patch16_clip_quickgelu_224", 16, 1)])
+@pytest.mark.parametrize(
+    "architecture, patch, prefix",
+    [
+        ("vit_small_patch14_dinov2", 14, 1),
+        ("vit_small_patch14_reg4_dinov2", 14, 5),
+        ("vit_small_patch16_dinov3", 16, 5),
+        ("vit_small_patch16_224", 16, 1),
+        ("vit_huge_patch14_gap_224", 14, 0),
+        ("vit_base_patch16_siglip_256", 16, 0),
+        ("vit_base_patch16_clip_quickgelu_224", 16, 1),
+    ],
+)
 def test_families_at_both_resolutions(tmp_path, architecture, patch, prefix, size, grid):
     """Every family that has a short name, narrow and with two layers, in a folder."""
     heads = {"num_heads": 1, "embed_dim": 64} if "dinov3" in architecture else {"num_heads": 2, "embed_dim": 24}
@@ -168,9 +181,16 @@ def test_families_at_both_resolutions(tmp_path, architecture, patch, prefix, siz
 
 
 WIDTHS = {"s": 384, "b": 768, "l": 1024, "h": 1280, "so400m": 1152}
-FAMILIES = {                        # patch sizes and tokens that belong to no patch
-    "dinov1": ({16}, 1), "dinov2": ({14}, 1), "dinov3": ({16}, 5), "mae": ({14, 16}, 1), "ijepa": ({14, 16}, 0),
-    "jepa": ({14}, 0), "clip": ({14, 16}, 1), "siglip": ({14, 16}, 0)}
+FAMILIES = {  # patch sizes and tokens that belong to no patch
+    "dinov1": ({16}, 1),
+    "dinov2": ({14}, 1),
+    "dinov3": ({16}, 5),
+    "mae": ({14, 16}, 1),
+    "ijepa": ({14, 16}, 0),
+    "jepa": ({14}, 0),
+    "clip": ({14, 16}, 1),
+    "siglip": ({14, 16}, 0),
+}
 
 
 @pytest.mark.parametrize("name", SHORT_NAMES)
@@ -184,8 +204,8 @@ def test_short_name(name):
     assert vit == "vit" and model.patch_embed.patch_size[0] in patches
     assert model.num_prefix_tokens == prefix + (4 if registers else 0)
     assert model.num_features == (WIDTHS | {"g": 1536 if family == "dinov2" else 1408})[size]
-    assert not isinstance(model.norm, torch.nn.Identity)                # so that there is a final norm over tokens
-    if family != "dinov2":                                              # whose tag names the data instead
+    assert not isinstance(model.norm, torch.nn.Identity)  # so that there is a final norm over tokens
+    if family != "dinov2":  # whose tag names the data instead
         words = {"dinov1": "dino", "jepa": "ijepa"}
         assert words.get(family, family) in SHORT_NAMES[name]
 
@@ -266,8 +286,14 @@ TEXT = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attenti
 # model, configuration, image processor, options of the configuration, patch size, tokens before those of the patches
 TRANSFORMERS = {
     "dinov2": ("Dinov2Model", "Dinov2Config", "BitImageProcessor", {}, 14, 1),
-    "registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "BitImageProcessor",
-                  {"num_register_tokens": 3}, 14, 4),
+    "registers": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        "BitImageProcessor",
+        {"num_register_tokens": 3},
+        14,
+        4,
+    ),
     "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", "DINOv3ViTImageProcessor", {"num_register_tokens": 2}, 16, 3),
     "vit": ("ViTModel", "ViTConfig", "ViTImageProcessor", {}, 16, 1),
     "deit": ("DeiTModel", "DeiTConfig", "DeiTImageProcessor", {}, 16, 2),
@@ -278,10 +304,16 @@ TRANSFORMERS = {
     "siglip": ("SiglipModel", "SiglipConfig", "SiglipImageProcessor", {}, 16, 0),
     "mae": ("ViTMAEModel", "ViTMAEConfig", "ViTImageProcessor", {}, 16, 1),
     "beit": ("BeitModel", "BeitConfig", "BeitImageProcessor", {}, 16, 1),
-    "swin": ("SwinModel", "SwinConfig", "ViTImageProcessor", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1],
-                                                              "window_size": 4}, 4, 0),
+    "swin": (
+        "SwinModel",
+        "SwinConfig",
+        "ViTImageProcessor",
+        {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4},
+        4,
+        0,
+    ),
 }
-COLOURS = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))                            # found in no default
+COLOURS = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))  # found in no default
 
 
 def save_transformers(folder, kind, seed=0, **processing):
@@ -391,9 +423,15 @@ def test_transformers_model_without_those_tokens(tmp_path, kind):
         FrozenEncoder(f"hf:{tmp_path}", 16)
 
 
-@pytest.mark.parametrize("kind, lost", [
-    ("dinov2", "encoder.layer.1."), ("dinov2", "embeddings.position_embeddings"),
-    ("clip", "vision_model.encoder.layers.1."), ("clip", "vision_model.post_layernorm")])
+@pytest.mark.parametrize(
+    "kind, lost",
+    [
+        ("dinov2", "encoder.layer.1."),
+        ("dinov2", "embeddings.position_embeddings"),
+        ("clip", "vision_model.encoder.layers.1."),
+        ("clip", "vision_model.post_layernorm"),
+    ],
+)
 def test_transformers_model_with_weights_missing(tmp_path, kind, lost):
     save_transformers(tmp_path, kind)
     weights = load_file(tmp_path / "model.safetensors")
@@ -433,12 +471,13 @@ def test_transformers_folder_needs_its_prefix(tmp_path):
 
 # ---- fingerprint ----
 
+
 def test_fingerprint_is_stable_and_follows_the_weights(tmp_path):
     save_tiny_encoder(tmp_path / "a")
     save_tiny_encoder(tmp_path / "copy")
     original = FrozenEncoder(str(tmp_path / "a"), 4).fingerprint
     assert len(original) == 12 and int(original, 16) >= 0
-    assert FrozenEncoder(str(tmp_path / "copy"), 4).fingerprint == original         # the path does not matter
+    assert FrozenEncoder(str(tmp_path / "copy"), 4).fingerprint == original  # the path does not matter
 
     file = tmp_path / "copy" / "model.safetensors"
     weights = load_file(file)
@@ -490,8 +529,20 @@ def test_fingerprint_follows_the_grid(tmp_path, architecture):
 
 # ---- errors ----
 
-@pytest.mark.parametrize("name", ["dinov2", "no/such/folder", "", "timm:", "timm:no_such_vit", "dinov2-vit-x",
-                                  "timm:dinov2-vit-b", "vit_tiny_patch16_224.no_such_weights"])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dinov2",
+        "no/such/folder",
+        "",
+        "timm:",
+        "timm:no_such_vit",
+        "dinov2-vit-x",
+        "timm:dinov2-vit-b",
+        "vit_tiny_patch16_224.no_such_weights",
+    ],
+)
 def test_unknown_encoder(name):
     with pytest.raises(ValueError, match=f"encoder {name!r}"):
         FrozenEncoder(name, 4)
@@ -548,16 +599,27 @@ def test_weights_file_that_is_damaged(tmp_path):
 # Of another model, and of the same model but with a layer missing: neither may leave random weights in silence.
 @pytest.mark.parametrize("missing", ["", "blocks.3."])
 def test_weights_file_that_does_not_fit(tmp_path, missing):
-    weights = {name: tensor for name, tensor in timm.create_model("test_vit").state_dict().items()
-               if missing and not name.startswith(missing)}
+    weights = {
+        name: tensor
+        for name, tensor in timm.create_model("test_vit").state_dict().items()
+        if missing and not name.startswith(missing)
+    }
     save_file(weights or {"something.else": torch.zeros(3)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="weights of encoder 'test_vit' could not be loaded"):
         FrozenEncoder("test_vit", 4, str(tmp_path / "weights.safetensors"))
 
 
 # The second has patches as well, but merges them, and its output is no list of tokens.
-@pytest.mark.parametrize("architecture, arguments", [("test_resnet", {}), ("swin_tiny_patch4_window7_224", dict(
-    img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(1, 2)))])
+@pytest.mark.parametrize(
+    "architecture, arguments",
+    [
+        ("test_resnet", {}),
+        (
+            "swin_tiny_patch4_window7_224",
+            dict(img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(1, 2)),
+        ),
+    ],
+)
 def test_models_that_are_no_vision_transformers(tmp_path, architecture, arguments):
     save_encoder(tmp_path / "model", architecture, **arguments)
     with pytest.raises(ValueError, match="plain vision transformer"):

@@ -47,15 +47,18 @@ def images(count, size=12, seed=0):
 
 def test_features_of_inception(network):
     seen = {}
-    hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
-             for name, module in {"block": network.network.Mixed_6d, "pool": network.network.AvgPool}.items()]
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
+        for name, module in {"block": network.network.Mixed_6d, "pool": network.network.AvgPool}.items()
+    ]
     batch = images(2)
     with torch.autocast("cpu", torch.bfloat16):
         found = network(batch)
     for hook in hooks:
         hook.remove()
     assert {name: tuple(value.shape) for name, value in found.items()} == {
-        name: (2, dim) for name, dim in network.dims.items()}
+        name: (2, dim) for name, dim in network.dims.items()
+    }
     assert all(value.dtype == torch.float32 for value in found.values())
     assert found["pool3"].std() > 1e-3 and found["spatial"].std() > 1e-3
     # The block's first channels are those of its 1 x 1 branch; rows are flattened height, width, channel.
@@ -144,12 +147,34 @@ def test_command(weights, tmp_path, capsys):
     np.savez(tmp_path / "real.npz", real.permute(0, 2, 3, 1).numpy())
     save_tiny_encoder(tmp_path / "tiny", img_size=224, patch_size=14)
     kept = tmp_path / "kept.npz"
-    metrics.main([str(tmp_path / "samples"), "--reference", str(tmp_path / "real.npz"), "--inception", str(weights),
-                  "--fd-dinov2", "--dinov2", str(tmp_path / "tiny"), "--num-workers", "0", "--batch-size", "4",
-                  "--save-reference", str(kept)])
+    metrics.main(
+        [
+            str(tmp_path / "samples"),
+            "--reference",
+            str(tmp_path / "real.npz"),
+            "--inception",
+            str(weights),
+            "--fd-dinov2",
+            "--dinov2",
+            str(tmp_path / "tiny"),
+            "--num-workers",
+            "0",
+            "--batch-size",
+            "4",
+            "--save-reference",
+            str(kept),
+        ]
+    )
     result = json.loads((tmp_path / "samples.metrics.json").read_text())
-    assert list(result["metrics"]) == ["fid", "sfid", "inception_score", "inception_score_std", "precision", "recall",
-                                       "fd_dinov2"]
+    assert list(result["metrics"]) == [
+        "fid",
+        "sfid",
+        "inception_score",
+        "inception_score_std",
+        "precision",
+        "recall",
+        "fd_dinov2",
+    ]
     assert result["metrics"]["fid"] > 0 and result["metrics"]["inception_score"] > 1
     assert result["samples"]["count"] == 5 and result["reference"]["images"] == 6
     assert result["samples"]["uint8_conversion"].startswith("unknown") and not result["inception"]["published"]

@@ -14,23 +14,62 @@ from tests.conftest import ROOT, read_lines
 # Asked in a process of its own: in this one conftest hides the GPU from torch, and has Triton interpreted.
 HIDING = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
 VISIBLE = {name: value for name, value in os.environ.items() if name not in HIDING}
-GPUS = int(subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], env=VISIBLE,
-                          capture_output=True, text=True).stdout or 0)
+GPUS = int(
+    subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+        env=VISIBLE,
+        capture_output=True,
+        text=True,
+    ).stdout
+    or 0
+)
 
 
 @pytest.mark.skipif(GPUS == 0, reason="no GPU")
-@pytest.mark.parametrize("routing, extra", [
-    ("residual", ()), ("dar", ()), ("dar", ("--query", "dynamic")), ("attnres", ()), ("unet", ()),
-    ("dar", ("--projector", "conv", "--spatial-norm", 0.7, "--align-steps", 150))])
+@pytest.mark.parametrize(
+    "routing, extra",
+    [
+        ("residual", ()),
+        ("dar", ()),
+        ("dar", ("--query", "dynamic")),
+        ("attnres", ()),
+        ("unet", ()),
+        ("dar", ("--projector", "conv", "--spatial-norm", 0.7, "--align-steps", 150)),
+    ],
+)
 def test_run_on_a_gpu(digits, encoder_folder, tmp_path, routing, extra):
     """bf16 autocast, the fused optimiser and online features: the loss falls, the run resumes, nothing is skipped."""
-    command = [sys.executable, "train_repa_dar.py", "--config", "digits", "--data", digits, "--encoder", encoder_folder,
-               "--encoder-features", "online", "--alignment", "repa", "--routing", routing, *extra,
-               "--out", tmp_path / "run",
-               "--log-every", 10, "--eval-every", 100, "--checkpoint-every", 50, "--lr", 1e-3]
+    command = [
+        sys.executable,
+        "train_repa_dar.py",
+        "--config",
+        "digits",
+        "--data",
+        digits,
+        "--encoder",
+        encoder_folder,
+        "--encoder-features",
+        "online",
+        "--alignment",
+        "repa",
+        "--routing",
+        routing,
+        *extra,
+        "--out",
+        tmp_path / "run",
+        "--log-every",
+        10,
+        "--eval-every",
+        100,
+        "--checkpoint-every",
+        50,
+        "--lr",
+        1e-3,
+    ]
     for steps in (100, 200):
-        done = subprocess.run([*map(str, command), "--max-steps", str(steps)], cwd=ROOT, env=VISIBLE,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [*map(str, command), "--max-steps", str(steps)], cwd=ROOT, env=VISIBLE, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert "bf16 autocast" in done.stdout
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -46,10 +85,36 @@ def test_run_on_a_gpu(digits, encoder_folder, tmp_path, routing, extra):
 @pytest.mark.skipif(GPUS == 0, reason="no GPU")
 def test_fused_kernels_on_a_gpu(tmp_path):
     """Compiled, recorded in a CUDA graph, and equal to float64 for every query; odd widths and one to 128 sources."""
-    done = subprocess.run([sys.executable, "-m", "kernels.bench", "--out", str(tmp_path / "bench"),
-                           "--parts", "operators", "--methods", "fused", "--sources", "1", "9", "128",
-                           "--widths", "7", "384", "1152", "2500", "--batch", "3", "--tokens", "37"],
-                          cwd=ROOT, env=VISIBLE, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "kernels.bench",
+            "--out",
+            str(tmp_path / "bench"),
+            "--parts",
+            "operators",
+            "--methods",
+            "fused",
+            "--sources",
+            "1",
+            "9",
+            "128",
+            "--widths",
+            "7",
+            "384",
+            "1152",
+            "2500",
+            "--batch",
+            "3",
+            "--tokens",
+            "37",
+        ],
+        cwd=ROOT,
+        env=VISIBLE,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = json.loads((tmp_path / "bench.json").read_text())["operators"]
     assert len(rows) == 3 * 4 * 3 and all("forward" in row for row in rows), [row for row in rows if "failed" in row]

@@ -75,7 +75,7 @@ def online(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    huggingface_hub.utils.close_session()                               # its client has read the proxies
+    huggingface_hub.utils.close_session()  # its client has read the proxies
     hub.go_offline_if_unreachable.cache_clear()
     yield lambda url: monkeypatch.setattr(constants, "ENDPOINT", url)
     hub.go_offline_if_unreachable.cache_clear()
@@ -190,19 +190,34 @@ def test_hub_names_fail_within_seconds_without_network(tmp_path, refusing):
     """As a user without network meets it: nothing set, nothing cached."""
     # The largest models, since what takes time is to fill them with random numbers; I-JEPA is not on the hub.
     timm_names = ["dinov2-vit-g-reg", "ijepa-vit-h", "timm:vit_giant_patch14_dinov2", "CLIP-ViT-L"]
-    environment = {name: value for name, value in os.environ.items()
-                   if "proxy" not in name.lower() and name not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if "proxy" not in name.lower() and name not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    }
     # No address is reached but through the proxy, which is not there.
-    environment |= {"HF_ENDPOINT": refusing, "http_proxy": refusing, "https_proxy": refusing, "no_proxy": "127.0.0.1",
-                    "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", OFFLINE, *timm_names, "hf:someone/vit"], cwd=tmp_path, env=environment,
-                         capture_output=True, text=True)
+    environment |= {
+        "HF_ENDPOINT": refusing,
+        "http_proxy": refusing,
+        "https_proxy": refusing,
+        "no_proxy": "127.0.0.1",
+        "HF_HOME": str(tmp_path),
+        "TORCH_HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, *timm_names, "hf:someone/vit"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     assert result.pop("lazy")
     assert result.keys() == {*timm_names, "hf:someone/vit", "datasets"}
     for name, (seconds, message) in result.items():
-        assert seconds < 40, f"{name}: {seconds:.0f} s"                # 1 or 2 of them where nothing else runs
+        assert seconds < 40, f"{name}: {seconds:.0f} s"  # 1 or 2 of them where nothing else runs
         if name != "datasets":
             assert f"weights of encoder {name!r} could not be loaded" in message
             assert "--encoder" in message and "hf:FOLDER" in message

@@ -39,15 +39,16 @@ OPERATORS = torch.ops.dar
 # precision: the reference sees the same rounded inputs and the arithmetic is float32, so a result is rounded once, by
 # one unit, since the interpreter cuts bf16 off where a GPU rounds to nearest; gradients are made from an h that was
 # itself rounded, which softmax differences see, and behind a LayerNorm from a dh that was rounded as well.
-FORWARD = {torch.float32: 2e-6, torch.bfloat16: 2 ** -7, torch.float16: 2 ** -10}
-BACKWARD = {torch.float32: 5e-6, torch.bfloat16: 2 ** -5, torch.float16: 2 ** -8}
+FORWARD = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+BACKWARD = {torch.float32: 5e-6, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 
 def test_the_interpreter_is_on():
     """Without it the tests below would be about nothing, or fail one by one on a machine without a GPU."""
     assert route_triton.INTERPRETED, (
         "the kernels are compiled, not interpreted: TRITON_INTERPRET=1 must be in the environment before triton is "
-        "imported; tests/conftest.py sets it")
+        "imported; tests/conftest.py sets it"
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,6 +56,7 @@ def patched_once():
     """The interpreter patches triton.language for every call of one function by another; once per module and launch
     is enough, and twice as fast."""
     from triton.runtime import interpreter
+
     patched = set()
 
     def patch_language(function, original=getattr(interpreter, "_patch_lang", None)):
@@ -67,7 +69,7 @@ def patched_once():
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        if hasattr(interpreter, "_patch_lang"):                        # as Triton 3.7 calls it
+        if hasattr(interpreter, "_patch_lang"):  # as Triton 3.7 calls it
             patch.setattr(interpreter, "_patch_lang", patch_language)
             patch.setattr(interpreter.GridExecutor, "__call__", launch)
         yield
@@ -75,12 +77,13 @@ def patched_once():
 
 # ---- the independent reference ----
 
+
 def aggregated(sources, query, norm_weight, eps=1e-6):
     """Eq. 5-6."""
-    v = torch.stack(sources)                                                         # (n, B, T, D)
+    v = torch.stack(sources)  # (n, B, T, D)
     keys = norm_weight * v / (v.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    query = query[:, None] if query.ndim == 2 else query                             # (B, D) -> (B, 1, D)
-    weights = ((query * keys).sum(-1) / math.sqrt(v.shape[-1])).softmax(0)           # (n, B, T)
+    query = query[:, None] if query.ndim == 2 else query  # (B, D) -> (B, 1, D)
+    weights = ((query * keys).sum(-1) / math.sqrt(v.shape[-1])).softmax(0)  # (n, B, T)
     return (weights[..., None] * v).sum(0)
 
 
@@ -91,7 +94,7 @@ def modulated(h, shift, scale, norm_eps=1e-6):
 
 
 def listed(inputs):
-    """"source 0", "source 1", ... of a dictionary, as a list."""
+    """ "source 0", "source 1", ... of a dictionary, as a list."""
     return [inputs[f"source {i}"] for i in range(sum(name.startswith("source ") for name in inputs))]
 
 
@@ -108,17 +111,27 @@ def defined_modulate(inputs, eps=1e-6, norm_eps=1e-6):
 
 # ---- the kernels under the same names ----
 
+
 def fused_route(inputs, eps=1e-6):
     return {"h": route(listed(inputs), inputs["query"], inputs["norm_weight"], eps, backend="triton")}
 
 
 def fused_modulate(inputs, eps=1e-6, norm_eps=1e-6):
-    x, h, sources = route_modulate(listed(inputs), inputs["query"], inputs["norm_weight"], inputs["shift"],
-                                   inputs["scale"], eps, norm_eps, backend="triton")
+    x, h, sources = route_modulate(
+        listed(inputs),
+        inputs["query"],
+        inputs["norm_weight"],
+        inputs["shift"],
+        inputs["scale"],
+        eps,
+        norm_eps,
+        backend="triton",
+    )
     return {"x": x, "h": h, **{f"returned {i}": v for i, v in enumerate(sources)}}
 
 
 # ---- how they are compared ----
+
 
 def draw(n, B, T, D, rank, dtype=torch.float32, seed=0, modulate=False):
     """Inputs by name. Sources differ in scale, or leaving the norm out would change little."""
@@ -143,8 +156,12 @@ def evaluate(function, inputs, cotangents):
     """What `function` returns, and the gradients of its outputs that have cotangents, None for inputs without one."""
     outputs = function(inputs)
     wanted = [name for name, value in inputs.items() if value.requires_grad]
-    found = torch.autograd.grad([outputs[name] for name in cotangents], [inputs[name] for name in wanted],
-                                list(cotangents.values()), allow_unused=True)
+    found = torch.autograd.grad(
+        [outputs[name] for name in cotangents],
+        [inputs[name] for name in wanted],
+        list(cotangents.values()),
+        allow_unused=True,
+    )
     return {name: value.detach() for name, value in outputs.items()}, dict(zip(wanted, found))
 
 
@@ -165,8 +182,9 @@ def compare(function, definition, inputs, cotangents, forward=None, backward=Non
     inputs = {name: value.requires_grad_() for name, value in inputs.items()}
     outputs, gradients = evaluate(lambda given: function(given, **options), inputs, cotangents)
     double = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
-    outputs_expected, gradients_expected = evaluate(lambda given: definition(given, **options), double, {
-        name: value.double() for name, value in cotangents.items()})
+    outputs_expected, gradients_expected = evaluate(
+        lambda given: definition(given, **options), double, {name: value.double() for name, value in cotangents.items()}
+    )
     assert outputs.keys() == outputs_expected.keys() and gradients.keys() == inputs.keys()
     for name, expected in outputs_expected.items():
         assert outputs[name].dtype == (dtypes or {}).get(name, common), name
@@ -183,16 +201,17 @@ def compare(function, definition, inputs, cotangents, forward=None, backward=Non
 
 # ---- memory that shows what is read and written ----
 
-BORDER = 2048                                       # numbers on either side; more than a row can overhang
-SENTINEL = -12288.0                                 # exact in all dtypes
+BORDER = 2048  # numbers on either side; more than a row can overhang
+SENTINEL = -12288.0  # exact in all dtypes
 
 
 def embedded(shape, dtype, inside, border, shift=0):
     """A contiguous tensor (no view) within a larger piece of memory, which is also returned."""
     shape = tuple(shape)
     buffer = torch.full((math.prod(shape) + 2 * BORDER,), border, dtype=dtype)
-    tensor = torch.empty(0, dtype=dtype).set_(buffer.untyped_storage(), BORDER + shift, shape,
-                                              torch.empty(shape, device="meta").stride())
+    tensor = torch.empty(0, dtype=dtype).set_(
+        buffer.untyped_storage(), BORDER + shift, shape, torch.empty(shape, device="meta").stride()
+    )
     return tensor.fill_(inside), buffer
 
 
@@ -224,7 +243,7 @@ def guarded(monkeypatch):
     monkeypatch.setattr(route_triton, "torch", patched)
 
     def new_empty(self, *shape, original=torch.Tensor.new_empty, **options):
-        if "device" in options:                                        # the interpreter's own
+        if "device" in options:  # the interpreter's own
             return original(self, *shape, **options)
         return allocate(torch.empty(*shape, device="meta").shape, options.get("dtype", self.dtype))
 
@@ -232,21 +251,27 @@ def guarded(monkeypatch):
     yield allocations
     assert allocations, "the operators allocate in a way that this fixture does not see"
     for buffer, size in allocations:
-        assert (buffer[:BORDER] == SENTINEL).all() and (buffer[BORDER + size:] == SENTINEL).all(), (
-            f"a kernel wrote outside its output of {size} numbers")
+        assert (buffer[:BORDER] == SENTINEL).all() and (buffer[BORDER + size :] == SENTINEL).all(), (
+            f"a kernel wrote outside its output of {size} numbers"
+        )
 
 
 @pytest.fixture
 def bounded(monkeypatch):
     """Every address that a kernel reads or writes must lie in one of the tensors of its launch."""
     from triton.runtime import interpreter
+
     if not all(hasattr(interpreter.InterpreterBuilder, f"create_masked_{way}") for way in ("load", "store")):
         pytest.skip("this version of Triton has another interpreter")
     tensors, seen = [], []
 
     def launch(executor, *arguments, original=interpreter.GridExecutor.__call__, **options):
-        tensors[:] = [tensor for argument in arguments for tensor in
-                      (argument if isinstance(argument, tuple) else (argument,)) if isinstance(tensor, torch.Tensor)]
+        tensors[:] = [
+            tensor
+            for argument in arguments
+            for tensor in (argument if isinstance(argument, tuple) else (argument,))
+            if isinstance(tensor, torch.Tensor)
+        ]
         return original(executor, *arguments, **options)
 
     def watched(name, mask_position):
@@ -257,9 +282,11 @@ def bounded(monkeypatch):
             seen.append(name)
             if addresses.size:
                 first, last = addresses.min(), addresses.max() + pointers.get_element_ty().primitive_bitwidth // 8
-                assert any(tensor.data_ptr() <= first and last <= tensor.data_ptr() + tensor.nbytes
-                           for tensor in tensors), f"{name} outside of all tensors"
+                assert any(
+                    tensor.data_ptr() <= first and last <= tensor.data_ptr() + tensor.nbytes for tensor in tensors
+                ), f"{name} outside of all tensors"
             return original(builder, pointers, *rest)
+
         monkeypatch.setattr(interpreter.InterpreterBuilder, name, access)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
@@ -271,10 +298,18 @@ def bounded(monkeypatch):
 
 # ---- route ----
 
+
 def odd_shapes(count, seed):
     generator = random.Random(seed)
-    return [(generator.randint(2, 57), generator.choice((1, 2)), generator.choice((1, 3)),
-             generator.choice((2, 7, 37, 75, 96, 129))) for _ in range(count)]
+    return [
+        (
+            generator.randint(2, 57),
+            generator.choice((1, 2)),
+            generator.choice((1, 3)),
+            generator.choice((2, 7, 37, 75, 96, 129)),
+        )
+        for _ in range(count)
+    ]
 
 
 # T covers one program and several of each kernel's rows; n the padding to 8, 16, 64; D tails that are full, and not.
@@ -290,18 +325,32 @@ def test_route_equals_the_definition(guarded, shape, rank):
     compare(fused_route, defined_route, inputs, {"h": draw_like(inputs["source 0"])}, eps=eps)
 
 
-@pytest.mark.parametrize("shape, rank", [
-    *zip(odd_shapes(3, seed=3), (1, 2, 3)),
-    ((2, 1, 3, 1152), 2), ((3, 1, 2, 1281), 3),                        # XL's width; the first that needs two warps
-    ((128, 1, 1, 7), 1)], ids=str)                                     # the most sources that a launch can take
+@pytest.mark.parametrize(
+    "shape, rank",
+    [
+        *zip(odd_shapes(3, seed=3), (1, 2, 3)),
+        ((2, 1, 3, 1152), 2),
+        ((3, 1, 2, 1281), 3),  # XL's width; the first that needs two warps
+        ((128, 1, 1, 7), 1),
+    ],
+    ids=str,
+)  # the most sources that a launch can take
 def test_route_equals_the_definition_at_other_sizes(guarded, shape, rank):
     inputs = bordered(draw(*shape, rank, seed=sum(shape)))
     compare(fused_route, defined_route, inputs, {"h": draw_like(inputs["source 0"])})
 
 
-@pytest.mark.parametrize("shape, rank, dtype", [
-    ((3, 2, 3, 37), 1, torch.bfloat16), ((9, 1, 5, 75), 2, torch.bfloat16), ((5, 2, 5, 96), 3, torch.bfloat16),
-    ((57, 1, 1, 7), 1, torch.bfloat16), ((6, 2, 3, 129), 3, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "shape, rank, dtype",
+    [
+        ((3, 2, 3, 37), 1, torch.bfloat16),
+        ((9, 1, 5, 75), 2, torch.bfloat16),
+        ((5, 2, 5, 96), 3, torch.bfloat16),
+        ((57, 1, 1, 7), 1, torch.bfloat16),
+        ((6, 2, 3, 129), 3, torch.float16),
+    ],
+    ids=str,
+)
 def test_route_equals_the_definition_in_half_precision(guarded, shape, rank, dtype):
     inputs = bordered(draw(*shape, rank, dtype, seed=sum(shape)))
     compare(fused_route, defined_route, inputs, {"h": draw_like(inputs["source 0"])})
@@ -311,7 +360,7 @@ def test_bf16_inputs_are_computed_in_float32():
     """Two logits near 16 that differ by 1/64: bf16, with a spacing of 1/8 there, would tie them."""
     D = 64
     v = torch.ones(2, 1, 1, D)
-    v[1, ..., 0] = 1.5                                                 # exact in bf16; not parallel to the first
+    v[1, ..., 0] = 1.5  # exact in bf16; not parallel to the first
     query, g = torch.full((D,), 2.0), torch.ones(D)
     h = route([*v.bfloat16()], query.bfloat16(), g.bfloat16(), backend="triton")
     lse = OPERATORS.route([*v.bfloat16()], query.bfloat16(), g.bfloat16(), 1e-6)[1]
@@ -347,15 +396,19 @@ def test_the_log_sum_exp_has_no_gradient():
 KNOWN = {"none": (), "some": (1, 3), "all": (0, 1, 2, 3)}
 MODULATIONS = [
     *((reads, known, 2, 3) for reads in (("x",), ("h",), ("x", "h")) for known in KNOWN),
-    *((("x", "h"), "some", rank, 9) for rank in (1, 2, 3)), ((), "some", 2, 3)]
+    *((("x", "h"), "some", rank, 9) for rank in (1, 2, 3)),
+    ((), "some", 2, 3),
+]
 
 
 @pytest.mark.parametrize("reads, known, rank, T", MODULATIONS, ids=str)
 def test_route_modulate_equals_the_definition(guarded, reads, known, rank, T):
     """For every choice of what the loss sees. `known`: the returned sources that are read again later."""
     inputs = bordered(draw(4, 2, T, 37, rank, seed=7, modulate=True))
-    cotangents = {name: draw_like(inputs["source 0"], seed)
-                  for seed, name in enumerate((*reads, *(f"returned {i}" for i in KNOWN[known])))}
+    cotangents = {
+        name: draw_like(inputs["source 0"], seed)
+        for seed, name in enumerate((*reads, *(f"returned {i}" for i in KNOWN[known])))
+    }
     compare(fused_modulate, defined_modulate, inputs, cotangents, eps=0.3, norm_eps=0.05)
 
 
@@ -368,8 +421,11 @@ def test_kernels_stay_within_their_tensors(bounded, rank, D):
     evaluate(fused_modulate, inputs, cotangents)
 
 
-@pytest.mark.parametrize("shape, rank", [((1, 2, 3, 37), 2), ((2, 1, 17, 7), 3), ((9, 3, 1, 129), 1),
-                                         ((2, 1, 2, 1152), 2), ((2, 1, 2, 1281), 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape, rank",
+    [((1, 2, 3, 37), 2), ((2, 1, 17, 7), 3), ((9, 3, 1, 129), 1), ((2, 1, 2, 1152), 2), ((2, 1, 2, 1281), 2)],
+    ids=str,
+)
 def test_route_modulate_equals_the_definition_at_other_sizes(guarded, shape, rank):
     inputs = bordered(draw(*shape, rank, seed=sum(shape), modulate=True))
     like = inputs["source 0"]
@@ -390,10 +446,16 @@ def test_under_autocast_x_is_ready_for_the_sublayer_and_h_keeps_its_precision(gu
     like = inputs["source 0"]
     with torch.autocast("cpu", torch.bfloat16):
         outputs = fused_modulate(inputs)
-        compare(fused_modulate, defined_modulate, inputs, {"x": draw_like(like, 1, torch.bfloat16)},
-                forward=FORWARD[torch.bfloat16], dtypes={"x": torch.bfloat16})
+        compare(
+            fused_modulate,
+            defined_modulate,
+            inputs,
+            {"x": draw_like(like, 1, torch.bfloat16)},
+            forward=FORWARD[torch.bfloat16],
+            dtypes={"x": torch.bfloat16},
+        )
     assert_close(outputs["h"], defined_modulate({k: v.double() for k, v in inputs.items()})["h"], 2e-6, "h")
-    assert fused_modulate(inputs)["x"].dtype == torch.float32          # without autocast x is as precise as h
+    assert fused_modulate(inputs)["x"].dtype == torch.float32  # without autocast x is as precise as h
 
 
 def test_under_autocast_the_backends_return_the_same_dtypes():
@@ -403,8 +465,14 @@ def test_under_autocast_the_backends_return_the_same_dtypes():
         for autocast in (False, True):
             for backend in ("torch", "triton"):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    x, h, _ = route_modulate(sources, inputs["query"], inputs["norm_weight"], inputs["shift"],
-                                             inputs["scale"], backend=backend)
+                    x, h, _ = route_modulate(
+                        sources,
+                        inputs["query"],
+                        inputs["norm_weight"],
+                        inputs["shift"],
+                        inputs["scale"],
+                        backend=backend,
+                    )
                     mixed = route(sources, inputs["query"], inputs["norm_weight"], backend=backend)
                 assert x.dtype == (torch.bfloat16 if autocast else dtype) and h.dtype == mixed.dtype == dtype
 
@@ -423,34 +491,37 @@ def test_shift_and_scale_may_be_parts_of_a_larger_tensor(guarded, transposed):
         return {**given, "shift": chunks[3], "scale": chunks[4]}
 
     cotangents = {"x": draw_like(inputs["source 0"], 1), "h": draw_like(inputs["source 0"], 2)}
-    compare(lambda given: fused_modulate(parts(given)), lambda given: defined_modulate(parts(given)),
-            inputs, cotangents)
+    compare(
+        lambda given: fused_modulate(parts(given)), lambda given: defined_modulate(parts(given)), inputs, cotangents
+    )
 
 
 # ---- several aggregators, one after the other ----
 
-PLAN = [(0,), (0, 1), (0, 2), (0, 2, 3), (0, 2, 4), (0, 2, 4, 5)]      # six sublayers in chunks of two
+PLAN = [(0,), (0, 1), (0, 2), (0, 2, 3), (0, 2, 4), (0, 2, 4, 5)]  # six sublayers in chunks of two
 
 
 def through(read):
     """A network: sublayer l reads the sources PLAN[l - 1] by `read`, which returns x, h and sources for later."""
+
     def network(inputs, unused=(), returned=True):
         v, outputs = [inputs["source 0"]], {}
         for l, indices in enumerate(PLAN, start=1):
             query = inputs[f"query {l}"]
             if query.ndim == 2 and inputs["kind"].item() == 3:
-                query = v[-1] @ query                                  # W v_{l-1}, one per token
+                query = v[-1] @ query  # W v_{l-1}, one per token
             x, h, sources = read([v[i] for i in indices], query, inputs[f"weight {l}"], *inputs[f"shift and scale {l}"])
             if returned:
                 for i, source in zip(indices, sources):
                     v[i] = source
             outputs[f"h {l}"], outputs[f"x {l}"] = h, x
             if l in unused:
-                x = v[-1]                                              # a sublayer that never looks at its state
-            v.append(1.1 ** l * torch.tanh(x @ inputs[f"matrix {l}"] + 0.3 * x.roll(1, 1)))
+                x = v[-1]  # a sublayer that never looks at its state
+            v.append(1.1**l * torch.tanh(x @ inputs[f"matrix {l}"] + 0.3 * x.roll(1, 1)))
         outputs["last"] = v[-1]
-        outputs |= {f"v {i}": v[i] for i in range(len(PLAN))}          # as returned by the last that read them
+        outputs |= {f"v {i}": v[i] for i in range(len(PLAN))}  # as returned by the last that read them
         return outputs
+
     return network
 
 
@@ -463,7 +534,7 @@ def defined_read(sources, query, norm_weight, shift, scale):
     return modulated(h, shift, scale), h, sources
 
 
-CHAINS = {                                          # rank of the query, what the loss sees, and how the chain is built
+CHAINS = {  # rank of the query, what the loss sees, and how the chain is built
     "static": (1, ("last", "x 6"), {}),
     "timestep": (2, ("last", "x 6", "h 6", "h 3", "v 0"), {}),
     "dynamic": (3, ("last", "x 6"), {}),
@@ -499,11 +570,17 @@ def test_one_tensor_may_be_several_sources(guarded):
 
     def twice(given):
         return {**given, "source 2": given["source 0"]}
-    compare(lambda given: fused_modulate(twice(given)), lambda given: defined_modulate(twice(given)),
-            inputs, cotangents)
+
+    compare(
+        lambda given: fused_modulate(twice(given)), lambda given: defined_modulate(twice(given)), inputs, cotangents
+    )
     inputs = draw(2, 2, 3, 7, 2)
-    compare(lambda given: fused_route(twice(given)), lambda given: defined_route(twice(given)), inputs,
-            {"h": draw_like(inputs["source 0"])})
+    compare(
+        lambda given: fused_route(twice(given)),
+        lambda given: defined_route(twice(given)),
+        inputs,
+        {"h": draw_like(inputs["source 0"])},
+    )
 
 
 def test_what_needs_no_gradient_gets_none():
@@ -511,8 +588,9 @@ def test_what_needs_no_gradient_gets_none():
     for function, modulate in ((fused_route, False), (fused_modulate, True)):
         inputs = draw(3, 1, 2, 7, 2, modulate=modulate)
         cotangent = draw_like(inputs["source 0"])
-        _, whole = evaluate(function, {name: value.clone().requires_grad_() for name, value in inputs.items()},
-                            {"h": cotangent})
+        _, whole = evaluate(
+            function, {name: value.clone().requires_grad_() for name, value in inputs.items()}, {"h": cotangent}
+        )
         for frozen in (("source 1",), ("query", "norm_weight", "shift", "scale"), ("source 0", "source 1", "source 2")):
             some = {name: value.clone().requires_grad_(name not in frozen) for name, value in inputs.items()}
             outputs, part = evaluate(function, some, {"h": cotangent})
@@ -528,12 +606,13 @@ def test_a_second_derivative_is_refused():
     """There is none: an error, and not zeros."""
     for function, modulate in ((fused_route, False), (fused_modulate, True)):
         inputs = {name: value.requires_grad_() for name, value in draw(2, 1, 1, 3, 1, modulate=modulate).items()}
-        gradient, = torch.autograd.grad(function(inputs)["h"].pow(2).sum(), inputs["source 0"], create_graph=True)
+        (gradient,) = torch.autograd.grad(function(inputs)["h"].pow(2).sum(), inputs["source 0"], create_graph=True)
         with pytest.raises(RuntimeError, match="dar"):
             gradient.pow(2).sum().backward()
 
 
 # ---- exact properties ----
+
 
 @pytest.mark.parametrize("rank", [1, 2, 3], ids=["D", "BD", "BTD"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -541,7 +620,7 @@ def test_one_source_is_returned_and_sends_no_gradient_to_its_weights(guarded, dt
     for modulate, function in ((False, fused_route), (True, fused_modulate)):
         inputs = draw(1, 2, 5, 37, rank, dtype, modulate=modulate)
         inputs["source 0"] = 1000 * inputs["source 0"]
-        inputs["query"] = 100 * inputs["query"]                        # a logit that rounds coarsely
+        inputs["query"] = 100 * inputs["query"]  # a logit that rounds coarsely
         inputs = {name: value.requires_grad_() for name, value in inputs.items()}
         cotangent = draw_like(inputs["source 0"])
         outputs, gradients = evaluate(function, inputs, {"h": cotangent})
@@ -552,7 +631,7 @@ def test_one_source_is_returned_and_sends_no_gradient_to_its_weights(guarded, dt
     # On a GPU the kernels need not round alike. So that it holds there too, the backward does not rely on it:
     arguments = [inputs["source 0"].detach()], inputs["query"].detach(), inputs["norm_weight"].detach()
     h, lse = OPERATORS.route(*arguments, 1e-6)
-    assert (lse == -math.inf).all()                                    # nor on the logit
+    assert (lse == -math.inf).all()  # nor on the logit
     (dv,), dquery, dweight = OPERATORS.route_backward(cotangent, 1.01 * h, lse, arguments[0], [], *arguments[1:], 1e-6)
     assert torch.equal(dv, cotangent) and not dquery.any() and not dweight.any()
 
@@ -569,17 +648,27 @@ def test_repeated_runs_are_bit_identical(rank):
 
 # ---- unusual inputs ----
 
+
 def test_sources_of_different_dtypes_meet_in_the_common_one(guarded):
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
-    for function, definition, modulate in ((fused_route, defined_route, False),
-                                           (fused_modulate, defined_modulate, True)):
+    for function, definition, modulate in (
+        (fused_route, defined_route, False),
+        (fused_modulate, defined_modulate, True),
+    ):
         inputs = draw(3, 2, 3, 37, 2, modulate=modulate)
         cotangents = {"h": draw_like(inputs["source 0"])}
         inputs |= {f"source {i}": inputs[f"source {i}"].to(dtype) for i, dtype in enumerate(dtypes)}
         names = ("h", "x", "returned 0", "returned 1", "returned 2")
         # A gradient takes its source's dtype only at the end: one rounding, to nearest.
-        compare(function, definition, inputs, cotangents, forward=FORWARD[torch.float32], backward=2 ** -8,
-                dtypes=dict.fromkeys(names, torch.float32))
+        compare(
+            function,
+            definition,
+            inputs,
+            cotangents,
+            forward=FORWARD[torch.float32],
+            backward=2**-8,
+            dtypes=dict.fromkeys(names, torch.float32),
+        )
 
 
 def test_parameters_may_be_of_another_dtype_than_the_sources(guarded):
@@ -592,9 +681,13 @@ def test_parameters_may_be_of_another_dtype_than_the_sources(guarded):
 
 def layouts(B, T, D):
     """Non-contiguous (B, T, D) from contiguous ones."""
-    return {"transposed": ((T, B, D), lambda v: v.transpose(0, 1)), "strided": ((B, T, 2 * D), lambda v: v[..., ::2]),
-            "a part": ((B, T + 4, D), lambda v: v[:, 2:-2]), "expanded": ((B, 1, D), lambda v: v.expand(B, T, D)),
-            "permuted": ((D, T, B), lambda v: v.permute(2, 1, 0))}
+    return {
+        "transposed": ((T, B, D), lambda v: v.transpose(0, 1)),
+        "strided": ((B, T, 2 * D), lambda v: v[..., ::2]),
+        "a part": ((B, T + 4, D), lambda v: v[:, 2:-2]),
+        "expanded": ((B, 1, D), lambda v: v.expand(B, T, D)),
+        "permuted": ((D, T, B), lambda v: v.permute(2, 1, 0)),
+    }
 
 
 def test_layout_does_not_matter(guarded):
@@ -614,12 +707,21 @@ def test_layout_does_not_matter(guarded):
 
     for cotangent in (torch.tensor(0.7).expand(B, T, D), torch.randn(T, B, D).transpose(0, 1)):
         assert not cotangent.is_contiguous()
-        compare(lambda given: fused_modulate(seen(given)), lambda given: defined_modulate(seen(given)), inputs,
-                {"x": cotangent * 1, "h": cotangent, "returned 1": cotangent, "returned 3": cotangent})
-        compare(lambda given: fused_modulate(seen(given)), lambda given: defined_modulate(seen(given)), inputs,
-                {"x": cotangent + torch.randn(B, 1, D).expand(B, T, D)})
-        compare(lambda given: fused_route(seen(given)), lambda given: defined_route(seen(given)), inputs,
-                {"h": cotangent})
+        compare(
+            lambda given: fused_modulate(seen(given)),
+            lambda given: defined_modulate(seen(given)),
+            inputs,
+            {"x": cotangent * 1, "h": cotangent, "returned 1": cotangent, "returned 3": cotangent},
+        )
+        compare(
+            lambda given: fused_modulate(seen(given)),
+            lambda given: defined_modulate(seen(given)),
+            inputs,
+            {"x": cotangent + torch.randn(B, 1, D).expand(B, T, D)},
+        )
+        compare(
+            lambda given: fused_route(seen(given)), lambda given: defined_route(seen(given)), inputs, {"h": cotangent}
+        )
 
 
 @pytest.mark.parametrize("B, T", [(0, 3), (2, 0), (0, 0)])
@@ -637,14 +739,16 @@ def test_nothing_in_nothing_out(rank, B, T):
 
 def test_zero_sources_have_the_finite_gradient_of_rmsnorm_at_zero(guarded):
     """v_1 .. v_n are zero while the sublayers' gates are: there RMSNorm has a gradient gain of 1/sqrt(eps) = 1000."""
-    for function, definition, modulate in ((fused_route, defined_route, False),
-                                           (fused_modulate, defined_modulate, True)):
+    for function, definition, modulate in (
+        (fused_route, defined_route, False),
+        (fused_modulate, defined_modulate, True),
+    ):
         inputs = draw(4, 2, 3, 33, 2, modulate=modulate)
         for i in (1, 2, 3):
             inputs[f"source {i}"] = torch.zeros(2, 3, 33)
         cotangent = draw_like(inputs["source 0"])
         _, gradients = compare(function, definition, inputs, {"h": cotangent})
-        assert gradients["source 1"].norm() > 5 * cotangent.norm()    # the gain is really there
+        assert gradients["source 1"].norm() > 5 * cotangent.norm()  # the gain is really there
         inputs["source 0"] = torch.zeros(2, 3, 33)
         outputs, gradients = compare(function, definition, inputs, {"h": cotangent})
         assert not outputs["h"].any() and torch.allclose(gradients["source 0"], cotangent / 4)
@@ -679,11 +783,12 @@ def test_equal_large_logits_give_a_mean(guarded, sign):
     inputs |= {"query": sign * 600 * u, "norm_weight": torch.ones(D)}
     inputs = {name: value.requires_grad_() for name, value in inputs.items()}
     outputs, gradients = evaluate(fused_route, inputs, {"h": draw_like(inputs["source 0"])})
-    assert_close(outputs["h"], 2.5 * u.double().expand(2, 3, D), 1e-3, "h")    # logits round by 1e-4
+    assert_close(outputs["h"], 2.5 * u.double().expand(2, 3, D), 1e-3, "h")  # logits round by 1e-4
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 # ---- as PyTorch operators ----
+
 
 def operator_cases(rank):
     """Small arguments for each of the operators; those of `route`, which has a derivative, need gradients."""
@@ -693,23 +798,41 @@ def operator_cases(rank):
     h, lse = OPERATORS.route(sources, query, g, 1e-6)
     dh = draw_like(h)
     return {
-        "route": (OPERATORS.route.default,
-                  ([v.clone().requires_grad_() for v in sources], query.clone().requires_grad_(),
-                   g.clone().requires_grad_(), 1e-6)),
-        "route, transposed": (OPERATORS.route.default, ([v.transpose(0, 1).contiguous().transpose(0, 1)
-                                                         for v in sources], query, g, 1e-6)),
-        "route_modulate": (OPERATORS.route_modulate.default,
-                           (sources, query, g, shift, scale, 1e-6, 1e-6, torch.bfloat16)),
+        "route": (
+            OPERATORS.route.default,
+            (
+                [v.clone().requires_grad_() for v in sources],
+                query.clone().requires_grad_(),
+                g.clone().requires_grad_(),
+                1e-6,
+            ),
+        ),
+        "route, transposed": (
+            OPERATORS.route.default,
+            ([v.transpose(0, 1).contiguous().transpose(0, 1) for v in sources], query, g, 1e-6),
+        ),
+        "route_modulate": (
+            OPERATORS.route_modulate.default,
+            (sources, query, g, shift, scale, 1e-6, 1e-6, torch.bfloat16),
+        ),
         "route_backward": (OPERATORS.route_backward.default, (dh, h, lse, sources, [dh, h], query, g, 1e-6)),
         "modulate_backward": (OPERATORS.modulate_backward.default, (dh, h, h, shift, scale, 1e-6)),
         "modulate_backward, no dh": (OPERATORS.modulate_backward.default, (dh, None, h, shift, scale, 1e-6)),
     }
 
 
-@pytest.mark.parametrize("name, rank", [
-    *((name, rank) for name in ("route", "route, transposed", "route_modulate", "route_backward")
-      for rank in (1, 2, 3)),
-    ("modulate_backward", 2), ("modulate_backward, no dh", 2)])
+@pytest.mark.parametrize(
+    "name, rank",
+    [
+        *(
+            (name, rank)
+            for name in ("route", "route, transposed", "route_modulate", "route_backward")
+            for rank in (1, 2, 3)
+        ),
+        ("modulate_backward", 2),
+        ("modulate_backward, no dh", 2),
+    ],
+)
 def test_operators_keep_pytorchs_rules(name, rank):
     """Schema, derivative, shapes and strides as promised to torch.compile, symbolic shapes."""
     operator, arguments = operator_cases(rank)[name]
@@ -718,10 +841,17 @@ def test_operators_keep_pytorchs_rules(name, rank):
 
 def two_sublayers(inputs):
     """A block's worth of routing: what the second reads was returned by the first."""
-    x, _, sources = route_modulate(listed(inputs), inputs["query"], inputs["norm_weight"], inputs["shift"],
-                                   inputs["scale"], backend="triton")
-    x, h, sources = route_modulate([*sources, torch.tanh(x)], inputs["query"], inputs["norm_weight"], inputs["scale"],
-                                   inputs["shift"], backend="triton")
+    x, _, sources = route_modulate(
+        listed(inputs), inputs["query"], inputs["norm_weight"], inputs["shift"], inputs["scale"], backend="triton"
+    )
+    x, h, sources = route_modulate(
+        [*sources, torch.tanh(x)],
+        inputs["query"],
+        inputs["norm_weight"],
+        inputs["scale"],
+        inputs["shift"],
+        backend="triton",
+    )
     mixed = route([*sources, x], inputs["query"], inputs["norm_weight"], backend="triton")
     return {"x": x, "h": h, "mixed": mixed, "returned 0": sources[0]}
 
@@ -733,8 +863,9 @@ def test_a_block_compiles_as_one_graph(backend, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     inputs = {name: value.requires_grad_() for name, value in draw(2, 2, 3, 8, 2, modulate=True).items()}
-    cotangents = {name: draw_like(inputs["source 0"], seed)
-                  for seed, name in enumerate(("x", "h", "mixed", "returned 0"))}
+    cotangents = {
+        name: draw_like(inputs["source 0"], seed) for seed, name in enumerate(("x", "h", "mixed", "returned 0"))
+    }
     eager = evaluate(two_sublayers, inputs, cotangents)
     compiled = evaluate(torch.compile(two_sublayers, fullgraph=True, backend=backend), inputs, cotangents)
     for ours, theirs in zip(compiled, eager):
@@ -752,8 +883,9 @@ def test_floating_point_operations_are_counted(modulate):
     inputs = {name: value.requires_grad_() for name, value in draw(n, B, T, D, 2, modulate=modulate).items()}
     names = ("x", "returned 0", "returned 2") if modulate else ("h",)
     with FlopCounterMode(display=False) as counter:
-        evaluate(fused_modulate if modulate else fused_route, inputs,
-                 {name: draw_like(inputs["source 0"]) for name in names})
+        evaluate(
+            fused_modulate if modulate else fused_route, inputs, {name: draw_like(inputs["source 0"]) for name in names}
+        )
     counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     if modulate:
         expected = {"dar.route_modulate": 6 * n + 8, "dar.route_backward": 16 * n + 2 + 2, "dar.modulate_backward": 18}
@@ -772,6 +904,7 @@ def test_memory_traffic_is_counted():
 
 
 # ---- launches ----
+
 
 def test_every_width_is_covered_by_head_and_tail():
     """The head is read and written without a mask, so it must not be longer than a row."""
@@ -810,9 +943,14 @@ def test_only_aligned_addresses_are_called_aligned(monkeypatch, dtype):
         route_triton.route(mixed, query, g, 1e-6)
         route_triton.route_backward(h, h, lse, mixed, [], query, g, 1e-6)
         route_triton.route_backward(h, h, lse, sources, mixed, query, g, 1e-6)
-    aligned, first, last = ([launch[2]["ALIGN"] for launch in launches] for launches in (
-        forward.launches[:1] + backward.launches[:2], forward.launches[1:2] + backward.launches[2:4],
-        forward.launches[2:] + backward.launches[4:]))
+    aligned, first, last = (
+        [launch[2]["ALIGN"] for launch in launches]
+        for launches in (
+            forward.launches[:1] + backward.launches[:2],
+            forward.launches[1:2] + backward.launches[2:4],
+            forward.launches[2:] + backward.launches[4:],
+        )
+    )
     assert aligned == [16] * 3 and first == last == [dtype.itemsize] * 3
 
 
@@ -835,6 +973,7 @@ def test_one_compiled_kernel_serves_many_counts_of_sources(monkeypatch):
 
 # ---- which backend ----
 
+
 def small(n=2, dtype=torch.float32):
     return dict(sources=[torch.zeros(2, 3, 5, dtype=dtype)] * n, query=torch.zeros(5), norm_weight=torch.ones(5))
 
@@ -843,16 +982,19 @@ def small_modulate(n=2, dtype=torch.float32):
     return dict(**small(n, dtype), shift=torch.zeros(2, 5), scale=torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(sources=small(dtype=torch.float64)["sources"]), "float64"),
-    (dict(sources=[torch.zeros(2, 3, 5), torch.zeros(2, 3, 5, dtype=torch.float64)]), "float64"),
-    (dict(return_weights=True), "return_weights"),
-    (dict(sources=small(129)["sources"]), "129 sources"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(sources=small(dtype=torch.float64)["sources"]), "float64"),
+        (dict(sources=[torch.zeros(2, 3, 5), torch.zeros(2, 3, 5, dtype=torch.float64)]), "float64"),
+        (dict(return_weights=True), "return_weights"),
+        (dict(sources=small(129)["sources"]), "129 sources"),
+    ],
+)
 def test_triton_says_what_it_cannot_do(change, message):
     with pytest.raises(ValueError, match=f"'triton' .*{message}"):
         route(**{**small(), **change}, backend="triton")
-    route(**{**small(), **change}, backend="torch")                    # and the way out that the message names is one
+    route(**{**small(), **change}, backend="torch")  # and the way out that the message names is one
     route(**{**small(), **change}, backend="auto")
     if "return_weights" not in change:
         with pytest.raises(ValueError, match=f"'triton' .*{message}"):
@@ -860,12 +1002,18 @@ def test_triton_says_what_it_cannot_do(change, message):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("change, message", [
-    (dict(shift=torch.zeros(5)), r"shift is \(5,\)"), (dict(scale=torch.zeros(2, 6)), r"scale is \(2, 6\)"),
-    (dict(shift=torch.zeros(1, 5)), r"shift is \(1, 5\)"), (dict(scale=torch.zeros(2, 1, 5)), r"scale is \(2, 1, 5\)"),
-    (dict(sources=[]), "empty"), (dict(query=torch.zeros(3, 5)), r"query is \(3, 5\)"),
-    (dict(norm_weight=torch.ones(1)), r"norm_weight is \(1,\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(shift=torch.zeros(5)), r"shift is \(5,\)"),
+        (dict(scale=torch.zeros(2, 6)), r"scale is \(2, 6\)"),
+        (dict(shift=torch.zeros(1, 5)), r"shift is \(1, 5\)"),
+        (dict(scale=torch.zeros(2, 1, 5)), r"scale is \(2, 1, 5\)"),
+        (dict(sources=[]), "empty"),
+        (dict(query=torch.zeros(3, 5)), r"query is \(3, 5\)"),
+        (dict(norm_weight=torch.ones(1)), r"norm_weight is \(1,\)"),
+    ],
+)
 def test_route_modulate_refuses_what_does_not_fit(change, message, backend):
     with pytest.raises(ValueError, match=message):
         route_modulate(**{**small_modulate(), **change}, backend=backend)
@@ -873,13 +1021,16 @@ def test_route_modulate_refuses_what_does_not_fit(change, message, backend):
 
 @pytest.mark.parametrize("change, message", [(dict(backend="cuda"), "'cuda'"), (dict(backend=None), "None")])
 def test_unknown_backends_are_refused(change, message):
-    for call in (lambda: route(**small(), **change), lambda: route_modulate(**small_modulate(), **change),
-                 lambda: resolve_backend(change["backend"], torch.device("cpu"))):
+    for call in (
+        lambda: route(**small(), **change),
+        lambda: route_modulate(**small_modulate(), **change),
+        lambda: resolve_backend(change["backend"], torch.device("cpu")),
+    ):
         with pytest.raises(ValueError, match=f"backend {message} is unknown; choose one of auto, torch, triton"):
             call()
 
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")                  # a name; no GPU is needed for it
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # a name; no GPU is needed for it
 
 
 def test_resolved_backends(monkeypatch):
@@ -888,11 +1039,14 @@ def test_resolved_backends(monkeypatch):
     monkeypatch.setattr(route_triton, "INTERPRETED", False)
     assert [resolve_backend(name, CUDA) for name in ("auto", "torch", "triton")] == ["triton", "torch", "triton"]
     assert [resolve_backend(name, CPU) for name in ("auto", "torch")] == ["torch", "torch"]
-    for call in (lambda: resolve_backend("triton", CPU), lambda: route(**small(), backend="triton"),
-                 lambda: route_modulate(**small_modulate(), backend="triton")):
+    for call in (
+        lambda: resolve_backend("triton", CPU),
+        lambda: route(**small(), backend="triton"),
+        lambda: route_modulate(**small_modulate(), backend="triton"),
+    ):
         with pytest.raises(ValueError, match="CUDA device, not 'cpu'.*TRITON_INTERPRET=1"):
             call()
-    monkeypatch.setattr(kernels, "route_triton", None)                 # as on systems without Triton
+    monkeypatch.setattr(kernels, "route_triton", None)  # as on systems without Triton
     assert resolve_backend("auto", CUDA) == resolve_backend("auto", CPU) == "torch"
     for device in (CPU, CUDA):
         with pytest.raises(ValueError, match="not installed"):
@@ -917,6 +1071,7 @@ def test_without_triton_there_is_pytorch():
 def no_triton(monkeypatch):
     def refuse(*args):
         raise AssertionError("Triton was called")
+
     monkeypatch.setattr(route_triton, "route", refuse)
     monkeypatch.setattr(route_triton.RouteModulate, "apply", refuse)
 
@@ -925,14 +1080,15 @@ def test_auto_is_plain_pytorch_on_a_cpu(no_triton):
     inputs = draw(3, 2, 3, 5, 2, modulate=True)
     expected = defined_modulate({name: value.double() for name, value in inputs.items()})
     h = route(listed(inputs), inputs["query"], inputs["norm_weight"])
-    x, h_too, sources = route_modulate(listed(inputs), inputs["query"], inputs["norm_weight"], inputs["shift"],
-                                       inputs["scale"])
+    x, h_too, sources = route_modulate(
+        listed(inputs), inputs["query"], inputs["norm_weight"], inputs["shift"], inputs["scale"]
+    )
     assert torch.equal(h, h_too) and all(ours is theirs for ours, theirs in zip(sources, listed(inputs), strict=True))
     assert_close(h, expected["h"], 2e-6, "h")
     assert_close(x, expected["x"], 2e-6, "x")
     for backend in ("torch", "auto"):
         assert torch.equal(h, route(listed(inputs), inputs["query"], inputs["norm_weight"], backend=backend))
-    with pytest.raises(AssertionError, match="was called"):            # the fixture is not a dead letter
+    with pytest.raises(AssertionError, match="was called"):  # the fixture is not a dead letter
         route(listed(inputs), inputs["query"], inputs["norm_weight"], backend="triton")
     with pytest.raises(AssertionError, match="was called"):
         route_modulate(**small_modulate(), backend="triton")
@@ -951,21 +1107,37 @@ def test_auto_on_a_gpu_leaves_to_pytorch_what_triton_cannot_do(no_triton, monkey
 
 # ---- inside SiT and the trainer ----
 
-TINY = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=2, num_heads=2, num_classes=3,
-            routing="dar", chunk_size=2, align_depth=(1,), align_dims=(), projector_dim=8)
+TINY = dict(
+    input_size=4,
+    patch_size=2,
+    in_channels=1,
+    hidden_size=8,
+    depth=2,
+    num_heads=2,
+    num_classes=3,
+    routing="dar",
+    chunk_size=2,
+    align_depth=(1,),
+    align_dims=(),
+    projector_dim=8,
+)
 
 
 def tiny_sit(backend, query="timestep", **changes):
     torch.manual_seed(0)
     model = SiT(**{**TINY, **changes}, query=query, route_backend=backend)
-    randomize(model, scale=0.2)                                        # gates and queries that start at zero hide much
+    randomize(model, scale=0.2)  # gates and queries that start at zero hide much
     return model
 
 
 def tiny_batch(B=2):
     generator = torch.Generator().manual_seed(1)
-    return (torch.randn(B, 1, 4, 4, generator=generator), torch.rand(B, generator=generator),
-            torch.arange(B) % 3, torch.linspace(0, 0.99, B))
+    return (
+        torch.randn(B, 1, 4, 4, generator=generator),
+        torch.rand(B, generator=generator),
+        torch.arange(B) % 3,
+        torch.linspace(0, 0.99, B),
+    )
 
 
 def states_and_gradients(model, forward=None):
@@ -975,8 +1147,10 @@ def states_and_gradients(model, forward=None):
     return [velocity.detach(), *(z.detach() for z in aligned), *gradients]
 
 
-@pytest.mark.parametrize("query, final, precision", [
-    ("static", "shared", "float32"), ("timestep", "shared", "bf16"), ("dynamic", "dedicated", "float32")])
+@pytest.mark.parametrize(
+    "query, final, precision",
+    [("static", "shared", "float32"), ("timestep", "shared", "bf16"), ("dynamic", "dedicated", "float32")],
+)
 def test_sit_is_the_same_network_with_either_backend(query, final, precision):
     results = {}
     for backend in ("torch", "triton"):
@@ -988,7 +1162,7 @@ def test_sit_is_the_same_network_with_either_backend(query, final, precision):
     names = ["velocity", "aligned", *(name for name, p in model.named_parameters() if p.requires_grad)]
     for name, ours, theirs in zip(names, results["triton"], results["torch"], strict=True):
         assert ours.dtype == theirs.dtype
-        if ours.norm() > 1e-6:                                         # but for gradients that are zero: key biases
+        if ours.norm() > 1e-6:  # but for gradients that are zero: key biases
             assert_close(ours, theirs.double(), tolerance, name)
 
 
@@ -1024,15 +1198,29 @@ def test_the_trainer_trains_alike_with_either_backend(tmp_path, capsys):
     prepare.main(["digits", "--out", str(tmp_path / "data"), "--limit", "12"])
     records = {}
     for backend, name in (("torch", "plain PyTorch"), ("triton", "fused Triton kernels")):
-        values = {"data": tmp_path / "data", "out": tmp_path / backend, "model": "SiT-S/4", "depth": 1,
-                  "hidden_size": 8, "num_heads": 2, "routing": "dar", "chunk_size": 2, "batch_size": 2,
-                  "max_steps": 2, "log_every": 1, "eval_every": 0, "checkpoint_every": 2,
-                  "tensorboard": False, "route_backend": backend}
+        values = {
+            "data": tmp_path / "data",
+            "out": tmp_path / backend,
+            "model": "SiT-S/4",
+            "depth": 1,
+            "hidden_size": 8,
+            "num_heads": 2,
+            "routing": "dar",
+            "chunk_size": 2,
+            "batch_size": 2,
+            "max_steps": 2,
+            "log_every": 1,
+            "eval_every": 0,
+            "checkpoint_every": 2,
+            "tensorboard": False,
+            "route_backend": backend,
+        }
         arguments = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         train_repa_dar.main(["--config", "digits", *arguments])
         assert f"routing dar by {name}" in capsys.readouterr().out
-        records[backend] = [(line["step"], line["loss"], line["grad_norm"])
-                            for line in read_lines(tmp_path / backend / "metrics.jsonl")]
+        records[backend] = [
+            (line["step"], line["loss"], line["grad_norm"]) for line in read_lines(tmp_path / backend / "metrics.jsonl")
+        ]
     assert [step for step, *_ in records["torch"]] == [1, 2]
     for ours, theirs in zip(records["triton"], records["torch"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -1092,8 +1280,14 @@ for name, kernel, tensors, constants in CASES:
                        fixed=[parameter.name for parameter in kernel.params if not parameter.do_not_specialize])
 print(json.dumps(found))
 """
-KERNELS = ["forward", "forward, modulated", "backward", "backward per token", "modulate_backward",
-           "modulate_backward, no dh"]
+KERNELS = [
+    "forward",
+    "forward, modulated",
+    "backward",
+    "backward per token",
+    "modulate_backward",
+    "modulate_backward, no dh",
+]
 
 
 @pytest.fixture(scope="module")
@@ -1101,8 +1295,9 @@ def compiled(tmp_path_factory):
     """By kernel, at the width of XL in bf16 and with 32 slots: its first and last code, and its use of a GPU."""
     folder = tmp_path_factory.mktemp("compiled")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
-    done = subprocess.run([sys.executable, "-c", COMPILE, folder], cwd=ROOT, env=environment, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, folder], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -1112,9 +1307,9 @@ def test_rows_move_sixteen_bytes_at_a_time(compiled, kernel):
     ptx = compiled[kernel]["ptx"]
     copies = re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10\b", ptx)
     loads, stores = (re.findall(rf"\b{way}\.global(?:\.\w+(?:::\w+)*)*\.v4\.b32", ptx) for way in ("ld", "st"))
-    assert loads and stores                                            # query, norm weight, dh; h and gradients
-    assert bool(copies) == ("modulate" not in kernel or "forward" in kernel)      # sources, two iterations ahead
-    assert not re.search(r"\bld\.global(?:\.\w+)*\.b16\b", ptx)        # nothing is read number by number
+    assert loads and stores  # query, norm weight, dh; h and gradients
+    assert bool(copies) == ("modulate" not in kernel or "forward" in kernel)  # sources, two iterations ahead
+    assert not re.search(r"\bld\.global(?:\.\w+)*\.b16\b", ptx)  # nothing is read number by number
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

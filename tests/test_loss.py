@@ -11,10 +11,16 @@ import pytest
 import torch
 
 from loss import (
-    PATHS, alignment_loss, denoising_loss, interpolant, path_coefficients, sample_times, spatial_normalisation,
+    PATHS,
+    alignment_loss,
+    denoising_loss,
+    interpolant,
+    path_coefficients,
+    sample_times,
+    spatial_normalisation,
 )
 
-DEFINITIONS = {                                     # alpha(t), sigma(t) of x_t = alpha x + sigma eps
+DEFINITIONS = {  # alpha(t), sigma(t) of x_t = alpha x + sigma eps
     "linear": (lambda t: 1 - t, lambda t: t),
     "cosine": (lambda t: math.cos(math.pi * t / 2), lambda t: math.sin(math.pi * t / 2)),
 }
@@ -27,6 +33,7 @@ def pair(seed=0, shape=(3, 2, 5, 5)):
 
 # ---- the path ----
 
+
 def test_every_path_is_tested():
     assert set(PATHS) == set(DEFINITIONS)
 
@@ -37,7 +44,7 @@ def test_noisy_image_is_the_path_at_t(path):
     t = torch.tensor([0.1, 0.5, 0.85], dtype=torch.float64)
     x_t, _ = interpolant(x, noise, t, path)
     alpha, sigma = DEFINITIONS[path]
-    for i, time in enumerate(t.tolist()):           # every image has its own time
+    for i, time in enumerate(t.tolist()):  # every image has its own time
         torch.testing.assert_close(x_t[i], alpha(time) * x[i] + sigma(time) * noise[i])
 
 
@@ -45,8 +52,14 @@ def test_noisy_image_is_the_path_at_t(path):
 def test_velocity_is_the_derivative_of_the_path(path):
     x, noise = pair()
     t = torch.tensor([0.1, 0.5, 0.85], dtype=torch.float64)
-    by_autograd = torch.stack([torch.autograd.functional.jacobian(
-        lambda time: interpolant(x[i:i + 1], noise[i:i + 1], time.view(1), path)[0][0], t[i]) for i in range(3)])
+    by_autograd = torch.stack(
+        [
+            torch.autograd.functional.jacobian(
+                lambda time: interpolant(x[i : i + 1], noise[i : i + 1], time.view(1), path)[0][0], t[i]
+            )
+            for i in range(3)
+        ]
+    )
     x_t, velocity = interpolant(x, noise, t, path)
     torch.testing.assert_close(velocity, by_autograd)
     step = 1e-5
@@ -72,6 +85,7 @@ def test_coefficients_have_the_shape_and_dtype_of_t(path):
 
 # ---- training times ----
 
+
 @pytest.mark.parametrize("path", DEFINITIONS)
 def test_uniform_times_are_the_uniform_draws(path):
     uniform, normal = torch.rand(5), torch.randn(5)
@@ -90,19 +104,23 @@ def test_lognormal_times_have_a_lognormal_noise_level(path):
     assert t[2].item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("call, bad", [
-    (lambda: path_coefficients(torch.rand(2), "vp"), "'vp'"),
-    (lambda: interpolant(*pair(), torch.rand(3), "Linear"), "'Linear'"),
-    (lambda: interpolant(*pair(), torch.rand(3), ""), "''"),
-    (lambda: sample_times(torch.rand(2), torch.randn(2), "logit"), "'logit'"),
-    (lambda: sample_times(torch.rand(2), torch.randn(2), "lognormal", "vp"), "'vp'"),
-])
+@pytest.mark.parametrize(
+    "call, bad",
+    [
+        (lambda: path_coefficients(torch.rand(2), "vp"), "'vp'"),
+        (lambda: interpolant(*pair(), torch.rand(3), "Linear"), "'Linear'"),
+        (lambda: interpolant(*pair(), torch.rand(3), ""), "''"),
+        (lambda: sample_times(torch.rand(2), torch.randn(2), "logit"), "'logit'"),
+        (lambda: sample_times(torch.rand(2), torch.randn(2), "lognormal", "vp"), "'vp'"),
+    ],
+)
 def test_unknown_names_are_refused(call, bad):
     with pytest.raises(ValueError, match=bad):
         call()
 
 
 # ---- losses ----
+
 
 def test_denoising_loss_is_the_mean_square_error():
     velocity, target = pair()
@@ -117,7 +135,7 @@ def test_denoising_loss_is_float32(dtype, value):
     velocity[0] = 1
     loss = denoising_loss(velocity, target)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx((1 + 300.0 ** 2) / 2, rel=1e-6)
+    assert loss.item() == pytest.approx((1 + 300.0**2) / 2, rel=1e-6)
 
 
 def closed_form(aligned, features):
@@ -125,7 +143,7 @@ def closed_form(aligned, features):
     cosines = []
     for i, z in enumerate(aligned):
         z, y = z.detach().double().numpy(), features[i % len(features)].double().numpy()
-        cosines.append((z * y).sum(-1) / (np.sqrt((z ** 2).sum(-1)) * np.sqrt((y ** 2).sum(-1))))
+        cosines.append((z * y).sum(-1) / (np.sqrt((z**2).sum(-1)) * np.sqrt((y**2).sum(-1))))
     return -np.mean([cosine.mean() for cosine in cosines])
 
 
@@ -134,15 +152,14 @@ def test_alignment_loss_equals_the_closed_form(depths, dims):
     torch.manual_seed(0)
     features = [torch.randn(3, 7, dim) for dim in dims]
     # Ordered by depth, then encoder. Each is correlated with its own target, to a different degree.
-    aligned = [(0.3 * i * y + torch.randn(3, 7, y.shape[-1])).requires_grad_()
-               for i, y in enumerate(features * depths)]
+    aligned = [(0.3 * i * y + torch.randn(3, 7, y.shape[-1])).requires_grad_() for i, y in enumerate(features * depths)]
     loss = alignment_loss(aligned, features)
     assert loss.shape == () and -1 <= loss.item() <= 1
     assert loss.item() == pytest.approx(closed_form(aligned, features), abs=1e-6)
 
     loss.backward()
     count = len(aligned) * 3 * 7
-    for i, z in enumerate(aligned):                  # d cos / dz = (y/|y| - cos z/|z|) / |z|
+    for i, z in enumerate(aligned):  # d cos / dz = (y/|y| - cos z/|z|) / |z|
         unit_z = z.detach().double() / z.detach().double().norm(dim=-1, keepdim=True)
         y = features[i % len(dims)].double()
         unit_y = y / y.norm(dim=-1, keepdim=True)
@@ -164,8 +181,17 @@ def test_scale_and_sign():
     assert alignment_loss([-0.1 * y], [y]).item() == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.float16, 5e4), (torch.float16, 1e-4), (torch.bfloat16, 1e15),
-                                         (torch.bfloat16, 1e-6), (torch.float32, 1e15)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, size",
+    [
+        (torch.float16, 5e4),
+        (torch.float16, 1e-4),
+        (torch.bfloat16, 1e15),
+        (torch.bfloat16, 1e-6),
+        (torch.float32, 1e15),
+    ],
+    ids=str,
+)
 def test_half_precision_is_normalised_in_float32(dtype, size):
     """Their squares overflow or vanish in half precision, a known source of NaN late in training."""
     torch.manual_seed(0)
@@ -186,8 +212,9 @@ def test_zero_tokens_stay_finite():
     assert loss.item() == 0 and z.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("projected, target", [((2, 16, 8), (2, 64, 8)), ((2, 16, 8), (2, 16, 5)),
-                                               ((2, 16, 8), (1, 16, 8))])
+@pytest.mark.parametrize(
+    "projected, target", [((2, 16, 8), (2, 64, 8)), ((2, 16, 8), (2, 16, 5)), ((2, 16, 8), (1, 16, 8))]
+)
 def test_tokens_that_do_not_match_are_both_named(projected, target):
     with pytest.raises(ValueError, match=f"{re.escape(str(projected))}.*{re.escape(str(target))}"):
         alignment_loss([torch.randn(projected)], [torch.randn(target)])
@@ -200,6 +227,7 @@ def test_projections_that_cannot_be_shared_among_encoders_are_refused(projection
 
 
 # ---- iREPA's normalisation of the encoder's tokens ----
+
 
 @pytest.mark.parametrize("gamma", [0, 0.6, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -226,7 +254,7 @@ def test_spatial_normalisation_equals_the_definition(shape, dtype, gamma):
 def test_tokens_without_spread_stay_finite(gamma):
     """A channel that is the same everywhere is divided by eps alone, also in what the loss makes of it."""
     tokens = torch.randn(2, 8, 3)
-    tokens[..., 1] = 0.5                             # a mean of eight of them is exact
+    tokens[..., 1] = 0.5  # a mean of eight of them is exact
     normalised = spatial_normalisation(tokens, gamma)
     torch.testing.assert_close(normalised[..., 1], torch.full((2, 8), (1 - gamma) * 0.5e6), rtol=1e-5, atol=0)
     for same in (torch.full((2, 7, 3), 0.1), torch.zeros(2, 7, 3)):

@@ -48,6 +48,7 @@ def statistics_of(*batches):
 
 # ---- statistics ----
 
+
 @pytest.mark.parametrize("count, dim", [(50, 7), (2, 3), (5, 20)])
 def test_statistics_against_numpy(count, dim):
     x = features(count, dim)
@@ -60,7 +61,7 @@ def test_statistics_against_numpy(count, dim):
 @pytest.mark.parametrize("seed", range(3))
 def test_statistics_do_not_depend_on_the_batches(seed):
     x = features(60, 5)
-    cuts = np.sort(np.random.default_rng(seed).integers(0, 61, size=6))          # some batches are empty
+    cuts = np.sort(np.random.default_rng(seed).integers(0, 61, size=6))  # some batches are empty
     batches = np.split(x.numpy(), cuts)
     parts = statistics_of(*map(torch.from_numpy, batches))
     assert parts.sums[0] == 60
@@ -86,6 +87,7 @@ def test_one_vector_has_no_covariance(count):
 
 # ---- Fréchet distance ----
 
+
 def random_covariance(dim, rank, seed):
     factor = np.random.default_rng(seed).normal(size=(dim, rank))
     return torch.from_numpy(factor @ factor.T / rank)
@@ -100,8 +102,12 @@ def test_distance_of_diagonal_covariances():
     assert isinstance(got, float) and got == pytest.approx(expected, rel=1e-12)
     # The same in a rotated basis; b has no extent in one direction, where rounding weighs most.
     turn = torch.from_numpy(scipy.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0])
-    turned = [turn @ mean_a.double(), turn @ deviation_a.double().square().diag() @ turn.T,
-              turn @ mean_b.double(), turn @ deviation_b.double().square().diag() @ turn.T]
+    turned = [
+        turn @ mean_a.double(),
+        turn @ deviation_a.double().square().diag() @ turn.T,
+        turn @ mean_b.double(),
+        turn @ deviation_b.double().square().diag() @ turn.T,
+    ]
     assert frechet_distance(*turned) == pytest.approx(expected, rel=1e-6)
 
 
@@ -160,8 +166,10 @@ def test_distance_rejects_what_it_cannot_compare():
 
 # ---- the definitions ----
 
+
 def test_distance_is_the_library_s():
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
     a, b = features(50, 6), features(40, 6, seed=1)
     expected = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)
     found = frechet_distance(*statistics_of(a).mean_and_covariance(), *statistics_of(b).mean_and_covariance())
@@ -189,8 +197,9 @@ def nearest(x, others, k=3):
 def test_precision_and_recall_against_numpy(seed):
     rng = np.random.default_rng(seed)
     generated, real = 1.2 * rng.normal(size=(60, 5)) + 1, rng.normal(size=(45, 5))
-    inside = [(distances <= radii).any(1).mean() for distances, radii in (nearest(real, generated),
-                                                                          nearest(generated, real))]
+    inside = [
+        (distances <= radii).any(1).mean() for distances, radii in (nearest(real, generated), nearest(generated, real))
+    ]
     found = metrics.precision_and_recall(torch.from_numpy(generated), torch.from_numpy(real))
     assert found == pytest.approx(inside, abs=1e-6)
     assert 0.1 < min(inside) and max(inside) < 1
@@ -213,17 +222,18 @@ def test_order_of_classes_is_noticed(classes):
     labels = rng.integers(classes, size=2000)
     assert metrics.class_ordered(np.sort(labels))
     blocks = np.concatenate([np.flatnonzero(labels == kind) for kind in rng.permutation(classes)])
-    assert metrics.class_ordered(labels[blocks])                       # grouped, in another order
+    assert metrics.class_ordered(labels[blocks])  # grouped, in another order
     noisy = np.where(rng.random(2000) < 0.5, labels, np.sort(labels))  # as a classifier would see them
     assert metrics.class_ordered(torch.from_numpy(noisy))
     for seed in range(20):
         assert not metrics.class_ordered(np.random.default_rng(seed).permutation(labels))
-    assert metrics.class_ordered(np.arange(2000))                      # in order, though no two neighbours are alike
+    assert metrics.class_ordered(np.arange(2000))  # in order, though no two neighbours are alike
     assert not metrics.class_ordered(np.resize(np.arange(classes), 2000))
     assert not metrics.class_ordered(np.zeros(2000)) and not metrics.class_ordered(np.zeros(0))
 
 
 # ---- from images to numbers ----
+
 
 class NarrowInception(torch.nn.Module):
     """In place of the network: a few numbers of each image, computed as fast as it takes to read them."""
@@ -235,7 +245,7 @@ class NarrowInception(torch.nn.Module):
         super().__init__()
 
     def forward(self, images):
-        x = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)          # (B, 12)
+        x = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)  # (B, 12)
         return {"pool3": x[:, :7].tanh() + x[:, :7] / 9, "spatial": x[:, 3:8] / 7, "logits": x[:, :4] / 50}
 
 
@@ -250,6 +260,7 @@ def save_images(path, images, **others):
 
 def narrow(group, samples, reference, labels=None, batch_size=4):
     """`measure` in all processes of a group; the numbers of the main one."""
+
     def judge(ranks):
         networks = [NarrowInception()]
 
@@ -258,6 +269,7 @@ def narrow(group, samples, reference, labels=None, batch_size=4):
 
         against = Reference({}, batches(reference), len(reference), networks, ranks, batch_size)
         return measure(batches(samples), against, networks, ranks, batch_size, labels)
+
     return group.run(judge)[0]
 
 
@@ -275,8 +287,10 @@ def test_measure_against_numpy():
     expected["precision"], expected["recall"] = metrics.precision_and_recall(a["pool3"], b["pool3"])
     assert found == pytest.approx(expected, rel=1e-6)
     assert [warning.split(":")[0] for warning in warnings] == [
-        "30 samples", "the inception score is of one chunk of 30 samples instead of 5000",
-        "precision and recall are against 25 images instead of 10000"]
+        "30 samples",
+        "the inception score is of one chunk of 30 samples instead of 5000",
+        "precision and recall are against 25 images instead of 10000",
+    ]
 
 
 def test_fd_dinov2_is_the_distance_of_its_own_features():
@@ -298,7 +312,7 @@ def test_fd_dinov2_is_the_distance_of_its_own_features():
 
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_processes_measure_what_one_does(monkeypatch, world):
-    monkeypatch.setattr(metrics, "IS_CHUNK", 7)                        # so that the order matters
+    monkeypatch.setattr(metrics, "IS_CHUNK", 7)  # so that the order matters
     samples, reference = some_images(30), some_images(21, seed=1)
     assert narrow(Group(world), samples, reference) == narrow(Group(1), samples, reference)
 
@@ -307,11 +321,13 @@ def test_precision_and_recall_look_at_part_of_a_large_reference(monkeypatch):
     monkeypatch.setattr(metrics, "REFERENCE_ROWS", 10)
     images = some_images(45)
     for world in (1, 2):
+
         def load(ranks):
             mine = (images[list(part)] if part else None for part in metrics.shares(45, 4, ranks))
             return Reference({}, mine, 45, [NarrowInception()], ranks, 4)
+
         reference, *others = Group(world).run(load)
-        assert len(set(reference.chosen)) == 10 and reference.chosen[9] > 20          # from all over it
+        assert len(set(reference.chosen)) == 10 and reference.chosen[9] > 20  # from all over it
         assert torch.equal(reference.pool3, NarrowInception()(images[reference.chosen])["pool3"])
         assert all(len(other.pool3) == 0 for other in others)
 
@@ -327,12 +343,16 @@ def test_class_ordered_samples_are_warned_about(monkeypatch):
     assert "by their predicted classes" in narrow(Group(1), samples[order], reference)[1][-1]
 
 
-@pytest.mark.parametrize("count, heads", [
-    (10, ["10 samples: distances grow", "the inception score is of one chunk of 10 samples instead of 12"]),
-    (20, ["20 samples: distances grow", "20 samples are no multiple of 12"]),      # one chunk: order is all the same
-    (30, ["30 samples: distances grow", "30 samples are no multiple of 12", "the samples look ordered by class"]),
-    (40, ["40 samples are no multiple of 12", "the samples look ordered by class"]),
-    (48, ["the samples look ordered by class"])])
+@pytest.mark.parametrize(
+    "count, heads",
+    [
+        (10, ["10 samples: distances grow", "the inception score is of one chunk of 10 samples instead of 12"]),
+        (20, ["20 samples: distances grow", "20 samples are no multiple of 12"]),  # one chunk: order is all the same
+        (30, ["30 samples: distances grow", "30 samples are no multiple of 12", "the samples look ordered by class"]),
+        (40, ["40 samples are no multiple of 12", "the samples look ordered by class"]),
+        (48, ["the samples look ordered by class"]),
+    ],
+)
 def test_warnings_of_numbers_that_do_not_compare(monkeypatch, count, heads):
     for name, value in (("IS_CHUNK", 12), ("COMPARABLE", 40), ("REFERENCE_ROWS", 6)):
         monkeypatch.setattr(metrics, name, value)
@@ -365,8 +385,9 @@ def adm(tmp_path):
     """A reference like ADM's, as wide as the narrow network."""
     images = some_images(12, seed=2)
     parts = {name: statistics_of(value).mean_and_covariance() for name, value in NarrowInception()(images).items()}
-    arrays = {key: part.float().numpy() for name, keys in metrics.STATISTICS.items()
-              for key, part in zip(keys, parts[name])}
+    arrays = {
+        key: part.float().numpy() for name, keys in metrics.STATISTICS.items() for key, part in zip(keys, parts[name])
+    }
     return {"arr_0": images.permute(0, 2, 3, 1).numpy(), **arrays}
 
 
@@ -379,9 +400,16 @@ def test_all_kinds_of_samples_give_the_same(folder, adm, narrowed, tmp_path):
     (tmp_path / "png").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "png" / f"{i:03}.png")
-    results = [command(samples, tmp_path / "adm.npz", *options) for samples, *options in [
-        (tmp_path / "plain.npz", "--batch-size", 7), (tmp_path / "packed.npz",), (tmp_path / "png",), (folder,),
-        (tmp_path / "plain.npz", "--num-workers", 2)]]
+    results = [
+        command(samples, tmp_path / "adm.npz", *options)
+        for samples, *options in [
+            (tmp_path / "plain.npz", "--batch-size", 7),
+            (tmp_path / "packed.npz",),
+            (tmp_path / "png",),
+            (folder,),
+            (tmp_path / "plain.npz", "--num-workers", 2),
+        ]
+    ]
     for result in results:
         assert result["metrics"] == pytest.approx(results[0]["metrics"], rel=1e-9)
         assert result["reference"]["statistics"] == "of the file"
@@ -440,12 +468,29 @@ def test_two_processes_compute_what_one_does(narrowed, tmp_path):
     reference = save_images(tmp_path / "images.npz", some_images(12, seed=2))
     options = [samples, "--reference", reference, "--num-workers=1", "--batch-size=4"]
     alone = command(samples, reference, "--batch-size", 4, "--save-reference", tmp_path / "kept.npz")["metrics"]
-    script = ("import sys; from eval import features, metrics; from tests.test_metrics import NarrowInception;"
-              "features.InceptionFeatures = NarrowInception; metrics.main(sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           "--no-python", sys.executable, "-c", script, *options],
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          timeout=240)
+    script = (
+        "import sys; from eval import features, metrics; from tests.test_metrics import NarrowInception;"
+        "features.InceptionFeatures = NarrowInception; metrics.main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--no-python",
+            sys.executable,
+            "-c",
+            script,
+            *options,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("written to") == 1
     together = json.loads((tmp_path / "samples.npz.metrics.json").read_text())
@@ -454,17 +499,20 @@ def test_two_processes_compute_what_one_does(narrowed, tmp_path):
     assert command(samples, tmp_path / "kept.npz", "--batch-size", 4)["metrics"] == alone
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"mu": None}, "lacks mu; a reference has arr_0, mu, sigma, mu_s, sigma_s"),
-    ({"arr_0": None, "sigma_s": None}, "lacks arr_0, sigma_s"),
-    ({"mu": np.zeros(6)}, r"mu is float64 \(6,\).*shape \(7,\)"),
-    ({"sigma_s": np.zeros((5, 7), np.float32)}, r"sigma_s is float32 \(5, 7\).*shape \(5, 5\)"),
-    ({"sigma": np.full((7, 7), np.nan)}, "sigma is.*finite"),
-    ({"mu": np.array([None] * 7)}, "mu holds Python objects, which are never loaded"),
-    ({"arr_0": np.zeros((9, 6, 6, 3), np.float32)}, r"arr_0 is float32 \(9, 6, 6, 3\); images must be uint8"),
-    ({"arr_0": np.zeros((9, 3, 6, 6), np.uint8)}, r"arr_0 is uint8 \(9, 3, 6, 6\)"),
-    ({"arr_0": np.zeros((3, 6, 6, 3), np.uint8)}, "3 images of the reference"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mu": None}, "lacks mu; a reference has arr_0, mu, sigma, mu_s, sigma_s"),
+        ({"arr_0": None, "sigma_s": None}, "lacks arr_0, sigma_s"),
+        ({"mu": np.zeros(6)}, r"mu is float64 \(6,\).*shape \(7,\)"),
+        ({"sigma_s": np.zeros((5, 7), np.float32)}, r"sigma_s is float32 \(5, 7\).*shape \(5, 5\)"),
+        ({"sigma": np.full((7, 7), np.nan)}, "sigma is.*finite"),
+        ({"mu": np.array([None] * 7)}, "mu holds Python objects, which are never loaded"),
+        ({"arr_0": np.zeros((9, 6, 6, 3), np.float32)}, r"arr_0 is float32 \(9, 6, 6, 3\); images must be uint8"),
+        ({"arr_0": np.zeros((9, 3, 6, 6), np.uint8)}, r"arr_0 is uint8 \(9, 3, 6, 6\)"),
+        ({"arr_0": np.zeros((3, 6, 6, 3), np.uint8)}, "3 images of the reference"),
+    ],
+)
 def test_references_that_cannot_be_used(adm, narrowed, tmp_path, change, message):
     changed = {name: value for name, value in (adm | change).items() if value is not None}
     np.savez(tmp_path / "adm.npz", **changed)
@@ -480,14 +528,21 @@ def test_samples_that_cannot_be_used(adm, narrowed, tmp_path):
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     save_images(tmp_path / "labels.npz", some_images(6), arr_1=np.zeros((6, 2)))
     np.savez(tmp_path / "none.npz", np.zeros((0, 6, 6, 3), np.uint8))
-    for name, message in [("missing", "there is no .*missing"), ("text.npz", "not an npz"),
-                          ("other.npz", r"no arr_0, but \['images'\]"), ("empty", "neither png nor jpg"),
-                          ("labels.npz", r"arr_1 is \(6, 2\).*6 images"), ("none.npz", "0 samples")]:
+    for name, message in [
+        ("missing", "there is no .*missing"),
+        ("text.npz", "not an npz"),
+        ("other.npz", r"no arr_0, but \['images'\]"),
+        ("empty", "neither png nor jpg"),
+        ("labels.npz", r"arr_1 is \(6, 2\).*6 images"),
+        ("none.npz", "0 samples"),
+    ]:
         with pytest.raises(SystemExit, match=message):
             command(tmp_path / name, tmp_path / "adm.npz")
     save_images(tmp_path / "samples.npz", some_images(6))
-    for options, message in [(["--batch-size", "0"], "batch_size = 0"),
-                             (["--save-reference", tmp_path / "x.npz"], "has its statistics")]:
+    for options, message in [
+        (["--batch-size", "0"], "batch_size = 0"),
+        (["--save-reference", tmp_path / "x.npz"], "has its statistics"),
+    ]:
         with pytest.raises(SystemExit, match=message):
             command(tmp_path / "samples.npz", tmp_path / "adm.npz", *options)
 
@@ -503,6 +558,7 @@ def test_weights_are_asked_for_within_seconds(adm, tmp_path, monkeypatch):
 
 # ---- evaluation during training ----
 
+
 class Group:
     """Ranks of `world` processes that are threads, each with the methods of runtime.Ranks used by the evaluation."""
 
@@ -512,12 +568,14 @@ class Group:
 
     def run(self, function):
         """Results of function(ranks) in every process."""
+
         def guarded(ranks):
             try:
                 return function(ranks)
             except BaseException:
-                self.barrier.abort()                                   # or the others would wait for it
+                self.barrier.abort()  # or the others would wait for it
                 raise
+
         with ThreadPoolExecutor(len(self.ranks)) as pool:
             futures = [pool.submit(guarded, ranks) for ranks in self.ranks]
         failures = [future.exception() for future in futures if future.exception()]
@@ -556,7 +614,7 @@ class Recall:
         self.target = target
 
     def __call__(self, x, t, y):
-        assert (t == 1).all()                                          # for one Euler step from 1 to 0 only
+        assert (t == 1).all()  # for one Euler step from 1 to 0 only
         return x - load_autoencoder("pixels").encode(self.target(x, y)), []
 
 
@@ -587,8 +645,15 @@ def data(folder):
 
 def evaluation(data, encoder, ranks=None, **changes):
     settings = dict(seed=5, eval_samples=30, eval_batch_size=7, sampler="euler", sample_steps=1) | changes
-    return OnlineEvaluation(Config(**settings), data, encoder, load_autoencoder("pixels"),
-                            (3, data.resolution, data.resolution), ranks or Ranks(), contextlib.nullcontext)
+    return OnlineEvaluation(
+        Config(**settings),
+        data,
+        encoder,
+        load_autoencoder("pixels"),
+        (3, data.resolution, data.resolution),
+        ranks or Ranks(),
+        contextlib.nullcontext,
+    )
 
 
 def reference_of(evaluation):
@@ -622,17 +687,19 @@ def test_reference_of_a_large_set_takes_part_of_it(data, encoder, monkeypatch):
     assert sums[0] == 20
     # Taken from all over the folder, which may be sorted by class: not the first twenty.
     first = pooled(encoder, all_images(data)[:20]).double().sum(0)
-    assert not torch.allclose(sums[1:1 + encoder.dim], first, rtol=1e-3)
+    assert not torch.allclose(sums[1 : 1 + encoder.dim], first, rtol=1e-3)
 
 
 def test_reference_is_kept_and_reused(data, encoder, tmp_path, monkeypatch):
     first = reference_of(evaluation(data, encoder))
-    file, = data.folder.glob("statistics-*.pt")
+    (file,) = data.folder.glob("statistics-*.pt")
     assert encoder.fingerprint in file.name
 
     with monkeypatch.context() as patch:
+
         def never(*arguments):
             raise AssertionError("the images were read again")
+
         patch.setattr(PreparedImages, "__getitems__", never)
         again = reference_of(evaluation(data, encoder))
         assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -677,15 +744,23 @@ def test_same_samples_at_every_call(data, encoder):
     results = [judge(Recall(target)) for _ in range(2)]
     assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
-    assert len(seen[0][0].flatten(1).unique(dim=0)) == 30               # all different noises
+    assert len(seen[0][0].flatten(1).unique(dim=0)) == 30  # all different noises
     evaluation(data, encoder, eval_batch_size=30, seed=6)(Recall(target))
     assert not torch.equal(seen[0][0], seen[2][0]) and not torch.equal(seen[0][1], seen[2][1])
 
 
-@pytest.mark.parametrize("changes", [{"sampler": "euler", "cfg_scale": 3.0}, {"sampler": "sde", "path": "cosine"},
-                                     {"sampler": "heun", "cfg_scale": 2.0, "guidance_interval": (0.3, 0.8)}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": "euler", "cfg_scale": 3.0},
+        {"sampler": "sde", "path": "cosine"},
+        {"sampler": "heun", "cfg_scale": 2.0, "guidance_interval": (0.3, 0.8)},
+    ],
+    ids=str,
+)
 def test_samples_are_drawn_as_the_options_say(data, encoder, changes):
     """Against the samplers themselves, which tests/test_samplers.py compares with closed forms."""
+
     class Smooth:
         num_classes = 10
 
@@ -696,15 +771,18 @@ def test_samples_are_drawn_as_the_options_say(data, encoder, changes):
     noise = IndexedNoise([derive_seed(5, EVALUATION, i) for i in (2, 3, 4)], (3, 8, 8), "cpu")
     options = {"num_steps": 4, "cfg_scale": 1.0, "guidance_interval": (0.0, 1.0), "path": "linear", **changes}
     sampler, first, y = options.pop("sampler"), noise(), judge.labels[2:5]
-    x = (sample_sde(Smooth(), first, y, step_noise=noise, **options) if sampler == "sde" else
-         sample_ode(Smooth(), first, y, solver=sampler, **options))
+    x = (
+        sample_sde(Smooth(), first, y, step_noise=noise, **options)
+        if sampler == "sde"
+        else sample_ode(Smooth(), first, y, solver=sampler, **options)
+    )
     assert torch.equal(judge.sample(Smooth(), range(2, 5)), load_autoencoder("pixels").decode(x))
 
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("sampler, steps", [("euler", 1), ("sde", 3)])
 def test_processes_add_up_to_one(data, encoder, world, sampler, steps):
-    class Elementwise:                                                 # the same for a sample in any batch
+    class Elementwise:  # the same for a sample in any batch
         num_classes = 10
 
         def __call__(self, x, t, y):
@@ -715,8 +793,8 @@ def test_processes_add_up_to_one(data, encoder, world, sampler, steps):
         return this.labels, this(Elementwise())
 
     alone, together = Group(1), Group(world)
-    (labels, (distances, _)), = alone.run(judge)
-    for file in data.folder.glob("statistics-*.pt"):                   # so that the reference is shared out as well
+    ((labels, (distances, _)),) = alone.run(judge)
+    for file in data.folder.glob("statistics-*.pt"):  # so that the reference is shared out as well
         file.unlink()
     results = together.run(judge)
     reference, samples = together.reduced
@@ -730,7 +808,7 @@ def test_processes_add_up_to_one(data, encoder, world, sampler, steps):
 
 
 def test_more_processes_than_samples(data, encoder):
-    evaluation(data, encoder)                                          # so that only the samples are shared out
+    evaluation(data, encoder)  # so that only the samples are shared out
     group = Group(4)
     results = group.run(lambda ranks: evaluation(data, encoder, ranks, eval_samples=3)(Recall(by_label)))
     assert group.reduced[0][0] == 3
@@ -743,20 +821,20 @@ def test_labels_are_as_frequent_as_in_the_training_set(data, encoder):
     assert set(labels.tolist()) == {1, 7}
     # 2000 of 3000 expected; the standard deviation is 26.
     assert (labels == 1).sum().item() == pytest.approx(2000, abs=5 * 26)
-    assert 600 < (labels[:1000] == 1).sum().item() < 730               # in random order
+    assert 600 < (labels[:1000] == 1).sum().item() < 730  # in random order
 
 
 @pytest.mark.parametrize("samples, rows, columns", [(9, 3, 3), (12, 4, 3), (70, 8, 8)])
 def test_grid_is_ordered_by_label(data, encoder, samples, rows, columns):
     judge = evaluation(data, encoder, eval_samples=samples)
     _, grid = judge(Recall(by_label))
-    side, step = 32, 34                                                # 8 pixels magnified 4 times, and a margin of 2
+    side, step = 32, 34  # 8 pixels magnified 4 times, and a margin of 2
     assert grid.shape == (3, rows * step + 2, columns * step + 2) and grid.dtype == torch.uint8
     levels = []
     for row in range(rows):
         for column in range(columns):
             top, left = 2 + step * row, 2 + step * column
-            tile = grid[:, top:top + side, left:left + side]
+            tile = grid[:, top : top + side, left : left + side]
             assert (tile == tile[0, 0, 0]).all()
             levels.append(tile[0, 0, 0].item())
     assert levels == (20 * judge.labels[:64].sort().values).tolist()
@@ -770,8 +848,8 @@ def test_small_images_are_magnified_by_repetition(data, encoder):
     _, grid = evaluation(data, encoder, eval_samples=4)(Recall(lambda x, y: images))
     for i in range(4):
         top, left = 2 + 34 * (i // 2), 2 + 34 * (i % 2)
-        assert torch.equal(grid[:, top:top + 32:4, left:left + 32:4], images[i])
-        assert torch.equal(grid[:, top + 3:top + 32:4, left + 3:left + 32:4], images[i])
+        assert torch.equal(grid[:, top : top + 32 : 4, left : left + 32 : 4], images[i])
+        assert torch.equal(grid[:, top + 3 : top + 32 : 4, left + 3 : left + 32 : 4], images[i])
 
 
 def test_a_folder_of_the_sampling_script_is_pointed_to_its_npz(tmp_path):
@@ -789,19 +867,30 @@ def test_fid_of_the_first_samples_and_of_all(data, encoder, monkeypatch, world, 
     judged = NarrowInception()
     other = statistics_of(judged(some_images(40, seed=3))["pool3"]).mean_and_covariance()
 
-    def flat(x, y):                                                    # a grey level of its own for each sample
+    def flat(x, y):  # a grey level of its own for each sample
         return (128 + 40 * x[:, :1, :1, :1]).clamp(0, 255).to(torch.uint8).expand(-1, 3, 8, 8)
 
     def judge(ranks):
         settings = Config(seed=5, eval_samples=30, eval_batch_size=7, sampler="euler", sample_steps=1)
-        return OnlineEvaluation(settings, data, encoder, load_autoencoder("pixels"), (3, 8, 8), ranks,
-                                contextlib.nullcontext, judged, other if given else None)(Recall(flat))[0]
+        return OnlineEvaluation(
+            settings,
+            data,
+            encoder,
+            load_autoencoder("pixels"),
+            (3, 8, 8),
+            ranks,
+            contextlib.nullcontext,
+            judged,
+            other if given else None,
+        )(Recall(flat))[0]
 
     noise = IndexedNoise([derive_seed(5, EVALUATION, i) for i in range(30)], (3, 8, 8), "cpu")()
     features = judged(flat(noise, None))["pool3"]
     against = other if given else statistics_of(judged(all_images(data))["pool3"]).mean_and_covariance()
-    expected = {name: frechet_distance(*statistics_of(features[:count]).mean_and_covariance(), *against)
-                for name, count in (("fid_8", 8), ("fid_21", 21), ("fid", 30))}
+    expected = {
+        name: frechet_distance(*statistics_of(features[:count]).mean_and_covariance(), *against)
+        for name, count in (("fid_8", 8), ("fid_21", 21), ("fid", 30))
+    }
     for found in Group(world).run(judge):
         assert found.pop("frechet_distance") > 0
         assert found == pytest.approx(expected, rel=1e-4)

@@ -25,13 +25,29 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from models.dar import RoutedStream
 from models.sit import (
-    SIT_MODELS, ResidualStream, SiT, flops_per_image, kept_for_backward, load_published, parameters_by_part,
+    SIT_MODELS,
+    ResidualStream,
+    SiT,
+    flops_per_image,
+    kept_for_backward,
+    load_published,
+    parameters_by_part,
 )
 from runtime import load_file, load_weights
 from tests.test_routing import chain, randomize
 
-SMALL = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=24, depth=3, num_heads=3, num_classes=7,
-             align_depth=(1, 3), align_dims=(5, 6), projector_dim=10)
+SMALL = dict(
+    input_size=8,
+    patch_size=2,
+    in_channels=3,
+    hidden_size=24,
+    depth=3,
+    num_heads=3,
+    num_classes=7,
+    align_depth=(1, 3),
+    align_dims=(5, 6),
+    projector_dim=10,
+)
 
 
 def build(seed=0, randomized=True, **changes):
@@ -47,10 +63,11 @@ def batch(B=3, size=8, channels=3, dtype=torch.float32, seed=5):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(B, channels, size, size, generator=generator, dtype=torch.float64).to(dtype)
     t = torch.rand(B, generator=generator, dtype=torch.float64).to(dtype)
-    return x, t, torch.randint(0, 8, (B,), generator=generator)        # 7 is the null class
+    return x, t, torch.randint(0, 8, (B,), generator=generator)  # 7 is the null class
 
 
 # ---- the independent reference ----
+
 
 def positions(width, grid):
     """(T, D): for the token in row r and column c, sin and cos of c w_j, then of r w_j, w_j = 10000^(-j / (D/4))."""
@@ -61,7 +78,8 @@ def positions(width, grid):
             for j in range(quarter):
                 w = 10000.0 ** (-j / quarter)
                 table[r * grid + c, [j, quarter + j, 2 * quarter + j, 3 * quarter + j]] = torch.tensor(
-                    [math.sin(c * w), math.cos(c * w), math.sin(r * w), math.cos(r * w)], dtype=torch.float64)
+                    [math.sin(c * w), math.cos(c * w), math.sin(r * w), math.cos(r * w)], dtype=torch.float64
+                )
     return table
 
 
@@ -75,19 +93,38 @@ def silu(x):
 
 
 def gelu_tanh(x):
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def reference(w, x, t, y, *, patch_size, num_heads, depth, align_depth=(), num_encoders=0, routing="residual",
-              query=None, chunk_size=None, final=None, **_):
+def reference(
+    w,
+    x,
+    t,
+    y,
+    *,
+    patch_size,
+    num_heads,
+    depth,
+    align_depth=(),
+    num_encoders=0,
+    routing="residual",
+    query=None,
+    chunk_size=None,
+    final=None,
+    **_,
+):
     """Velocity (B, C, H, W) and projections, from named weights `w`, in their precision."""
+
     def linear(name, value):
         return value @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     B, C, H, _ = x.shape
     p, grid = patch_size, H // patch_size
-    patches = [x[:, :, r * p:(r + 1) * p, c * p:(c + 1) * p].reshape(B, C * p * p)
-               for r in range(grid) for c in range(grid)]
+    patches = [
+        x[:, :, r * p : (r + 1) * p, c * p : (c + 1) * p].reshape(B, C * p * p)
+        for r in range(grid)
+        for c in range(grid)
+    ]
     kernel = w["x_embedder.proj.weight"]
     tokens = torch.stack(patches, 1) @ kernel.reshape(len(kernel), -1).T + w["x_embedder.proj.bias"]
     D = tokens.shape[-1]
@@ -119,7 +156,7 @@ def reference(w, x, t, y, *, patch_size, num_heads, depth, align_depth=(), num_e
         qkv = linear(f"blocks.{block}.attn.qkv", layer_norm(h) * (1 + scale) + shift)
         heads, width = [], D // num_heads
         for n in range(num_heads):
-            q, k, v = (qkv[..., part * D + n * width:part * D + (n + 1) * width] for part in range(3))
+            q, k, v = (qkv[..., part * D + n * width : part * D + (n + 1) * width] for part in range(3))
             scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(width))
             heads.append(scores / scores.sum(-1, keepdim=True) @ v)
         return gate * linear(f"blocks.{block}.attn.proj", torch.cat(heads, -1))
@@ -135,8 +172,9 @@ def reference(w, x, t, y, *, patch_size, num_heads, depth, align_depth=(), num_e
         for f in sublayers:
             states.append(states[-1] + f(states[-1]))
     else:
-        states, _ = chain(tokens, e, sublayers, chunk_size, query, final,
-                          lambda l, name: w[f"router.aggregators.{l - 1}.{name}"])
+        states, _ = chain(
+            tokens, e, sublayers, chunk_size, query, final, lambda l, name: w[f"router.aggregators.{l - 1}.{name}"]
+        )
 
     aligned = []
     for k in align_depth:
@@ -146,7 +184,7 @@ def reference(w, x, t, y, *, patch_size, num_heads, depth, align_depth=(), num_e
                 aligned.append(convolution(name, states[2 * k]))
                 continue
             hidden = silu(linear(f"{name}.2", silu(linear(f"{name}.0", states[2 * k]))))
-            aligned.append(linear(f"{name}.4", hidden))                # states[2k] follows block k
+            aligned.append(linear(f"{name}.4", hidden))  # states[2k] follows block k
 
     shift, scale = linear("final_layer.adaLN_modulation.1", silu(c)).reshape(B, 2, 1, D).unbind(1)
     out = linear("final_layer.linear", layer_norm(states[-1]) * (1 + scale) + shift)
@@ -154,14 +192,17 @@ def reference(w, x, t, y, *, patch_size, num_heads, depth, align_depth=(), num_e
     image = torch.zeros(B, channels, H, H, dtype=out.dtype)
     for token in range(grid * grid):
         r, c_ = token // grid * p, token % grid * p
-        image[:, :, r:r + p, c_:c_ + p] = out[:, token].reshape(B, p, p, channels).permute(0, 3, 1, 2)
+        image[:, :, r : r + p, c_ : c_ + p] = out[:, token].reshape(B, p, p, channels).permute(0, 3, 1, 2)
     return image, aligned
 
 
 def weights_of(model):
     """Named weights in float64, as leaves, without the positions: the reference has its own."""
-    return {name: value.detach().double().clone().requires_grad_()
-            for name, value in model.state_dict().items() if name != "pos_embed"}
+    return {
+        name: value.detach().double().clone().requires_grad_()
+        for name, value in model.state_dict().items()
+        if name != "pos_embed"
+    }
 
 
 def assert_near(actual, expected, what, tolerance=1e-5):
@@ -177,14 +218,17 @@ RESIDUAL = [
     dict(),
     dict(patch_size=4, num_heads=2, depth=2, align_depth=(2,)),
     dict(patch_size=1, in_channels=1, input_size=3, hidden_size=12, num_heads=1, depth=1, align_depth=1),
-    dict(mlp_ratio=2.5, align_depth=[3, 1, 2], align_dims=[4]),        # in any order; results are by depth
+    dict(mlp_ratio=2.5, align_depth=[3, 1, 2], align_dims=[4]),  # in any order; results are by depth
     dict(align_depth=(), align_dims=()),
     dict(projector="conv", input_size=10),
     dict(projector="conv", patch_size=3, input_size=9, depth=1, align_depth=(1,), align_dims=(7,)),
-    dict(projector="conv", patch_size=8, depth=1, align_depth=(1,)),    # a single token
+    dict(projector="conv", patch_size=8, depth=1, align_depth=(1,)),  # a single token
 ]
-DAR = [dict(routing="dar", query=query, final_aggregator=final, chunk_size=S)
-       for query in ("static", "timestep", "dynamic") for final, S in (("dedicated", 4), ("shared", 2), ("shared", 6))]
+DAR = [
+    dict(routing="dar", query=query, final_aggregator=final, chunk_size=S)
+    for query in ("static", "timestep", "dynamic")
+    for final, S in (("dedicated", 4), ("shared", 2), ("shared", 6))
+]
 DAR += [dict(routing="dar", query="static", final_aggregator="shared", chunk_size=4, projector="conv")]
 
 
@@ -196,8 +240,11 @@ def test_forward_and_gradients_equal_the_definition(changes):
     velocity, aligned = model(x, t, y)
 
     depths = settings["align_depth"]
-    settings.update(align_depth=(depths,) if isinstance(depths, int) else sorted(depths),
-                    num_encoders=len(settings["align_dims"]), final=settings.get("final_aggregator"))
+    settings.update(
+        align_depth=(depths,) if isinstance(depths, int) else sorted(depths),
+        num_encoders=len(settings["align_dims"]),
+        final=settings.get("final_aggregator"),
+    )
     w = weights_of(model)
     velocity_expected, aligned_expected = reference(w, x, t, y, **settings)
     assert velocity_expected.std() > 0.1
@@ -214,7 +261,7 @@ def test_forward_and_gradients_equal_the_definition(changes):
         if name == "pos_embed":
             assert not parameter.requires_grad
         elif name.startswith("router.aggregators.0."):
-            assert not parameter.grad.any(), name                      # one source; the reference has rounding there
+            assert not parameter.grad.any(), name  # one source; the reference has rounding there
         else:
             assert_near(parameter.grad, w[name].grad, f"gradient of {name}", tolerance=1e-4)
 
@@ -251,15 +298,25 @@ def test_initial_weights_are_those_of_dit():
     model = build(randomized=False, hidden_size=96, num_classes=200)
     weights = dict(model.named_parameters())
     zero = {name for name, value in weights.items() if name.endswith("weight") and not value.any()}
-    assert zero == {*(f"blocks.{i}.adaLN_modulation.1.weight" for i in range(3)), "final_layer.linear.weight",
-                    "final_layer.adaLN_modulation.1.weight"}
-    assert all(not value.any() for name, value in weights.items()
-               if name.endswith("bias") and not name.startswith("t_embedder.mlp.0") or name == "t_embedder.mlp.0.bias")
+    assert zero == {
+        *(f"blocks.{i}.adaLN_modulation.1.weight" for i in range(3)),
+        "final_layer.linear.weight",
+        "final_layer.adaLN_modulation.1.weight",
+    }
+    assert all(
+        not value.any()
+        for name, value in weights.items()
+        if name.endswith("bias") and not name.startswith("t_embedder.mlp.0") or name == "t_embedder.mlp.0.bias"
+    )
     for name in ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight"):
         assert weights[name].std().item() == pytest.approx(0.02, rel=0.05), name
-    for name in ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "blocks.2.mlp.fc1.weight",
-                 "projectors.0.0.weight"):
-        matrix = weights[name].flatten(1)                              # Xavier-uniform, also for the convolution
+    for name in (
+        "x_embedder.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.2.mlp.fc1.weight",
+        "projectors.0.0.weight",
+    ):
+        matrix = weights[name].flatten(1)  # Xavier-uniform, also for the convolution
         bound = math.sqrt(6 / sum(matrix.shape))
         assert 0.95 * bound < matrix.abs().max() <= bound, name
     velocity, _ = model(*batch())
@@ -274,25 +331,28 @@ def test_qk_norm_normalises_queries_and_keys():
     x, t, y = batch()
     with torch.no_grad():
         before = model(x, t, y)[0]
-        model.blocks[0].attn.qkv.weight[:24] *= 2                      # the queries' scale is normalised away
+        model.blocks[0].attn.qkv.weight[:24] *= 2  # the queries' scale is normalised away
         model.blocks[0].attn.qkv.bias[:24] *= 2
         assert_near(model(x, t, y)[0], before, "velocity", tolerance=1e-3)
 
 
 # ---- alignment ----
 
+
 def states_between_blocks(model, *inputs):
     """The states that each block's attention, and the head, read: the state after block k is entry k."""
     received = []
     with pytest.MonkeyPatch.context() as patch:
         for stream in (ResidualStream, RoutedStream):
+
             def read(self, shift, scale, original=stream.read):
                 x, h = original(self, shift, scale)
                 received.append(h)
                 return x, h
+
             patch.setattr(stream, "read", read)
         result = model(*inputs)
-    return received[::2], result                                       # every other one is read by an MLP
+    return received[::2], result  # every other one is read by an MLP
 
 
 @pytest.mark.parametrize("routing, final", [("residual", "auto"), ("dar", "shared"), ("dar", "dedicated")])
@@ -302,10 +362,10 @@ def test_aligned_tokens_are_those_that_the_next_block_receives(align_depth, rout
     model = build(routing=routing, final_aggregator=final, align_depth=align_depth)
     states, (_, aligned) = states_between_blocks(model, *batch())
     assert len(states) == 4 and len(aligned) == len(model.projectors) == 2 * len(align_depth)
-    assert len({tuple(state.flatten()[:8].tolist()) for state in states}) == 4          # four different states
+    assert len({tuple(state.flatten()[:8].tolist()) for state in states}) == 4  # four different states
     for i, k in enumerate(align_depth):
         for encoder, dim in enumerate((5, 6)):
-            index = 2 * i + encoder                                    # by depth, then by encoder
+            index = 2 * i + encoder  # by depth, then by encoder
             assert aligned[index].shape == (3, 16, dim)
             assert torch.equal(aligned[index], model.projectors[index](states[k]))
 
@@ -313,8 +373,10 @@ def test_aligned_tokens_are_those_that_the_next_block_receives(align_depth, rout
 def test_projectors_change_nothing_else():
     """Without projectors the velocity is the same: alignment only adds a loss."""
     for routing in ("residual", "dar"):
-        with_, without = (build(routing=routing, final_aggregator="shared", randomized=False, align_dims=dims)
-                          for dims in ((5, 6), ()))
+        with_, without = (
+            build(routing=routing, final_aggregator="shared", randomized=False, align_dims=dims)
+            for dims in ((5, 6), ())
+        )
         for model in (with_, without):
             randomize(model, skip=("projectors",), scale=0.2)
         assert without(*batch())[1] == []
@@ -323,6 +385,7 @@ def test_projectors_change_nothing_else():
 
 
 # ---- labels ----
+
 
 def test_null_class_is_num_classes():
     for num_classes in (7, 10):
@@ -338,11 +401,11 @@ def test_label_draw_decides_what_training_drops():
     with torch.no_grad():
         expected = model(x, t, torch.tensor([7, 7, 2, 3]))[0]
         labelled = model(x, t, y)[0]
-        assert not torch.allclose(expected[:2], labelled[:2], atol=1e-2)                # the null class shows
-        assert torch.equal(model(x, t, y, label_draw=torch.zeros(4))[0], labelled)      # eval drops none
+        assert not torch.allclose(expected[:2], labelled[:2], atol=1e-2)  # the null class shows
+        assert torch.equal(model(x, t, y, label_draw=torch.zeros(4))[0], labelled)  # eval drops none
         model.train()
         assert torch.equal(model(x, t, y, label_draw=draw)[0], expected)
-    assert y.tolist() == [0, 1, 2, 3]                                  # the caller's labels are left alone
+    assert y.tolist() == [0, 1, 2, 3]  # the caller's labels are left alone
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
@@ -350,7 +413,7 @@ def test_training_drops_a_fraction_p_of_the_labels(p):
     model = build(class_dropout_prob=p)
     n = 20_000
     labels = torch.arange(n) % 7
-    with torch.no_grad():                                              # the embedding then spells out its label
+    with torch.no_grad():  # the embedding then spells out its label
         model.y_embedder.embedding_table.weight.copy_(torch.arange(8.0)[:, None].expand(8, 24))
         torch.manual_seed(0)
         used = model.train().y_embedder(labels)[:, 0].long()
@@ -363,10 +426,17 @@ def test_training_drops_a_fraction_p_of_the_labels(p):
 
 # ---- same start for every arm ----
 
+
 def test_one_seed_gives_every_arm_the_same_backbone():
     arms = {}
-    for routing, query in (("residual", "timestep"), ("dar", "static"), ("dar", "timestep"), ("dar", "dynamic"),
-                           ("attnres", "timestep"), ("unet", "timestep")):
+    for routing, query in (
+        ("residual", "timestep"),
+        ("dar", "static"),
+        ("dar", "timestep"),
+        ("dar", "dynamic"),
+        ("attnres", "timestep"),
+        ("unet", "timestep"),
+    ):
         for dims in ((), (5, 6)):
             arms[routing, query, dims] = build(routing=routing, query=query, align_dims=dims, randomized=False)
     baseline = arms["residual", "timestep", ()].state_dict()
@@ -377,30 +447,35 @@ def test_one_seed_gives_every_arm_the_same_backbone():
         assert extra == own | ({"projectors"} if dims else set())
         for name, value in baseline.items():
             if name.startswith("t_embedder.mlp.2") and (routing, query) == ("dar", "timestep"):
-                assert not state[name].any(), name                     # e(t) must start at zero there
+                assert not state[name].any(), name  # e(t) must start at zero there
             else:
                 assert torch.equal(state[name], value), (routing, query, dims, name)
     other = build(seed=1, randomized=False).state_dict()
     assert not torch.equal(other["blocks.0.attn.qkv.weight"], baseline["blocks.0.attn.qkv.weight"])
-    for routing in ("dar", "attnres", "unet"):                         # alignment starts alike, too
+    for routing in ("dar", "attnres", "unet"):  # alignment starts alike, too
         for name, value in arms["residual", "timestep", (5, 6)].state_dict().items():
             if name.startswith("projectors."):
                 assert torch.equal(arms[routing, "timestep", (5, 6)].state_dict()[name], value), (routing, name)
     convolved = build(projector="conv", randomized=False).state_dict()
     assert all(torch.equal(convolved[name], value) for name, value in baseline.items())
-    assert convolved.keys() - baseline.keys() == {f"projectors.{i}.{part}" for i in range(4)
-                                                  for part in ("weight", "bias")}
+    assert convolved.keys() - baseline.keys() == {
+        f"projectors.{i}.{part}" for i in range(4) for part in ("weight", "bias")
+    }
 
 
 # ---- published weights ----
+
 
 def published_shapes(depth, width, patch, channels, tokens, num_classes, hidden, dims):
     """Names and shapes in SiT's and REPA's released files (mlp_ratio 4)."""
     shapes = {
         "pos_embed": (1, tokens, width),
-        "x_embedder.proj.weight": (width, channels, patch, patch), "x_embedder.proj.bias": (width,),
-        "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,),
-        "t_embedder.mlp.2.weight": (width, width), "t_embedder.mlp.2.bias": (width,),
+        "x_embedder.proj.weight": (width, channels, patch, patch),
+        "x_embedder.proj.bias": (width,),
+        "t_embedder.mlp.0.weight": (width, 256),
+        "t_embedder.mlp.0.bias": (width,),
+        "t_embedder.mlp.2.weight": (width, width),
+        "t_embedder.mlp.2.bias": (width,),
         "y_embedder.embedding_table.weight": (num_classes + 1, width),
         "final_layer.linear.weight": (patch * patch * channels, width),
         "final_layer.linear.bias": (patch * patch * channels,),
@@ -408,8 +483,13 @@ def published_shapes(depth, width, patch, channels, tokens, num_classes, hidden,
         "final_layer.adaLN_modulation.1.bias": (2 * width,),
     }
     for i in range(depth):
-        for name, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4),
-                                    ("adaLN_modulation.1", 6, 1)):
+        for name, rows, columns in (
+            ("attn.qkv", 3, 1),
+            ("attn.proj", 1, 1),
+            ("mlp.fc1", 4, 1),
+            ("mlp.fc2", 1, 4),
+            ("adaLN_modulation.1", 6, 1),
+        ):
             shapes[f"blocks.{i}.{name}.weight"] = (rows * width, columns * width)
             shapes[f"blocks.{i}.{name}.bias"] = (rows * width,)
     for i, dim in enumerate(dims):
@@ -450,8 +530,17 @@ def test_named_sizes(size, patch):
 
 
 def test_named_sizes_can_be_overridden():
-    model = SIT_MODELS["SiT-S/8"](hidden_size=24, depth=2, num_heads=3, input_size=16, in_channels=1, num_classes=10,
-                                  align_depth=2, align_dims=(5,), projector_dim=6)
+    model = SIT_MODELS["SiT-S/8"](
+        hidden_size=24,
+        depth=2,
+        num_heads=3,
+        input_size=16,
+        in_channels=1,
+        num_classes=10,
+        align_depth=2,
+        align_dims=(5,),
+        projector_dim=6,
+    )
     x, t, y = batch(2, size=16, channels=1)
     velocity, (aligned,) = model(x, t, y)
     assert velocity.shape == (2, 1, 16, 16) and aligned.shape == (2, 4, 5) and len(model.blocks) == 2
@@ -467,10 +556,18 @@ def test_our_own_checkpoint_loads(tmp_path):
     for changes in (dict(), dict(routing="dar", query="dynamic")):
         source, raw, target = build(seed=3, **changes), build(seed=4, **changes), build(seed=5, **changes)
         path = tmp_path / "last.pt"
-        torch.save({"config": {"seed": 0}, "step": 7, "model": raw.state_dict(), "ema": source.state_dict(),
-                    "emas": {"0.999": source.state_dict()}}, path)
+        torch.save(
+            {
+                "config": {"seed": 0},
+                "step": 7,
+                "model": raw.state_dict(),
+                "ema": source.state_dict(),
+                "emas": {"0.999": source.state_dict()},
+            },
+            path,
+        )
         assert load_published(target, load_weights(path)) == ([], [])
-        assert_loaded(target, source.state_dict())                     # the averaged weights, not the raw ones
+        assert_loaded(target, source.state_dict())  # the averaged weights, not the raw ones
         assert torch.equal(target(*batch())[0], source(*batch())[0])
 
 
@@ -485,10 +582,18 @@ def test_bare_state_dicts_and_other_keys_load(tmp_path, key):
 def test_repa_checkpoint_loads(tmp_path):
     """REPA stores its arguments as a Namespace, its weights under "ema", and "module." before names from DDP."""
     source, raw, target = build(seed=3), build(seed=4), build(seed=5)
-    torch.save({"model": raw.state_dict(), "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "steps": 400_000,
-                "ema": {f"module.{name}": value for name, value in source.state_dict().items()},
-                "args": argparse.Namespace(model="SiT-XL/2", cfg_prob=0.1, encoder_depth=8, fused_attn=True,
-                                           output_dir=None)}, tmp_path / "0400000.pt")
+    torch.save(
+        {
+            "model": raw.state_dict(),
+            "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+            "steps": 400_000,
+            "ema": {f"module.{name}": value for name, value in source.state_dict().items()},
+            "args": argparse.Namespace(
+                model="SiT-XL/2", cfg_prob=0.1, encoder_depth=8, fused_attn=True, output_dir=None
+            ),
+        },
+        tmp_path / "0400000.pt",
+    )
     assert load_published(target, load_weights(tmp_path / "0400000.pt")) == ([], [])
     assert_loaded(target, source.state_dict())
 
@@ -517,7 +622,7 @@ def test_learn_sigma_checkpoint_keeps_the_velocity_half():
     before = {name: value.clone() for name, value in source.items()}
     assert load_published(target, source) == ([], [])
     assert_near(target(x, t, y)[0], -both[:, :3], "velocity half")
-    assert all(torch.equal(source[name], before[name]) for name in before)              # the caller's weights stay
+    assert all(torch.equal(source[name], before[name]) for name in before)  # the caller's weights stay
 
 
 def test_projectors_of_one_side_only_are_reported_and_left_alone():
@@ -533,8 +638,9 @@ def test_projectors_of_one_side_only_are_reported_and_left_alone():
 
 def test_projectors_of_another_kind_are_reported_and_left_alone():
     source, target = build(seed=3).state_dict(), build(seed=4, projector="conv")
-    theirs, ours = (sorted(name for name in state if name.startswith("projectors."))
-                    for state in (source, target.state_dict()))
+    theirs, ours = (
+        sorted(name for name in state if name.startswith("projectors.")) for state in (source, target.state_dict())
+    )
     initial = {name: target.state_dict()[name].clone() for name in ours}
     assert load_published(target, source) == (ours, theirs)
     assert_loaded(target, {**{name: value for name, value in source.items() if name not in theirs}, **initial})
@@ -544,18 +650,25 @@ def drop(*names):
     return lambda state: {name: value for name, value in state.items() if name not in names}
 
 
-@pytest.mark.parametrize("change, message", [
-    (drop("blocks.1.attn.qkv.bias"), "missing blocks.1.attn.qkv.bias"),
-    (drop("pos_embed", "x_embedder.proj.weight"), "missing pos_embed; missing x_embedder.proj.weight"),
-    (lambda s: {**s, "blocks.3.attn.qkv.bias": torch.zeros(72)}, "unknown blocks.3.attn.qkv.bias"),
-    (lambda s: {**s, "pos_embed": torch.zeros(1, 64, 24)}, "pos_embed is (1, 64, 24), the model's is (1, 16, 24)"),
-    (lambda s: {**s, "y_embedder.embedding_table.weight": torch.zeros(7, 24)},
-     "y_embedder.embedding_table.weight is (7, 24), the model's is (8, 24)"),
-    (lambda s: {**s, "final_layer.linear.bias": torch.zeros(36)},
-     "final_layer.linear.bias is (36,), the model's is (12,)"),
-    (lambda s: {**s, "projectors.0.4.bias": torch.zeros(9)}, "projectors.0.4.bias is (9,), the model's is (5,)"),
-    (lambda s: {}, " more"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop("blocks.1.attn.qkv.bias"), "missing blocks.1.attn.qkv.bias"),
+        (drop("pos_embed", "x_embedder.proj.weight"), "missing pos_embed; missing x_embedder.proj.weight"),
+        (lambda s: {**s, "blocks.3.attn.qkv.bias": torch.zeros(72)}, "unknown blocks.3.attn.qkv.bias"),
+        (lambda s: {**s, "pos_embed": torch.zeros(1, 64, 24)}, "pos_embed is (1, 64, 24), the model's is (1, 16, 24)"),
+        (
+            lambda s: {**s, "y_embedder.embedding_table.weight": torch.zeros(7, 24)},
+            "y_embedder.embedding_table.weight is (7, 24), the model's is (8, 24)",
+        ),
+        (
+            lambda s: {**s, "final_layer.linear.bias": torch.zeros(36)},
+            "final_layer.linear.bias is (36,), the model's is (12,)",
+        ),
+        (lambda s: {**s, "projectors.0.4.bias": torch.zeros(9)}, "projectors.0.4.bias is (9,), the model's is (5,)"),
+        (lambda s: {}, " more"),
+    ],
+)
 def test_weights_that_do_not_fit_are_named_and_not_loaded(change, message):
     target = build(seed=3)
     before = {name: value.clone() for name, value in target.state_dict().items()}
@@ -572,18 +685,19 @@ def test_residual_weights_initialise_all_of_a_dar_model_but_its_routers(query, d
     initial = {name: value.clone() for name, value in target.state_dict().items()}
     unloaded = [name for name in initial if name.startswith("router.") or not dims and name.startswith("projectors.")]
     assert load_published(target, source) == (sorted(unloaded), [])
-    assert len(unloaded) == 12 + (0 if dims else 24)                   # 6 queries and norm weights; 4 projectors
+    assert len(unloaded) == 12 + (0 if dims else 24)  # 6 queries and norm weights; 4 projectors
     assert_loaded(target, {**{name: initial[name] for name in unloaded}, **source})
-    assert target.t_embedder.mlp[2].weight.any()                       # trained, also where DAR had zeroed it
+    assert target.t_embedder.mlp[2].weight.any()  # trained, also where DAR had zeroed it
 
 
 def test_a_router_is_loaded_whole_or_not_at_all():
     routed, plain = build(seed=3, routing="dar").state_dict(), build(seed=3).state_dict()
     for weights, message in (
-            (drop("router.aggregators.2.norm_weight")(routed), ": missing router.aggregators.2.norm_weight$"),
-            ({**plain, "router.aggregators.2.query": torch.ones(24)}, ": missing router.aggregators.0.*; .* more"),
-            ({**plain, "router.aggregators.7.query": torch.ones(24)}, ": missing router.aggregators.0.*; .* more"),
-            (drop("pos_embed")(plain), ": missing pos_embed$")):
+        (drop("router.aggregators.2.norm_weight")(routed), ": missing router.aggregators.2.norm_weight$"),
+        ({**plain, "router.aggregators.2.query": torch.ones(24)}, ": missing router.aggregators.0.*; .* more"),
+        ({**plain, "router.aggregators.7.query": torch.ones(24)}, ": missing router.aggregators.0.*; .* more"),
+        (drop("pos_embed")(plain), ": missing pos_embed$"),
+    ):
         target = build(seed=4, routing="dar")
         with pytest.raises(ValueError, match=message):
             load_published(target, weights)
@@ -617,7 +731,7 @@ def test_code_in_a_weights_file_is_refused_and_not_executed(tmp_path, legacy):
         pickle.loads((tmp_path / "evil.pt").read_bytes())
     else:
         torch.load(tmp_path / "evil.pt", weights_only=False)
-    assert mark.exists()                                               # the file was indeed able to
+    assert mark.exists()  # the file was indeed able to
 
 
 def test_missing_weights_file_is_named(tmp_path):
@@ -646,28 +760,32 @@ def test_files_without_weights_are_named(tmp_path, name):
 
 # ---- constructor ----
 
-@pytest.mark.parametrize("change, message", [
-    (dict(input_size=9), "input_size = 9 .*patch_size = 2"),
-    (dict(hidden_size=26, num_heads=2), "hidden_size = 26"),
-    (dict(hidden_size=24, num_heads=5), "hidden_size = 24 .*num_heads = 5"),
-    (dict(routing="dense"), "'dense'"),
-    (dict(query="constant"), "'constant'"),                            # also where residual routing has no use for it
-    (dict(final_aggregator="mean"), "'mean'"),
-    (dict(projector="linear"), "projector 'linear' .* mlp, conv"),
-    (dict(class_dropout_prob=1.0), "class_dropout_prob = 1.0"),
-    (dict(class_dropout_prob=-0.1), "class_dropout_prob = -0.1"),
-    (dict(align_depth=0), r"\(0,\)"),
-    (dict(align_depth=4), r"\(4,\) .*depth = 3"),
-    (dict(align_depth=(1, 1)), r"\(1, 1\)"),
-    (dict(align_depth=()), r"\(5, 6\)"),
-    (dict(routing="dar", query="constant"), "'constant'"),
-    (dict(routing="dar", final_aggregator="mean"), "'mean'"),
-    (dict(routing="dar", chunk_size=0), "chunk_size = 0"),
-    (dict(routing="dar", chunk_size=7), "chunk_size = 7"),
-    (dict(routing="attnres", chunk_size=0), "chunk_size = 0"),
-    (dict(routing="attnres", chunk_size=7), "chunk_size = 7"),
-    (dict(routing="attnres", route_backend="cuda"), "'cuda'"),
-])
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(input_size=9), "input_size = 9 .*patch_size = 2"),
+        (dict(hidden_size=26, num_heads=2), "hidden_size = 26"),
+        (dict(hidden_size=24, num_heads=5), "hidden_size = 24 .*num_heads = 5"),
+        (dict(routing="dense"), "'dense'"),
+        (dict(query="constant"), "'constant'"),  # also where residual routing has no use for it
+        (dict(final_aggregator="mean"), "'mean'"),
+        (dict(projector="linear"), "projector 'linear' .* mlp, conv"),
+        (dict(class_dropout_prob=1.0), "class_dropout_prob = 1.0"),
+        (dict(class_dropout_prob=-0.1), "class_dropout_prob = -0.1"),
+        (dict(align_depth=0), r"\(0,\)"),
+        (dict(align_depth=4), r"\(4,\) .*depth = 3"),
+        (dict(align_depth=(1, 1)), r"\(1, 1\)"),
+        (dict(align_depth=()), r"\(5, 6\)"),
+        (dict(routing="dar", query="constant"), "'constant'"),
+        (dict(routing="dar", final_aggregator="mean"), "'mean'"),
+        (dict(routing="dar", chunk_size=0), "chunk_size = 0"),
+        (dict(routing="dar", chunk_size=7), "chunk_size = 7"),
+        (dict(routing="attnres", chunk_size=0), "chunk_size = 0"),
+        (dict(routing="attnres", chunk_size=7), "chunk_size = 7"),
+        (dict(routing="attnres", route_backend="cuda"), "'cuda'"),
+    ],
+)
 def test_constructor_refuses_bad_values_by_name(change, message):
     SiT(**SMALL)
     with pytest.raises(ValueError, match=message):
@@ -686,8 +804,10 @@ def test_half_precision_keeps_no_more_for_backward_than_float32():
             stored[x.untyped_storage().data_ptr()] = x
             return x
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
-                torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+        ):
             model(*inputs)
         kept[half] = sum(x.untyped_storage().nbytes() for x in stored.values())
     assert kept[True] < 1.1 * kept[False]
@@ -717,10 +837,15 @@ def test_compiles_without_graph_breaks(routing, recompute):
 
 # ---- activation checkpointing ----
 
-CHECKPOINTED = [dict(), dict(qk_norm=True, align_dims=()), dict(routing="dar", final_aggregator="shared"),
-                dict(routing="dar", query="dynamic", final_aggregator="dedicated", align_dims=()),
-                dict(routing="attnres", chunk_size=5), dict(routing="unet")]
-TRITON = dict(routing="dar", depth=1, align_depth=1, chunk_size=2, input_size=2, route_backend="triton")   # slow here
+CHECKPOINTED = [
+    dict(),
+    dict(qk_norm=True, align_dims=()),
+    dict(routing="dar", final_aggregator="shared"),
+    dict(routing="dar", query="dynamic", final_aggregator="dedicated", align_dims=()),
+    dict(routing="attnres", chunk_size=5),
+    dict(routing="unet"),
+]
+TRITON = dict(routing="dar", depth=1, align_depth=1, chunk_size=2, input_size=2, route_backend="triton")  # slow here
 
 
 def gradients(model, run, inputs):
@@ -728,12 +853,15 @@ def gradients(model, run, inputs):
     model.zero_grad()
     velocity, aligned = run(*inputs)
     sum(output.float().square().mean() for output in (velocity, *aligned)).backward()
-    return {**{f"output {i}": output.detach() for i, output in enumerate((velocity, *aligned))},
-            **{name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}}
+    return {
+        **{f"output {i}": output.detach() for i, output in enumerate((velocity, *aligned))},
+        **{name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad},
+    }
 
 
-@pytest.mark.parametrize("changes, half", [*((changes, half) for changes in CHECKPOINTED for half in (False, True)),
-                                           (TRITON, True)], ids=str)
+@pytest.mark.parametrize(
+    "changes, half", [*((changes, half) for changes in CHECKPOINTED for half in (False, True)), (TRITON, True)], ids=str
+)
 def test_checkpointing_recomputes_every_sublayer_and_changes_no_bit(changes, half):
     if changes.get("route_backend") == "triton" and kernels.route_triton is None:
         pytest.skip("triton is not installed")
@@ -745,12 +873,14 @@ def test_checkpointing_recomputes_every_sublayer_and_changes_no_bit(changes, hal
         for block in model.blocks:
             for sublayer in (block.attn, block.mlp):
                 sublayer.register_forward_pre_hook(lambda module, _, calls=calls[recompute]: calls.append(module))
-        run = torch.autocast("cpu", torch.bfloat16, enabled=half)(model)               # the forward pass only
+        run = torch.autocast("cpu", torch.bfloat16, enabled=half)(model)  # the forward pass only
         results[recompute] = gradients(model, run, inputs)
         # With respect to one tensor alone, which a checkpoint of the reentrant kind would refuse.
-        results[recompute]["alone"], = torch.autograd.grad(run(*inputs)[0].float().sum(), model.x_embedder.proj.weight)
+        (results[recompute]["alone"],) = torch.autograd.grad(
+            run(*inputs)[0].float().sum(), model.x_embedder.proj.weight
+        )
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.delattr("models.sit.checkpoint")                     # not needed where nothing is kept
+            patch.delattr("models.sit.checkpoint")  # not needed where nothing is kept
             model(*inputs)
     sublayers = 2 * len(model.blocks)
     assert {recompute: len(made) for recompute, made in calls.items()} == {False: 3 * sublayers, True: 5 * sublayers}
@@ -767,7 +897,7 @@ def test_checkpointing_keeps_nothing_of_the_insides_of_sublayers(routing):
     def kept(**changes):
         return kept_for_backward(build(routing=routing, align_dims=(), **changes), *batch(B))
 
-    assert kept(mlp_ratio=4.0) - kept(mlp_ratio=2.0) > 3 * 2 * 4 * B * T * D       # blocks, ratio, bytes
+    assert kept(mlp_ratio=4.0) - kept(mlp_ratio=2.0) > 3 * 2 * 4 * B * T * D  # blocks, ratio, bytes
     assert kept(num_heads=6) > kept(num_heads=3)
     lean = kept(checkpoint_activations=True)
     assert lean == kept(checkpoint_activations=True, mlp_ratio=2.0) == kept(checkpoint_activations=True, num_heads=6)
@@ -805,15 +935,24 @@ def test_checkpointing_works_in_distributed_data_parallel(routing):
 
 # ---- numbers that describe a model ----
 
+
 def on_meta(name, **changes):
     with torch.device("meta"):
-        return SIT_MODELS[name](**{"align_dims": (), **changes}).to("meta")            # positions come from NumPy
+        return SIT_MODELS[name](**{"align_dims": (), **changes}).to("meta")  # positions come from NumPy
 
 
-@pytest.mark.parametrize("name, changes, millions", [
-    ("SiT-S/2", {}, 33), ("SiT-B/2", {}, 130), ("SiT-L/2", {}, 458), ("SiT-XL/2", {}, 675), ("SiT-Plus/2", {}, 752),
-    ("SiT-XL/2", dict(routing="dar", query="dynamic", chunk_size=4), 751),
-    ("SiT-XL/2", dict(routing="dar", query="timestep", chunk_size=4), 675)])
+@pytest.mark.parametrize(
+    "name, changes, millions",
+    [
+        ("SiT-S/2", {}, 33),
+        ("SiT-B/2", {}, 130),
+        ("SiT-L/2", {}, 458),
+        ("SiT-XL/2", {}, 675),
+        ("SiT-Plus/2", {}, 752),
+        ("SiT-XL/2", dict(routing="dar", query="dynamic", chunk_size=4), 751),
+        ("SiT-XL/2", dict(routing="dar", query="timestep", chunk_size=4), 675),
+    ],
+)
 def test_parameter_counts_are_the_papers(name, changes, millions):
     parts = parameters_by_part(on_meta(name, **changes))
     assert round(sum(parts.values()) / 1e6) == millions
@@ -821,21 +960,34 @@ def test_parameter_counts_are_the_papers(name, changes, millions):
 
 def test_plus_is_the_width_nearest_to_the_papers_count():
     """Among those that 16 heads share; a deeper XL would be no closer."""
-    off = {width: abs(sum(parameters_by_part(on_meta("SiT-XL/2", hidden_size=width)).values()) - 752e6)
-           for width in (1200, SIZES["Plus"][1], 1232)}
+    off = {
+        width: abs(sum(parameters_by_part(on_meta("SiT-XL/2", hidden_size=width)).values()) - 752e6)
+        for width in (1200, SIZES["Plus"][1], 1232)
+    }
     assert min(off, key=off.get) == 1216 and off[1216] < 0.5e6
 
 
-@pytest.mark.parametrize("query, final, aggregators", [
-    (None, None, 0), ("timestep", "shared", 6), ("dynamic", "shared", 6), ("dynamic", "dedicated", 7)])
+@pytest.mark.parametrize(
+    "query, final, aggregators",
+    [(None, None, 0), ("timestep", "shared", 6), ("dynamic", "shared", 6), ("dynamic", "dedicated", 7)],
+)
 @pytest.mark.parametrize("dims", [(), (5, 6)])
 def test_parameters_by_part(query, final, aggregators, dims):
     model = build(align_dims=dims, **(dict(routing="dar", query=query, final_aggregator=final) if query else {}))
-    D, heads = 24, {"x_embedder": "embedders", "t_embedder": "embedders", "y_embedder": "embedders", "blocks": "blocks",
-                    "final_layer": "head", "projectors": "projectors"}
+    D, heads = (
+        24,
+        {
+            "x_embedder": "embedders",
+            "t_embedder": "embedders",
+            "y_embedder": "embedders",
+            "blocks": "blocks",
+            "final_layer": "head",
+            "projectors": "projectors",
+        },
+    )
     expected = {}
-    for name, shape in published_shapes(3, D, 2, 3, 16, 7, 10, 2 * dims).items():      # projectors of two depths
-        if name != "pos_embed":                                        # fixed
+    for name, shape in published_shapes(3, D, 2, 3, 16, 7, 10, 2 * dims).items():  # projectors of two depths
+        if name != "pos_embed":  # fixed
             part = heads[name.split(".")[0]]
             expected[part] = expected.get(part, 0) + math.prod(shape)
     if aggregators:
@@ -855,12 +1007,25 @@ def counted_flops(model, inputs):
 
 
 @pytest.mark.parametrize("B", [1, 3])
-@pytest.mark.parametrize("changes", [
-    *RESIDUAL, dict(qk_norm=True), dict(input_size=12, hidden_size=40, num_heads=5, depth=2, align_depth=2),
-    dict(input_size=16, patch_size=8, projector_dim=33, align_dims=(4,)), dict(routing="attnres", chunk_size=2),
-    dict(routing="unet"), dict(routing="unet", depth=4, align_dims=()), dict(routing="unet", depth=1, align_depth=1),
-    *[dict(routing="dar", query=query, final_aggregator=final, depth=2, align_depth=1)
-      for query in ("static", "timestep", "dynamic") for final in ("dedicated", "shared")]], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *RESIDUAL,
+        dict(qk_norm=True),
+        dict(input_size=12, hidden_size=40, num_heads=5, depth=2, align_depth=2),
+        dict(input_size=16, patch_size=8, projector_dim=33, align_dims=(4,)),
+        dict(routing="attnres", chunk_size=2),
+        dict(routing="unet"),
+        dict(routing="unet", depth=4, align_dims=()),
+        dict(routing="unet", depth=1, align_depth=1),
+        *[
+            dict(routing="dar", query=query, final_aggregator=final, depth=2, align_depth=1)
+            for query in ("static", "timestep", "dynamic")
+            for final in ("dedicated", "shared")
+        ],
+    ],
+    ids=str,
+)
 def test_flops_are_those_of_a_forward_pass(changes, B):
     model, settings = build(**changes), {**SMALL, **changes}
     inputs = batch(B, size=settings["input_size"], channels=settings["in_channels"])
@@ -879,8 +1044,11 @@ def test_flops_without_the_projectors_that_nothing_runs(projector):
 @pytest.mark.parametrize("name", ["SiT-XL/2", "SiT-Plus/4", "SiT-B/8"])
 def test_flops_of_named_models(name):
     model = on_meta(name, align_dims=(768,)).eval()
-    inputs = (torch.zeros(2, 4, 32, 32, device="meta"), torch.zeros(2, device="meta"),
-              torch.zeros(2, dtype=torch.long, device="meta"))
+    inputs = (
+        torch.zeros(2, 4, 32, 32, device="meta"),
+        torch.zeros(2, device="meta"),
+        torch.zeros(2, dtype=torch.long, device="meta"),
+    )
     assert 2 * flops_per_image(model) == counted_flops(model, inputs)
 
 
@@ -902,12 +1070,13 @@ def test_kept_for_backward_of_a_known_network(B, device):
     with torch.no_grad():
         assert kept_for_backward(model, x) == 0
     if device == "cpu":
-        with torch.autocast(device, torch.bfloat16):                   # a copy of the second layer's weight as well
+        with torch.autocast(device, torch.bfloat16):  # a copy of the second layer's weight as well
             assert kept_for_backward(model, x) == 2 * (B * (3 + 5) + 5 * 2)
 
 
 def test_kept_for_backward_counts_storages_whole():
     """A product needs its other factor: here a column, which keeps the table that it is a view of."""
+
     class Column(nn.Module):
         def __init__(self):
             super().__init__()

@@ -26,6 +26,7 @@ LEARNABLE = [(query, final) for query in QUERIES for final in FINALS]
 
 # ---- the independent reference ----
 
+
 def source_set(l, L, S):
     """S_l for l = 1..L, and S_final for l = L + 1 (Eq. 7)."""
     n = math.ceil(min(l, L) / S)
@@ -36,9 +37,9 @@ def source_set(l, L, S):
 
 def aggregate(sources, query, g, eps=1e-6):
     """Eq. 5: h (B, T, D) and the weights (n, B, T). query broadcasts to (B, T, D)."""
-    v = torch.stack(list(sources))                                                   # (n, B, T, D)
-    keys = g * (v / torch.sqrt((v ** 2).mean(dim=-1, keepdim=True) + eps))
-    scores = (query * keys).sum(dim=-1) / v.shape[-1] ** 0.5                         # (n, B, T)
+    v = torch.stack(list(sources))  # (n, B, T, D)
+    keys = g * (v / torch.sqrt((v**2).mean(dim=-1, keepdim=True) + eps))
+    scores = (query * keys).sum(dim=-1) / v.shape[-1] ** 0.5  # (n, B, T)
     exponentials = torch.exp(scores - scores.max(dim=0).values)
     alpha = exponentials / exponentials.sum(dim=0)
     return (alpha.unsqueeze(-1) * v).sum(dim=0), alpha
@@ -51,12 +52,12 @@ def chain(v_0, e, sublayers, S, kind, final, parameter):
     """
     L, v, states = len(sublayers), [v_0], []
     for l in range(1, L + 2):
-        owner = L if l == L + 1 and final == "shared" else l           # Appendix C.3: the head reuses the last one
+        owner = L if l == L + 1 and final == "shared" else l  # Appendix C.3: the head reuses the last one
         query, g = parameter(owner, "query"), parameter(owner, "norm_weight")
         if kind == "timestep":
             query = (query + e)[:, None, :]
         elif kind == "dynamic":
-            query = torch.einsum("ij,btj->bti", query, v[l - 1])       # W_l v_{l-1}; the head's newest is v_L
+            query = torch.einsum("ij,btj->bti", query, v[l - 1])  # W_l v_{l-1}; the head's newest is v_L
         states.append(aggregate([v[i] for i in source_set(l, L, S)], query, g)[0])
         if l <= L:
             v.append(sublayers[l - 1](states[-1]))
@@ -78,8 +79,12 @@ def draws(count, seed):
     """Seeded odd shapes (n, B, T, D): nothing is a power of two, and no two axes agree by chance."""
     generator, found = random.Random(seed), []
     while len(found) < count:
-        shape = (generator.randint(2, 9), generator.choice((2, 3, 5)), generator.choice((1, 7, 11, 13)),
-                 generator.choice((9, 17, 33)))
+        shape = (
+            generator.randint(2, 9),
+            generator.choice((2, 3, 5)),
+            generator.choice((1, 7, 11, 13)),
+            generator.choice((9, 17, 33)),
+        )
         if shape not in found:
             found.append(shape)
     return found
@@ -98,8 +103,8 @@ UNITS = {torch.float64: 200, torch.float32: 200, torch.bfloat16: 3}
 def test_route_equals_the_definition(shape, rank, dtype):
     n, B, T, D = shape
     torch.manual_seed(sum(shape))
-    eps = (1e-6, 0.3)[n % 2]                                           # large enough to show where it is added
-    scales = torch.tensor([4.0 ** (i % 5 - 2) for i in range(n)])      # a norm left out would change every weight
+    eps = (1e-6, 0.3)[n % 2]  # large enough to show where it is added
+    scales = torch.tensor([4.0 ** (i % 5 - 2) for i in range(n)])  # a norm left out would change every weight
     inputs = {f"source {i}": (scales[i] * torch.randn(B, T, D)).to(dtype) for i in range(n)}
     inputs["query"] = (2 * torch.randn({1: (D,), 2: (B, D), 3: (B, T, D)}[rank])).to(dtype)
     inputs["norm_weight"] = (1 + torch.randn(D)).to(dtype)
@@ -115,7 +120,7 @@ def test_route_equals_the_definition(shape, rank, dtype):
     h_expected, alpha = aggregate([expected[f"source {i}"] for i in range(n)], query, expected["norm_weight"], eps)
     (h_expected * cotangent.double()).sum().backward()
 
-    assert alpha.std() > 0.03                                          # far from a plain mean
+    assert alpha.std() > 0.03  # far from a plain mean
     assert_close(h, h_expected, UNITS[dtype], "h")
     for name in inputs:
         assert actual[name].grad.dtype == dtype, name
@@ -134,7 +139,7 @@ def test_weights_are_a_float32_distribution_over_depth(dtype):
     torch.testing.assert_close(alpha.sum(0), torch.ones(B, T), atol=1e-6, rtol=0)
     mixed = sum(a[..., None].double() * v.double() for a, v in zip(alpha, sources))
     assert_close(h, mixed, 8, "h")
-    assert torch.equal(h, route(sources, query, g))                    # asking for the weights changes nothing
+    assert torch.equal(h, route(sources, query, g))  # asking for the weights changes nothing
 
 
 def test_route_of_mixed_dtypes_returns_the_common_one():
@@ -159,8 +164,8 @@ def test_bf16_logits_keep_differences_below_bf16_resolution():
     """Two logits near 16 that differ by 1/64: bf16, with a spacing of 1/8 there, would tie them."""
     D = 64
     ones, bumped = torch.ones(1, 1, D), torch.ones(1, 1, D)
-    bumped[..., 0] = 1.5                                               # exact in bf16; not parallel to the first
-    query = torch.full((D,), 2.0)                                      # q . k / sqrt(D) = 16 for the first
+    bumped[..., 0] = 1.5  # exact in bf16; not parallel to the first
+    query = torch.full((D,), 2.0)  # q . k / sqrt(D) = 16 for the first
     sources = [ones.bfloat16(), bumped.bfloat16()]
     _, alpha = route(sources, query.bfloat16(), torch.ones(D).bfloat16(), return_weights=True)
     expected = aggregate([v.double() for v in sources], query.double(), torch.ones(D).double())[1]
@@ -201,7 +206,7 @@ def test_zero_source_has_the_finite_gradient_of_rmsnorm_at_zero(dtype):
         a_1 = 1 - a_0
         gain = g * query / math.sqrt(D * eps)
         expected = a_1 * u - a_1 * (u * a_0 * v_0).sum(-1, keepdim=True) * gain
-    assert expected.abs().max() > 100                                  # the gain is really there
+    assert expected.abs().max() > 100  # the gain is really there
     assert_close(h, (a_0 * v_0).detach(), 50, "h")
     assert_close(inputs[1].grad, expected, 200, "gradient of the zero source")
 
@@ -244,13 +249,14 @@ def test_route_refuses_what_does_not_fit(case):
 
 # ---- which sources ----
 
+
 def test_source_sets_of_xl():
     plan = source_plan(num_sublayers=56, chunk_size=4)
     assert len(plan) == 57
     assert plan[-1] == (*range(0, 53, 4), 53, 54, 55, 56) and len(plan[-1]) == 18
     assert sum(map(len, plan)) == 522
     assert plan[0] == (0,)
-    assert plan[4] == (0, 4)                      # l = 5 opens chunk 2: v_4 once, as the summary of chunk 1
+    assert plan[4] == (0, 4)  # l = 5 opens chunk 2: v_4 once, as the summary of chunk 1
     assert plan[7] == (0, 4, 5, 6, 7)
 
 
@@ -268,7 +274,7 @@ def test_source_sets_equal_the_definition(L, S):
     plan = source_plan(L, S)
     assert [list(entry) for entry in plan] == [source_set(l, L, S) for l in range(1, L + 2)]
     for l, entry in enumerate(plan, start=1):
-        assert entry[-1] == l - 1                 # the newest output is always there: dynamic queries read it
+        assert entry[-1] == l - 1  # the newest output is always there: dynamic queries read it
 
 
 @pytest.mark.parametrize("L", [1, 2, 7, 56])
@@ -291,21 +297,28 @@ def test_optimal_chunk_size_minimises_the_cost(L, alpha):
     assert optimal_chunk_size(L, alpha) == pytest.approx(S[cost.argmin()], abs=2 * (S[1] - S[0]))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: source_plan(56, 0), "chunk_size = 0 "), (lambda: source_plan(56, 57), "chunk_size = 57 "),
-    (lambda: source_plan(56, -4), "chunk_size = -4 "), (lambda: source_plan(0, 1), "num_sublayers = 0"),
-    (lambda: optimal_chunk_size(0, 0.5), "num_sublayers = 0"), (lambda: optimal_chunk_size(56, 1.0), "alpha = 1.0"),
-    (lambda: optimal_chunk_size(56, -0.1), "alpha = -0.1"),
-    (lambda: DepthRouter(6, 8, "constant", 2, "shared"), "'constant'"),
-    (lambda: DepthRouter(6, 8, "static", 2, "auto"), "'auto'"),
-    (lambda: DepthRouter(6, 8, "static", 7, "shared"), "chunk_size = 7 "),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: source_plan(56, 0), "chunk_size = 0 "),
+        (lambda: source_plan(56, 57), "chunk_size = 57 "),
+        (lambda: source_plan(56, -4), "chunk_size = -4 "),
+        (lambda: source_plan(0, 1), "num_sublayers = 0"),
+        (lambda: optimal_chunk_size(0, 0.5), "num_sublayers = 0"),
+        (lambda: optimal_chunk_size(56, 1.0), "alpha = 1.0"),
+        (lambda: optimal_chunk_size(56, -0.1), "alpha = -0.1"),
+        (lambda: DepthRouter(6, 8, "constant", 2, "shared"), "'constant'"),
+        (lambda: DepthRouter(6, 8, "static", 2, "auto"), "'auto'"),
+        (lambda: DepthRouter(6, 8, "static", 7, "shared"), "chunk_size = 7 "),
+    ],
+)
 def test_bad_plans_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 # ---- a whole network ----
+
 
 def build_router(L, D, kind, S, final, dtype, seed):
     """A DepthRouter with every parameter random: zero queries would hide the norm and the choice of aggregator."""
@@ -349,8 +362,9 @@ def test_depth_router_equals_the_definition(shape, kind, final, dtype):
 
     def network(inputs):
         """Sublayers that mix channels and tokens, and whose outputs grow with depth as DiT's do."""
-        return [lambda h, l=l: 1.2 ** l * torch.tanh(h @ inputs[f"A_{l}"] + 0.5 * h.roll(1, dims=1))
-                for l in range(1, L + 1)]
+        return [
+            lambda h, l=l: 1.2**l * torch.tanh(h @ inputs[f"A_{l}"] + 0.5 * h.roll(1, dims=1)) for l in range(1, L + 1)
+        ]
 
     actual = {name: value.clone().requires_grad_() for name, value in base.items()}
     states, weights = run_router(router, actual["v_0"], actual["e"], network(actual))
@@ -358,8 +372,15 @@ def test_depth_router_equals_the_definition(shape, kind, final, dtype):
 
     expected = {name: value.double().requires_grad_() for name, value in base.items()}
     parameters = {name: value.detach().double().requires_grad_() for name, value in router.named_parameters()}
-    states_expected, _ = chain(expected["v_0"], expected["e"], network(expected), S, kind, final,
-                               lambda l, name: parameters[f"aggregators.{l - 1}.{name}"])
+    states_expected, _ = chain(
+        expected["v_0"],
+        expected["e"],
+        network(expected),
+        S,
+        kind,
+        final,
+        lambda l, name: parameters[f"aggregators.{l - 1}.{name}"],
+    )
     sum((h * u.double()).sum() for h, u in zip(states_expected, cotangents)).backward()
 
     for l, (h, h_expected, alpha) in enumerate(zip(states, states_expected, weights), start=1):
@@ -367,20 +388,31 @@ def test_depth_router_equals_the_definition(shape, kind, final, dtype):
         assert_close(h, h_expected, units, f"h_{l}")
     for name in base:
         if name == "e" and kind != "timestep":
-            assert actual["e"].grad is None                            # only "timestep" may read it
+            assert actual["e"].grad is None  # only "timestep" may read it
             continue
         assert_close(actual[name].grad, expected[name].grad, units, f"gradient of {name}")
     for name, parameter in router.named_parameters():
         if name.startswith("aggregators.0.") and (final, L) != ("shared", 1):
-            assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name       # one source, nothing to weigh
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name  # one source, nothing to weigh
         else:
             assert_close(parameter.grad, parameters[name].grad, units, f"gradient of {name}")
 
 
 # ---- inside SiT ----
 
-TINY = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=5,
-            routing="dar", align_depth=(2,), align_dims=(6,), projector_dim=8)
+TINY = dict(
+    input_size=4,
+    patch_size=2,
+    in_channels=3,
+    hidden_size=16,
+    depth=3,
+    num_heads=2,
+    num_classes=5,
+    routing="dar",
+    align_depth=(2,),
+    align_dims=(6,),
+    projector_dim=8,
+)
 
 
 def randomize(model, skip=(), seed=0, scale=0.3):
@@ -408,7 +440,7 @@ def test_chunks_of_one_and_of_all_give_the_same_model(kind, final):
         (velocity.square().mean() + aligned.square().mean()).backward()
         results[S] = [velocity, aligned, *(p.grad for p in model.parameters() if p.requires_grad)]
     assert all(torch.equal(one, everything) for one, everything in zip(results[1], results[6], strict=True))
-    assert not torch.allclose(results[1][0], results[4][0])            # real chunks differ: the test sees the routing
+    assert not torch.allclose(results[1][0], results[4][0])  # real chunks differ: the test sees the routing
 
 
 def test_timestep_query_starts_as_the_static_one():
@@ -422,17 +454,17 @@ def test_timestep_query_starts_as_the_static_one():
         assert name in last or torch.equal(value, models["static"].state_dict()[name]), name
     for name in last:
         assert not models["timestep"].get_parameter(name).any(), name
-        nn.init.zeros_(models["static"].get_parameter(name))           # leaves conditioning on t out of both
+        nn.init.zeros_(models["static"].get_parameter(name))  # leaves conditioning on t out of both
 
     for model in models.values():
-        randomize(model, skip=last)                                    # queries too: w + 0 must be w, not 0
+        randomize(model, skip=last)  # queries too: w + 0 must be w, not 0
     x, t, y = batch()
     with torch.no_grad():
         (static, (z_static,)), (timestep, (z_timestep,)) = models["static"](x, t, y), models["timestep"](x, t, y)
         assert static.abs().max() > 0.1
         torch.testing.assert_close(timestep, static)
         torch.testing.assert_close(z_timestep, z_static)
-        for model in models.values():                                  # once e(t) is learnt, only one routes by it
+        for model in models.values():  # once e(t) is learnt, only one routes by it
             torch.manual_seed(2)
             nn.init.normal_(model.get_parameter(last[0]))
         assert not torch.allclose(models["static"](x, t, y)[0], models["timestep"](x, t, y)[0], atol=1e-2)
@@ -473,13 +505,15 @@ def test_at_initialisation_every_state_is_the_mean_of_v0_and_zeros(kind, final, 
         assert torch.equal(v, torch.zeros_like(v))
     for l, h in enumerate(states, start=1):
         torch.testing.assert_close(h, outputs[0] / len(source_set(l, 6, S)))
-    for k, z in enumerate(projected, start=1):                         # z_k is the input of sublayer 2k + 1
+    for k, z in enumerate(projected, start=1):  # z_k is the input of sublayer 2k + 1
         torch.testing.assert_close(z, outputs[0] / len(source_set(2 * k + 1, 6, S)))
     assert torch.equal(velocity, torch.zeros_like(velocity))
 
 
-@pytest.mark.parametrize("kind, final, aligned_too", [
-    *((*case, True) for case in LEARNABLE), *((kind, "dedicated", False) for kind in QUERIES)])
+@pytest.mark.parametrize(
+    "kind, final, aligned_too",
+    [*((*case, True) for case in LEARNABLE), *((kind, "dedicated", False) for kind in QUERIES)],
+)
 def test_first_steps_train_every_parameter(kind, final, aligned_too):
     """Finite from the first step, where the sublayers' outputs are zero and RMSNorm's gradient gain is 1000.
 
@@ -521,21 +555,28 @@ def test_xl_has_the_paper_parameter_count(kind, millions):
     assert sum(len(sources) for sources in model.router.plan) == 522
     count, count_residual = (sum(p.numel() for p in m.parameters()) for m in (model, residual))
     assert round(count / 1e6) == millions and round(count_residual / 1e6) == 675
-    per_query = 1152 ** 2 if kind == "dynamic" else 1152
-    assert count - count_residual == 57 * (per_query + 1152)           # a query and a norm weight each
+    per_query = 1152**2 if kind == "dynamic" else 1152
+    assert count - count_residual == 57 * (per_query + 1152)  # a query and a norm weight each
     assert residual.router is None
 
 
-@pytest.mark.parametrize("final, align_dims, count", [
-    ("auto", (), 7), ("auto", (6,), 6), ("dedicated", (6,), 7), ("shared", (), 6)])
+@pytest.mark.parametrize(
+    "final, align_dims, count", [("auto", (), 7), ("auto", (6,), 6), ("dedicated", (6,), 7), ("shared", (), 6)]
+)
 def test_auto_final_aggregator_is_shared_only_with_alignment(final, align_dims, count):
     model = SiT(**{**TINY, "align_dims": align_dims}, final_aggregator=final)
     assert len(model.router.aggregators) == count
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(query="constant"), "'constant'"), (dict(final_aggregator="none"), "'none'"),
-    (dict(chunk_size=0), "chunk_size = 0 "), (dict(chunk_size=7), "chunk_size = 7 .* 6 sublayers")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(query="constant"), "'constant'"),
+        (dict(final_aggregator="none"), "'none'"),
+        (dict(chunk_size=0), "chunk_size = 0 "),
+        (dict(chunk_size=7), "chunk_size = 7 .* 6 sublayers"),
+    ],
+)
 def test_sit_refuses_bad_routing(change, message):
     with pytest.raises(ValueError, match=message):
         SiT(**{**TINY, **change})

@@ -28,7 +28,7 @@ from runtime import EVALUATION, Ranks, derive_seed, load_file, lock_folder
 from tests.conftest import ROOT
 from tests.test_autoencoder import save_kl
 
-COUNT = 150                                                            # two whole chunks, and part of a third
+COUNT = 150  # two whole chunks, and part of a third
 FEW = ["--sampler", "sde", "--steps", "4", "--cfg-scale", "1.5"]
 CPU = torch.device("cpu")
 
@@ -37,11 +37,31 @@ CPU = torch.device("cpu")
 def checkpoint(digits, encoder_folder, tmp_path_factory):
     """A step of the trainer, and then weights that make images depend on noise, label and time."""
     path = tmp_path_factory.mktemp("runs") / "tiny" / "last.pt"
-    values = {"data": digits, "out": path.parent, "encoder": encoder_folder, "depth": 2, "hidden_size": 32,
-              "num_heads": 2, "align_depth": 1, "projector_dim": 16, "batch_size": 8, "max_steps": 1, "eval_every": 0,
-              "tensorboard": False, "routing": "dar", "alignment": "repa", "query": "dynamic", "ema_decays": 0.99}
-    train_repa_dar.main(["--config", "digits", *(word for key, value in values.items()
-                                                 for word in (f"--{key.replace('_', '-')}", str(value)))])
+    values = {
+        "data": digits,
+        "out": path.parent,
+        "encoder": encoder_folder,
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "align_depth": 1,
+        "projector_dim": 16,
+        "batch_size": 8,
+        "max_steps": 1,
+        "eval_every": 0,
+        "tensorboard": False,
+        "routing": "dar",
+        "alignment": "repa",
+        "query": "dynamic",
+        "ema_decays": 0.99,
+    }
+    train_repa_dar.main(
+        [
+            "--config",
+            "digits",
+            *(word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))),
+        ]
+    )
     content = load_file(path)
     generator = torch.Generator().manual_seed(0)
     for name, value in content["emas"]["0.99"].items():
@@ -76,6 +96,7 @@ def torchrun(words):
 
 def killed(words, name, patched):
     """The command in a child that `patched`, in the place of sampling's `name`, kills. Returns the exit status."""
+
     def run():
         setattr(sampling, name, functools.partial(patched, getattr(sampling, name)))
         sampling.main(words)
@@ -87,17 +108,28 @@ def killed(words, name, patched):
 
 
 def settings(**changes):
-    values = {"weights": "w", "autoencoder": "pixels", "sampler": "euler", "steps": 3, "cfg_scale": 1.0,
-              "guidance_interval": (0.0, 1.0), "path": "linear", "precision": "fp32", "num_samples": 20, "seed": 5,
-              "classes": ()}
+    values = {
+        "weights": "w",
+        "autoencoder": "pixels",
+        "sampler": "euler",
+        "steps": 3,
+        "cfg_scale": 1.0,
+        "guidance_interval": (0.0, 1.0),
+        "path": "linear",
+        "precision": "fp32",
+        "num_samples": 20,
+        "seed": 5,
+        "classes": (),
+    }
     return sampling.Settings(**{**values, **changes})
 
 
 @functools.cache
 def small_model():
     torch.manual_seed(0)
-    model = SIT_MODELS["SiT-S/2"](input_size=8, in_channels=3, hidden_size=32, num_heads=2, depth=1, num_classes=4,
-                                  align_dims=())
+    model = SIT_MODELS["SiT-S/2"](
+        input_size=8, in_channels=3, hidden_size=32, num_heads=2, depth=1, num_classes=4, align_dims=()
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval().requires_grad_(False)
@@ -105,13 +137,14 @@ def small_model():
 
 # ---- the same images ----
 
+
 def test_two_processes_and_another_batch_change_only_rounding(checkpoint, whole, tmp_path):
     words = arguments(checkpoint, tmp_path / "two", "--batch-size", 23)
     torchrun(words)
     one, two = npz(whole), npz(tmp_path / "two")
     assert np.array_equal(one["arr_1"], two["arr_1"])
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
-    assert one["arr_0"].std(0).mean() > 20                             # the images do differ from each other
+    assert one["arr_0"].std(0).mean() > 20  # the images do differ from each other
     starts = json.loads((tmp_path / "two" / "settings.json").read_text())["starts"]
     assert [(start["processes"], start["batch_size"]) for start in starts] == [(2, 23)]
     assert starts[0]["command"] == shlex.join(["python", "-m", "eval.sample", *words])
@@ -127,6 +160,7 @@ def test_noise_and_labels_of_an_index_do_not_depend_on_the_batch(monkeypatch, sa
             for row, index in enumerate(seen["indices"]):
                 seen["drawn"][index] = torch.stack([draw[row] for draw in draws]), y[row]
             return solver(model, noise, y, **options)
+
         return solve
 
     for name, solver in (("sample_ode", sample_ode), ("sample_sde", sample_sde)):
@@ -146,6 +180,7 @@ def test_noise_and_labels_of_an_index_do_not_depend_on_the_batch(monkeypatch, sa
 
 def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
     """In the second chunk, in the writing of the third, and in that of the npz; then by another number of processes."""
+
     def in_second_chunk(original, model, autoencoder, settings, indices, device):
         if indices[0] >= 64:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -166,8 +201,11 @@ def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
 
     folder = tmp_path / "killed" / whole.name
     words = arguments(checkpoint, folder)
-    for name, patched, chunks in (("sample_images", in_second_chunk, 1), ("replaced", in_third_write, 2),
-                                  ("member", in_npz, 3)):
+    for name, patched, chunks in (
+        ("sample_images", in_second_chunk, 1),
+        ("replaced", in_third_write, 2),
+        ("member", in_npz, 3),
+    ):
         assert killed(words, name, patched) == -signal.SIGKILL
         assert len(list((folder / "samples").glob("*.npy"))) == chunks and not list(folder.glob("*.npz"))
     (folder / "samples" / "00001.npy").unlink()
@@ -190,7 +228,7 @@ def test_signals_say_that_the_same_command_goes_on(checkpoint, whole, tmp_path, 
         patch.setattr(sampling, "sample_images", draw)
         sampling.main(arguments(checkpoint, folder))
     assert stop.value.code == 128 + number and "the same command again goes on from here" in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL          # and the test process has its own again
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # and the test process has its own again
     sampling.main(arguments(checkpoint, folder))
     assert f"{COUNT - 64} of {COUNT} images" in capfd.readouterr().out
     assert (folder / "drawn.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
@@ -201,13 +239,21 @@ def test_images_are_those_of_the_samplers():
     model, indices = small_model(), [3, 17, 4]
     seeds = [derive_seed(5, EVALUATION, i) for i in indices]
     y = sampling.labels_of(settings(), indices, 4)
-    for chosen in (settings(), settings(sampler="heun", cfg_scale=1.5), settings(sampler="sde", path="cosine"),
-                   settings(sampler="sde", cfg_scale=2.0, guidance_interval=(0.3, 0.8))):
+    for chosen in (
+        settings(),
+        settings(sampler="heun", cfg_scale=1.5),
+        settings(sampler="sde", path="cosine"),
+        settings(sampler="sde", cfg_scale=2.0, guidance_interval=(0.3, 0.8)),
+    ):
         noise = IndexedNoise(seeds, (3, 8, 8), "cpu")
-        common = dict(num_steps=3, cfg_scale=chosen.cfg_scale, guidance_interval=chosen.guidance_interval,
-                      path=chosen.path)
-        x = (sample_sde(model, noise(), y, step_noise=noise, **common) if chosen.sampler == "sde" else
-             sample_ode(model, noise(), y, solver=chosen.sampler, **common))
+        common = dict(
+            num_steps=3, cfg_scale=chosen.cfg_scale, guidance_interval=chosen.guidance_interval, path=chosen.path
+        )
+        x = (
+            sample_sde(model, noise(), y, step_noise=noise, **common)
+            if chosen.sampler == "sde"
+            else sample_ode(model, noise(), y, solver=chosen.sampler, **common)
+        )
         got = sampling.sample_images(model, Pixels(), chosen, indices, CPU)
         assert got.dtype == torch.uint8 and torch.equal(got, Pixels().decode(x))
 
@@ -233,11 +279,12 @@ def test_samples_that_are_not_finite_are_refused(checkpoint, tmp_path):
 
 # ---- labels ----
 
+
 def test_labels_are_balanced_shuffled_and_of_the_index_alone():
     drawn = sampling.labels_of(settings(num_samples=50_000), range(50_000), 1000)
     assert drawn.dtype == torch.int64
     assert (drawn.bincount(minlength=1000) == 50).all()
-    assert all((part.bincount(minlength=1000) == 5).all() for part in drawn.view(10, -1))   # the splits of IS
+    assert all((part.bincount(minlength=1000) == 5).all() for part in drawn.view(10, -1))  # the splits of IS
     assert (drawn[1:] > drawn[:-1]).float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert not torch.equal(drawn[:1000], drawn[1000:2000])
     scattered = [49_999, 3, 1000, 17]
@@ -247,26 +294,38 @@ def test_labels_are_balanced_shuffled_and_of_the_index_alone():
 
 def test_chosen_classes():
     drawn = sampling.labels_of(settings(classes=(7, 2, 5)), range(10), 9)
-    assert all(sorted(drawn[first:first + 3].tolist()) == [2, 5, 7] for first in (0, 3, 6))
+    assert all(sorted(drawn[first : first + 3].tolist()) == [2, 5, 7] for first in (0, 3, 6))
 
 
 # ---- settings ----
+
 
 def resolved(**changes):
     options = sampling.Options(**{"checkpoint": Path("runs/x/last.pt"), **changes})
     return sampling.resolve(options, {"model": "SiT-S/2", "path": "cosine"}, small_model(), Pixels(), CPU)
 
 
-@pytest.mark.parametrize("preset, sampler, steps, scale, evaluations", [
-    ("repa-sde-250", "sde", 250, 1.0, 250), ("sit-ode-250", "heun", 125, 1.0, 249),
-    ("paper-cfg-1.5", "sde", 250, 1.5, 250), ("fast-ode-50", "euler", 50, 1.0, 50)])
+@pytest.mark.parametrize(
+    "preset, sampler, steps, scale, evaluations",
+    [
+        ("repa-sde-250", "sde", 250, 1.0, 250),
+        ("sit-ode-250", "heun", 125, 1.0, 249),
+        ("paper-cfg-1.5", "sde", 250, 1.5, 250),
+        ("fast-ode-50", "euler", 50, 1.0, 50),
+    ],
+)
 def test_presets_and_what_wins_over_them(preset, sampler, steps, scale, evaluations):
     got = resolved(preset=preset)
     assert (got.sampler, got.steps, got.cfg_scale, got.guidance_interval) == (sampler, steps, scale, (0.0, 1.0))
     assert got.evaluations() == evaluations and got.path == "cosine" and got.precision == "fp32"
     got = resolved(preset=preset, sampler="euler", steps=7, cfg_scale=3, guidance_interval=(0.0, 0.7), path="linear")
-    assert (got.sampler, got.steps, got.cfg_scale, got.guidance_interval, got.path) == \
-        ("euler", 7, 3.0, (0.0, 0.7), "linear")
+    assert (got.sampler, got.steps, got.cfg_scale, got.guidance_interval, got.path) == (
+        "euler",
+        7,
+        3.0,
+        (0.0, 0.7),
+        "linear",
+    )
 
 
 @pytest.mark.parametrize("preset", sampling.PRESETS)
@@ -280,9 +339,19 @@ def test_the_evaluations_that_are_stated_are_those_that_happen(preset):
 
 def test_every_setting_changes_the_hash():
     base = {"cfg_scale": 1.5}
-    changes = [{}, {"preset": "sit-ode-250"}, {"sampler": "euler"}, {"steps": 249}, {"cfg_scale": 1.4},
-               {"guidance_interval": (0.0, 0.7)}, {"path": "linear"}, {"precision": "bf16"}, {"num_samples": 10},
-               {"seed": 1}, {"classes": (1, 2)}]
+    changes = [
+        {},
+        {"preset": "sit-ode-250"},
+        {"sampler": "euler"},
+        {"steps": 249},
+        {"cfg_scale": 1.4},
+        {"guidance_interval": (0.0, 0.7)},
+        {"path": "linear"},
+        {"precision": "bf16"},
+        {"num_samples": 10},
+        {"seed": 1},
+        {"classes": (1, 2)},
+    ]
     digits = [resolved(**{**base, **change}).digits() for change in changes]
     assert len(set(digits)) == len(digits)
     for field in ("weights", "autoencoder"):
@@ -304,12 +373,16 @@ def test_the_fingerprint_is_of_weights_and_architecture():
     weight[0] = kept
 
 
-@pytest.mark.parametrize("preset, changes, name", [
-    ("repa-sde-250", {}, "x-300-repa-sde-250"),
-    ("fast-ode-50", {"steps": 50}, "x-300-fast-ode-50"),
-    ("fast-ode-50", {"steps": 20}, "x-300-euler-20"),
-    ("fast-ode-50", {"cfg_scale": 1.25}, "x-300-euler-50-cfg-1.25"),
-    ("paper-cfg-1.5", {"guidance_interval": (0.0, 0.7)}, "x-300-sde-250-cfg-1.5-0-0.7")])
+@pytest.mark.parametrize(
+    "preset, changes, name",
+    [
+        ("repa-sde-250", {}, "x-300-repa-sde-250"),
+        ("fast-ode-50", {"steps": 50}, "x-300-fast-ode-50"),
+        ("fast-ode-50", {"steps": 20}, "x-300-euler-20"),
+        ("fast-ode-50", {"cfg_scale": 1.25}, "x-300-euler-50-cfg-1.25"),
+        ("paper-cfg-1.5", {"guidance_interval": (0.0, 0.7)}, "x-300-sde-250-cfg-1.5-0-0.7"),
+    ],
+)
 def test_the_name_of_the_folder(preset, changes, name):
     options = sampling.Options(Path("runs/x/last.pt"), preset=preset, **changes)
     chosen = resolved(preset=preset, **changes)
@@ -317,19 +390,22 @@ def test_the_name_of_the_folder(preset, changes, name):
     assert sampling.folder_name(options, chosen, {"step": None}).startswith("x-last-")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"steps": 0, "sampler": "euler"}, "steps = 0: must be at least 1 for euler"),
-    ({"steps": 1}, "steps = 1: must be at least 2 for sde"),
-    ({"cfg_scale": -1.0}, "cfg_scale = -1.0: must be at least 0, and finite"),
-    ({"cfg_scale": float("nan")}, "cfg_scale = nan"),
-    ({"cfg_scale": 2.0, "guidance_interval": (0.7, 0.2)}, r"guidance_interval = \(0.7, 0.2\): must be 0 <= low"),
-    ({"guidance_interval": (0.0, 0.7)}, r"guidance_interval = .* has no effect without guidance; give --cfg-scale"),
-    ({"num_samples": 0}, "num_samples = 0: must be at least 1"),
-    ({"seed": -1}, "seed = -1: must be at least 0"),
-    ({"classes": (1, 4)}, r"classes = \(1, 4\): the model's are 0 to 3"),
-    ({"classes": (1, 1)}, "repeats a label"),
-    ({"precision": "tf32"}, "precision = 'tf32': needs a GPU; give fp32"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 0, "sampler": "euler"}, "steps = 0: must be at least 1 for euler"),
+        ({"steps": 1}, "steps = 1: must be at least 2 for sde"),
+        ({"cfg_scale": -1.0}, "cfg_scale = -1.0: must be at least 0, and finite"),
+        ({"cfg_scale": float("nan")}, "cfg_scale = nan"),
+        ({"cfg_scale": 2.0, "guidance_interval": (0.7, 0.2)}, r"guidance_interval = \(0.7, 0.2\): must be 0 <= low"),
+        ({"guidance_interval": (0.0, 0.7)}, r"guidance_interval = .* has no effect without guidance; give --cfg-scale"),
+        ({"num_samples": 0}, "num_samples = 0: must be at least 1"),
+        ({"seed": -1}, "seed = -1: must be at least 0"),
+        ({"classes": (1, 4)}, r"classes = \(1, 4\): the model's are 0 to 3"),
+        ({"classes": (1, 1)}, "repeats a label"),
+        ({"precision": "tf32"}, "precision = 'tf32': needs a GPU; give fp32"),
+    ],
+)
 def test_bad_numbers_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         resolved(**changes)
@@ -343,11 +419,14 @@ def test_guidance_needs_a_null_class_that_was_trained():
 
 # ---- the folder ----
 
+
 def test_the_npz_is_in_the_layout_of_adm(whole, checkpoint):
     path = whole / "drawn.npz"
     with zipfile.ZipFile(path) as archive:
-        assert [(entry.filename, entry.date_time[0]) for entry in archive.infolist()] == \
-            [("arr_0.npy", 1980), ("arr_1.npy", 1980)]
+        assert [(entry.filename, entry.date_time[0]) for entry in archive.infolist()] == [
+            ("arr_0.npy", 1980),
+            ("arr_1.npy", 1980),
+        ]
         assert archive.testzip() is None
     images, labels = npz(whole)["arr_0"], npz(whole)["arr_1"]
     assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
@@ -355,7 +434,7 @@ def test_the_npz_is_in_the_layout_of_adm(whole, checkpoint):
     with Ranks() as ranks:
         options = sampling.Options(checkpoint, sampler="sde", steps=4, cfg_scale=1.5, num_samples=COUNT)
         model, autoencoder, chosen, _ = sampling.load(options, ranks)
-    drawn = sampling.sample_images(model, autoencoder, chosen, range(128, COUNT), CPU)    # (B, 3, H, W)
+    drawn = sampling.sample_images(model, autoencoder, chosen, range(128, COUNT), CPU)  # (B, 3, H, W)
     assert np.array_equal(images[128:], drawn.numpy().transpose(0, 2, 3, 1))
     chunks = [np.load(chunk) for chunk in sorted((whole / "samples").iterdir())]
     assert [len(chunk) for chunk in chunks] == [64, 64, 22] and np.array_equal(np.concatenate(chunks), images)
@@ -363,11 +442,11 @@ def test_the_npz_is_in_the_layout_of_adm(whole, checkpoint):
 
 def test_the_grid_shows_the_first_by_label(whole):
     grid = np.asarray(Image.open(whole / "grid.png"))
-    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3)                   # magnified to 32 pixels, 2 between them
+    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3)  # magnified to 32 pixels, 2 between them
     order = npz(whole)["arr_1"][:64].argsort(kind="stable")
     for place in (0, 9, 63):
         row, column = 2 + 34 * (place // 8), 2 + 34 * (place % 8)
-        assert np.array_equal(grid[row:row + 32:4, column:column + 32:4], npz(whole)["arr_0"][order[place]])
+        assert np.array_equal(grid[row : row + 32 : 4, column : column + 32 : 4], npz(whole)["arr_0"][order[place]])
 
 
 def test_settings_say_what_was_drawn_and_where(whole, checkpoint):
@@ -384,8 +463,12 @@ def test_settings_say_what_was_drawn_and_where(whole, checkpoint):
 
 def test_a_finished_folder_stays_as_it_is(whole, checkpoint, capsys):
     def state():
-        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in whole.rglob("*")
-                if path.is_file() and path.name != ".lock"}
+        return {
+            path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in whole.rglob("*")
+            if path.is_file() and path.name != ".lock"
+        }
+
     before = state()
     sampling.main(arguments(checkpoint, whole))
     sampling.main(arguments(checkpoint, whole, "--no-npz", "--batch-size", 3))
@@ -396,7 +479,7 @@ def test_chunks_may_go_once_the_npz_is_there(whole, checkpoint, tmp_path):
     folder = tmp_path / "out"
     sampling.main(arguments(checkpoint, folder, "--no-npz"))
     assert not list(folder.glob("*.npz")) and (folder / "grid.png").is_file()
-    sampling.main(arguments(checkpoint, folder))                       # makes it of the chunks
+    sampling.main(arguments(checkpoint, folder))  # makes it of the chunks
     assert (folder / "out.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
     for chunk in (folder / "samples").iterdir():
         chunk.unlink()
@@ -463,12 +546,14 @@ def test_processes_are_let_go_once_the_folder_is_there(checkpoint, tmp_path, mon
     monkeypatch.setattr(sampling, "finish", lambda *anything: None)
     with contextlib.nullcontext() if made else pytest.raises(ValueError, match="GiB more"):
         sampling.sample(options, ranks)
-    assert events == [False, True, "drawn"] if made else events == [False]      # the first: the autoencoder is loaded
+    assert events == [False, True, "drawn"] if made else events == [False]  # the first: the autoencoder is loaded
 
 
 def test_batch_size_and_checkpoint_are_checked_first(checkpoint, tmp_path):
-    for words, message in ((["--batch-size", 0], "batch_size = 0: must be at least 1"),
-                           (["--average", "0.5"], "no average '0.5'; choose one of none, 0.99")):
+    for words, message in (
+        (["--batch-size", 0], "batch_size = 0: must be at least 1"),
+        (["--average", "0.5"], "no average '0.5'; choose one of none, 0.99"),
+    ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             sampling.main(arguments(checkpoint, tmp_path / "out", *words))
     with pytest.raises(SystemExit, match="error: there is no checkpoint"):
@@ -478,20 +563,32 @@ def test_batch_size_and_checkpoint_are_checked_first(checkpoint, tmp_path):
 
 # ---- autoencoders and released weights ----
 
+
 def test_released_weights_with_an_autoencoder(tmp_path):
     save_kl(tmp_path / "vae")
     torch.manual_seed(0)
     model = SIT_MODELS["SiT-S/2"](input_size=4, num_classes=3, align_dims=())
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
     torch.save({"ema": model.state_dict()}, tmp_path / "repa.pt")
-    words = [str(tmp_path / "repa.pt"), "--model", "SiT-S/2", "--preset", "fast-ode-50", "--steps", "2",
-             "--num-samples", "3", "--out", str(tmp_path / "out")]
+    words = [
+        str(tmp_path / "repa.pt"),
+        "--model",
+        "SiT-S/2",
+        "--preset",
+        "fast-ode-50",
+        "--steps",
+        "2",
+        "--num-samples",
+        "3",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(SystemExit, match="error: autoencoder = '': say what decodes the samples of .*repa.pt"):
         sampling.main(words)
     with pytest.raises(SystemExit, match="error: autoencoder = 'pixels' has 3 channels and .*repa.pt has 4"):
         sampling.main([*words, "--autoencoder", "pixels"])
     sampling.main([*words, "--autoencoder", str(tmp_path / "vae")])
-    assert npz(tmp_path / "out")["arr_0"].shape == (3, 8, 8, 3)        # latents of 4, downsampled by 2
+    assert npz(tmp_path / "out")["arr_0"].shape == (3, 8, 8, 3)  # latents of 4, downsampled by 2
     content = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert content["settings"]["path"] == "linear" and len(content["settings"]["autoencoder"]) == 12
     assert content["starts"][0]["step"] is None
@@ -508,4 +605,4 @@ def test_another_autoencoder_in_the_place_of_the_runs_is_noticed(checkpoint, tmp
         model, autoencoder, _, origin = sampling.load(dataclasses.replace(options, autoencoder="pixels"), ranks)
     assert autoencoder.name == origin["autoencoder"] == "pixels"
     assert model(torch.zeros(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))[1] == []
-    assert load_trained(checkpoint)[0].align_depth == (1,)             # only here nobody reads the projections
+    assert load_trained(checkpoint)[0].align_depth == (1,)  # only here nobody reads the projections

@@ -15,7 +15,7 @@ from eval.samplers import IndexedNoise, sample_ode, sample_sde, score_from_veloc
 
 M, S = 0.7, 0.5
 PATHS = ["linear", "cosine"]
-LAST = 0.04                                                            # the SDE's last step starts here
+LAST = 0.04  # the SDE's last step starts here
 
 
 def coefficients(t, path):
@@ -79,6 +79,7 @@ def labels(count):
 
 # ---- ODE ----
 
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("solver, order, steps", [("euler", 1, 100), ("heun", 2, 50)])
 def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps):
@@ -96,7 +97,7 @@ def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps)
 def test_evaluations_of_the_ode(solver, count):
     model = Recorder()
     sample_ode(model, numbers(2), labels(2), num_steps=5, solver=solver)
-    assert len(model.calls) == count                                   # Heun: two a step, but one in the last
+    assert len(model.calls) == count  # Heun: two a step, but one in the last
     times = [call.t[0].item() for call in model.calls]
     euler = [1, 0.8, 0.6, 0.4, 0.2]
     expected = euler if solver == "euler" else [1, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2]
@@ -105,7 +106,7 @@ def test_evaluations_of_the_ode(solver, count):
 
 def test_one_step_of_each_solver():
     z, path = numbers(8), "linear"
-    for solver in ("euler", "heun"):                                   # Heun's only step is its last, hence Euler's
+    for solver in ("euler", "heun"):  # Heun's only step is its last, hence Euler's
         got = sample_ode(Gaussian(path), z, labels(8), num_steps=1, solver=solver)
         torch.testing.assert_close(got, z - exact_velocity(z, 1.0, path))
     middle = z - 0.5 * exact_velocity(z, 1.0, path)
@@ -114,6 +115,7 @@ def test_one_step_of_each_solver():
 
 
 # ---- score and SDE ----
+
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("t", [0.04, 0.3, 0.77, 1.0])
@@ -149,7 +151,7 @@ def test_times_of_the_sde(num_steps):
     sample_sde(model, numbers(2), labels(2), num_steps=num_steps, step_noise=step_noise)
     times = [call.t[0].item() for call in model.calls]
     assert times == pytest.approx(torch.linspace(1, LAST, num_steps, dtype=torch.float64).tolist())
-    assert len(drawn) == num_steps - 1                                 # none in the last step
+    assert len(drawn) == num_steps - 1  # none in the last step
 
 
 def moments_of_sde(num_steps, path):
@@ -160,8 +162,14 @@ def moments_of_sde(num_steps, path):
     """
     rows = torch.eye(num_steps + 1, num_steps, dtype=torch.float64)[:, :, None, None, None]
     noises = iter(rows[:, 1:].unbind(1))
-    out = sample_sde(Gaussian(path), rows[:, 0], labels(num_steps + 1), num_steps=num_steps, path=path,
-                     step_noise=lambda: next(noises)).flatten()
+    out = sample_sde(
+        Gaussian(path),
+        rows[:, 0],
+        labels(num_steps + 1),
+        num_steps=num_steps,
+        path=path,
+        step_noise=lambda: next(noises),
+    ).flatten()
     assert next(noises, None) is None
     return out[-1].item(), (out[:-1] - out[-1]).norm().item()
 
@@ -176,9 +184,11 @@ def test_sde_approaches_the_target(path):
 
     mean = last_step(alpha * M)
     deviation = (last_step(alpha * M + 1) - mean) * math.sqrt(variance(LAST, path))
-    assert (mean, deviation) == pytest.approx((M, S), abs=0.01)        # which is close to the data
-    errors = [[abs(got - limit) for got, limit in zip(moments_of_sde(num_steps, path), (mean, deviation))]
-              for num_steps in (100, 200, 400)]
+    assert (mean, deviation) == pytest.approx((M, S), abs=0.01)  # which is close to the data
+    errors = [
+        [abs(got - limit) for got, limit in zip(moments_of_sde(num_steps, path), (mean, deviation))]
+        for num_steps in (100, 200, 400)
+    ]
     for coarse, fine in zip(errors, errors[1:]):
         for a, b in zip(coarse, fine):
             # Euler-Maruyama's weak order is 1. The mean of the linear path moves on a straight line, without error.
@@ -215,7 +225,7 @@ def test_scale_one_is_no_guidance(sampler):
     count = len(model.calls)
     assert torch.equal(sample(model, numbers(3), y, num_steps=4, cfg_scale=1.0), plain)
     assert len(model.calls) == 2 * count
-    assert all(call.y.tolist() == [3, 0, 6] and len(call.x) == 3 for call in model.calls)       # no row is wasted
+    assert all(call.y.tolist() == [3, 0, 6] and len(call.x) == 3 for call in model.calls)  # no row is wasted
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -223,7 +233,7 @@ def test_guidance_sees_each_sample_with_and_without_its_label(sampler):
     model, y = Recorder(), torch.tensor([3, 0, 6])
     SAMPLERS[sampler](model, numbers(3), y, num_steps=4, cfg_scale=1.5)
     for call in model.calls:
-        assert call.y.tolist() == [3, 0, 6, 7, 7, 7]                   # 7 = num_classes
+        assert call.y.tolist() == [3, 0, 6, 7, 7, 7]  # 7 = num_classes
         assert torch.equal(call.x[:3], call.x[3:])
         assert call.t.shape == (6,) and (call.t == call.t[0]).all()
 
@@ -234,7 +244,7 @@ def test_guidance_extrapolates_from_the_null_label(solver, scale):
     value = torch.tensor([0.1, 0.5, -2.0, 0, 0, 0, 0, 0.3], dtype=torch.float64)
     y, z = torch.tensor([0, 1, 2]), numbers(3)
     got = sample_ode(Recorder(value), z, y, num_steps=4, cfg_scale=scale, solver=solver)
-    expected = 0.3 + scale * (value[:3] - 0.3)                         # constant velocity over the time from 1 to 0
+    expected = 0.3 + scale * (value[:3] - 0.3)  # constant velocity over the time from 1 to 0
     torch.testing.assert_close(got, z - expected.view(-1, 1, 1, 1))
 
 
@@ -244,15 +254,16 @@ def test_guidance_in_the_sde_enters_the_score_as_well():
     z, v = numbers(4), 0.25 + 2.0 * (1.0 - 0.25)
 
     def drift(x, t):
-        return v + t * ((1 - t) * v + x) / t                           # eps = x + (1 - t) v, s = - eps / t
+        return v + t * ((1 - t) * v + x) / t  # eps = x + (1 - t) v, s = - eps / t
 
     middle = z - 0.96 * drift(z, 1.0)
     got = sample_sde(Recorder(value), z, labels(4), num_steps=2, cfg_scale=2.0, step_noise=lambda: torch.zeros_like(z))
     torch.testing.assert_close(got, middle - 0.04 * drift(middle, 0.04))
 
 
-@pytest.mark.parametrize("steps, low, high, guided", [
-    (10, 0.0, 0.3, 3), (20, 0.15, 0.35, 5), (50, 0.56, 0.68, 7), (250, 0.56, 0.68, 31)])
+@pytest.mark.parametrize(
+    "steps, low, high, guided", [(10, 0.0, 0.3, 3), (20, 0.15, 0.35, 5), (50, 0.56, 0.68, 7), (250, 0.56, 0.68, 31)]
+)
 def test_rounded_times_do_not_leave_out_an_end_of_the_interval(steps, low, high, guided):
     """Counted by hand: multiples of 1/steps from low to high, but for 0, where the path ends."""
     model = Recorder()
@@ -260,14 +271,17 @@ def test_rounded_times_do_not_leave_out_an_end_of_the_interval(steps, low, high,
     assert sum(len(call.y) == 4 for call in model.calls) == guided
 
 
-@pytest.mark.parametrize("sampler, interval, guided", [
-    ("euler", (0.0, 1.0), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-    ("euler", (0.25, 0.75), [0.75, 0.625, 0.5, 0.375, 0.25]),          # both ends included
-    ("euler", (0.3, 0.7), [0.625, 0.5, 0.375]),
-    ("euler", (0.9, 0.95), []),
-    ("heun", (0.3, 0.7), [0.625, 0.625, 0.5, 0.5, 0.375, 0.375]),
-    ("sde", (0.3, 0.6), [0.58857, 0.45143, 0.31429]),                  # 1 - 0.96 k / 7
-])
+@pytest.mark.parametrize(
+    "sampler, interval, guided",
+    [
+        ("euler", (0.0, 1.0), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("euler", (0.25, 0.75), [0.75, 0.625, 0.5, 0.375, 0.25]),  # both ends included
+        ("euler", (0.3, 0.7), [0.625, 0.5, 0.375]),
+        ("euler", (0.9, 0.95), []),
+        ("heun", (0.3, 0.7), [0.625, 0.625, 0.5, 0.5, 0.375, 0.375]),
+        ("sde", (0.3, 0.6), [0.58857, 0.45143, 0.31429]),  # 1 - 0.96 k / 7
+    ],
+)
 def test_guidance_keeps_to_its_interval(sampler, interval, guided):
     model, y = Recorder(), torch.tensor([3, 0])
     SAMPLERS[sampler](model, numbers(2), y, num_steps=8, cfg_scale=2.0, guidance_interval=interval)
@@ -278,6 +292,7 @@ def test_guidance_keeps_to_its_interval(sampler, interval, guided):
 
 
 # ---- precision, errors ----
+
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,6 +328,7 @@ def test_samplers_reject_what_they_do_not_know():
 
 # ---- noise by index ----
 
+
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
     seeds, shape = [11, 12, 13, 14, 15], (3, 4, 4)
 
@@ -334,12 +350,12 @@ def test_noise_is_standard_normal_and_fresh():
     noise = IndexedNoise(range(100), (20, 5, 5), "cpu")
     state = torch.get_rng_state()
     first, second = noise(), noise()
-    assert torch.equal(torch.get_rng_state(), state)                   # it leaves the global generator alone
+    assert torch.equal(torch.get_rng_state(), state)  # it leaves the global generator alone
     count = first.numel()
     for draw in (first, second):
         assert draw.mean().item() == pytest.approx(0, abs=5 / math.sqrt(count))
         assert draw.std().item() == pytest.approx(1, abs=5 / math.sqrt(2 * count))
-    pairs = [(first, second), (first[:50], first[50:])]                # draws of a sample, samples of a draw
+    pairs = [(first, second), (first[:50], first[50:])]  # draws of a sample, samples of a draw
     for a, b in pairs:
         assert (a * b).mean().item() == pytest.approx(0, abs=5 / math.sqrt(a.numel()))
 

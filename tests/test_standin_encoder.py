@@ -32,7 +32,7 @@ def test_classifies_and_loads(trained, digits):
 
 
 def test_same_options_make_the_same_encoder(trained, digits, tmp_path):
-    torch.manual_seed(99)                       # what happened before must not matter
+    torch.manual_seed(99)  # what happened before must not matter
     again = tmp_path / "again"
     standin_encoder.main([str(digits), "--out", str(again), "--epochs", "3", "--width", "32", "--depth", "2"])
     assert FrozenEncoder(str(again), 4).fingerprint == FrozenEncoder(str(trained), 4).fingerprint
@@ -47,11 +47,16 @@ def test_finished_encoder_is_kept(trained, digits, capsys):
     assert before == {path: path.read_bytes() for path in trained.iterdir()}
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--epochs", "0"], "epochs = 0"), (["--width", "-32"], "width = -32"), (["--lr", "0"], "lr = 0"),
-    (["--width", "100"], "width = 100"),
-    (["--patch-size", "3"], "patch_size = 3 .* 8 pixels"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--epochs", "0"], "epochs = 0"),
+        (["--width", "-32"], "width = -32"),
+        (["--lr", "0"], "lr = 0"),
+        (["--width", "100"], "width = 100"),
+        (["--patch-size", "3"], "patch_size = 3 .* 8 pixels"),
+    ],
+)
 def test_wrong_options_are_refused(digits, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         standin_encoder.main([str(digits), "--out", str(tmp_path / "encoder"), *arguments])

@@ -31,23 +31,42 @@ STEPS = 60
 @pytest.fixture
 def arguments(small_data, encoder_folder):
     """The command line of a sweep of tiny models."""
+
     def build(out, *extra, steps=STEPS):
-        values = {"data": small_data, "encoder": encoder_folder, "depth": 2, "hidden_size": 32, "num_heads": 2,
-                  "projector_dim": 32, "lr": 1e-3, "batch_size": 8, "max_steps": steps, "ema_decays": 0.5,
-                  "log_every": 2, "checkpoint_every": 1000, "eval_every": steps // 3, "eval_samples": 6,
-                  "eval_batch_size": 4, "sample_steps": 2, "tensorboard": False}
+        values = {
+            "data": small_data,
+            "encoder": encoder_folder,
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "projector_dim": 32,
+            "lr": 1e-3,
+            "batch_size": 8,
+            "max_steps": steps,
+            "ema_decays": 0.5,
+            "log_every": 2,
+            "checkpoint_every": 1000,
+            "eval_every": steps // 3,
+            "eval_samples": 6,
+            "eval_batch_size": 4,
+            "sample_steps": 2,
+            "tensorboard": False,
+        }
         words = {f"--{key.replace('_', '-')}": str(value) for key, value in values.items()}
         kept = [word for option in words if option not in extra for word in (option, words[option])]
         return ["--out", str(out), *kept, *map(str, extra)]
+
     return build
 
 
 @pytest.fixture
 def cells(arguments, tmp_path):
     """The cells of a command line, before anything is run."""
+
     def build(*extra, out=tmp_path / "sweep"):
         options, words = sweep.tyro.cli(sweep.Options, args=arguments(out, *extra), return_unknown_args=True)
         return sweep.make_cells(options, words)
+
     return build
 
 
@@ -60,14 +79,19 @@ def names(made):
 
 # ---- which cells ----
 
+
 def test_every_combination_is_a_cell_and_one_seed_comes_before_the_next(cells):
     made = cells(*GRID, "--seeds", 0, 7)
-    assert names(made) == [f"align_depth={k},chunk_size={s},seed={seed}" for seed in (0, 7) for k in (1, 2)
-                           for s in (1, 4)]
+    assert names(made) == [
+        f"align_depth={k},chunk_size={s},seed={seed}" for seed in (0, 7) for k in (1, 2) for s in (1, 4)
+    ]
     for cell in made:
         values = dict(part.split("=") for part in cell.name.split(","))
         assert (cell.config.align_depth, cell.config.chunk_size, cell.config.seed) == (
-            (int(values["align_depth"]),), int(values["chunk_size"]), int(values["seed"]))
+            (int(values["align_depth"]),),
+            int(values["chunk_size"]),
+            int(values["seed"]),
+        )
         # What is run is the user's own command: the trainer reads the same from it.
         parsed = config.parse(cell.words)
         assert parsed == dataclasses.replace(cell.config, out=str(cell.folder))
@@ -75,8 +99,26 @@ def test_every_combination_is_a_cell_and_one_seed_comes_before_the_next(cells):
 
 def test_options_that_nothing_reads_make_no_cells(cells):
     """Residual routing has no chunks, and without alignment there is no depth: each combination once."""
-    made = cells("--routing", "residual", "dar", "--alignment", "none", "repa", "--chunk-size", 1, 4,
-                 "--query", "static", "dynamic", "--align-depth", 1, 2, "--seeds", 0, 1)
+    made = cells(
+        "--routing",
+        "residual",
+        "dar",
+        "--alignment",
+        "none",
+        "repa",
+        "--chunk-size",
+        1,
+        4,
+        "--query",
+        "static",
+        "dynamic",
+        "--align-depth",
+        1,
+        2,
+        "--seeds",
+        0,
+        1,
+    )
     expected = set()
     for seed in (0, 1):
         expected.add(("residual", "none", seed))
@@ -96,44 +138,102 @@ def test_options_that_nothing_reads_make_no_cells(cells):
 OF_DAR, OF_REPA = ("routing", "residual"), ("alignment", "none")
 
 
-@pytest.mark.parametrize("option, switches", [
-    ("query", [OF_DAR, ("routing", "attnres"), ("routing", "unet")]), ("chunk_size", [OF_DAR, ("routing", "unet")]),
-    ("final_aggregator", [OF_DAR, ("routing", "attnres"), ("routing", "unet")]),
-    ("route_backend", [OF_DAR, ("routing", "unet")]), ("align_depth", [OF_REPA]), ("proj_coeff", [OF_REPA]),
-    ("projector", [OF_REPA]), ("projector_dim", [OF_REPA, ("projector", "conv")]), ("encoder_features", [OF_REPA]),
-    ("spatial_norm", [OF_REPA]), ("align_steps", [OF_REPA]),
-    *((option, [("eval_every", 0)]) for option in ("eval_metric", "eval_samples", "eval_batch_size", "sampler",
-                                                   "sample_steps", "cfg_scale")),
-    ("guidance_interval", [("eval_every", 0), ("cfg_scale", 1.0)]),
-    *((option, [("eval_every", 0), ("eval_metric", "encoder")]) for option in ("inception", "fid_reference")),
-    ("diagnose_images", [("diagnose_every", 0)])])
+@pytest.mark.parametrize(
+    "option, switches",
+    [
+        ("query", [OF_DAR, ("routing", "attnres"), ("routing", "unet")]),
+        ("chunk_size", [OF_DAR, ("routing", "unet")]),
+        ("final_aggregator", [OF_DAR, ("routing", "attnres"), ("routing", "unet")]),
+        ("route_backend", [OF_DAR, ("routing", "unet")]),
+        ("align_depth", [OF_REPA]),
+        ("proj_coeff", [OF_REPA]),
+        ("projector", [OF_REPA]),
+        ("projector_dim", [OF_REPA, ("projector", "conv")]),
+        ("encoder_features", [OF_REPA]),
+        ("spatial_norm", [OF_REPA]),
+        ("align_steps", [OF_REPA]),
+        *(
+            (option, [("eval_every", 0)])
+            for option in ("eval_metric", "eval_samples", "eval_batch_size", "sampler", "sample_steps", "cfg_scale")
+        ),
+        ("guidance_interval", [("eval_every", 0), ("cfg_scale", 1.0)]),
+        *((option, [("eval_every", 0), ("eval_metric", "encoder")]) for option in ("inception", "fid_reference")),
+        ("diagnose_images", [("diagnose_every", 0)]),
+    ],
+)
 def test_what_is_idle(option, switches):
-    on = {"routing": "dar", "alignment": "repa", "eval_every": 1, "eval_metric": "fid", "diagnose_every": 1,
-          "cfg_scale": 1.5}
+    on = {
+        "routing": "dar",
+        "alignment": "repa",
+        "eval_every": 1,
+        "eval_metric": "fid",
+        "diagnose_every": 1,
+        "cfg_scale": 1.5,
+    }
     assert config.idle(on) == set() and option in {field.name for field in dataclasses.fields(config.Config)}
-    off = [(switch, value) for switch, value in {OF_DAR, OF_REPA, ("routing", "attnres"), ("routing", "unet"),
-                                                 ("projector", "conv"), ("eval_metric", "encoder"),
-                                                 ("eval_every", 0), ("diagnose_every", 0), ("cfg_scale", 1.0)}
-           if option in config.idle({**on, switch: value})]
+    off = [
+        (switch, value)
+        for switch, value in {
+            OF_DAR,
+            OF_REPA,
+            ("routing", "attnres"),
+            ("routing", "unet"),
+            ("projector", "conv"),
+            ("eval_metric", "encoder"),
+            ("eval_every", 0),
+            ("diagnose_every", 0),
+            ("cfg_scale", 1.0),
+        }
+        if option in config.idle({**on, switch: value})
+    ]
     assert sorted(off) == sorted(switches)
 
 
 def test_no_other_option_is_ever_idle():
     """With everything off: an option that is wrongly among these would make one cell, or arm, of two that differ."""
-    off = {"routing": "residual", "alignment": "none", "projector": "conv", "eval_every": 0, "eval_metric": "encoder",
-           "diagnose_every": 0}
+    off = {
+        "routing": "residual",
+        "alignment": "none",
+        "projector": "conv",
+        "eval_every": 0,
+        "eval_metric": "encoder",
+        "diagnose_every": 0,
+    }
     assert config.idle(off) == {
-        "query", "final_aggregator", "chunk_size", "route_backend", "align_depth", "proj_coeff", "spatial_norm",
-        "align_steps", "projector", "projector_dim", "encoder_features", "eval_metric", "eval_samples",
-        "eval_batch_size", "sampler", "sample_steps", "cfg_scale", "guidance_interval", "inception", "fid_reference",
-        "diagnose_images"}
+        "query",
+        "final_aggregator",
+        "chunk_size",
+        "route_backend",
+        "align_depth",
+        "proj_coeff",
+        "spatial_norm",
+        "align_steps",
+        "projector",
+        "projector_dim",
+        "encoder_features",
+        "eval_metric",
+        "eval_samples",
+        "eval_batch_size",
+        "sampler",
+        "sample_steps",
+        "cfg_scale",
+        "guidance_interval",
+        "inception",
+        "fid_reference",
+        "diagnose_images",
+    }
 
 
 def test_commas_join_the_values_of_one_cell(cells):
-    made = cells("--routing", "dar", "--alignment", "repa", "--align-depth", 1, "1,2",
-                 "--betas", "0.9,0.99", "0.8,0.95")
+    made = cells(
+        "--routing", "dar", "--alignment", "repa", "--align-depth", 1, "1,2", "--betas", "0.9,0.99", "0.8,0.95"
+    )
     assert [(cell.config.align_depth, cell.config.betas) for cell in made] == [
-        ((1,), (0.9, 0.99)), ((1,), (0.8, 0.95)), ((1, 2), (0.9, 0.99)), ((1, 2), (0.8, 0.95))]
+        ((1,), (0.9, 0.99)),
+        ((1,), (0.8, 0.95)),
+        ((1, 2), (0.9, 0.99)),
+        ((1, 2), (0.8, 0.95)),
+    ]
     assert names(made)[2] == "align_depth=1+2,chunk_size=4,betas=0.9+0.99,seed=0"
 
 
@@ -141,46 +241,58 @@ def test_the_same_value_twice_is_one_cell(cells):
     assert len(cells("--lr", "1e-3", "0.001", "1e-03", "--seeds", 0, 0)) == 1
 
 
-@pytest.mark.parametrize("values", [
-    [{"model": "SiT-S/2"}, {"model": "SiT-S-2"}, {"model": "SiT-S:2"}],
-    [{"encoder": ("a+b",)}, {"encoder": ("a", "b")}],
-    [{"encoder": ("a+b", "c")}, {"encoder": ("a", "b+c")}],
-    [{"data": "a,seed=1"}, {"data": "a", "seed": 1}],
-    [{"encoder": ("x" * 300 + end,)} for end in "ab"],
-    [{"data": "café"}, {"data": "cafè"}],
-    [{"data": ".."}, {"data": "."}],
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [{"model": "SiT-S/2"}, {"model": "SiT-S-2"}, {"model": "SiT-S:2"}],
+        [{"encoder": ("a+b",)}, {"encoder": ("a", "b")}],
+        [{"encoder": ("a+b", "c")}, {"encoder": ("a", "b+c")}],
+        [{"data": "a,seed=1"}, {"data": "a", "seed": 1}],
+        [{"encoder": ("x" * 300 + end,)} for end in "ab"],
+        [{"data": "café"}, {"data": "cafè"}],
+        [{"data": ".."}, {"data": "."}],
+    ],
+)
 def test_names_differ_where_settings_do(values):
     made = [sweep.cell_name(settings) for settings in values]
     assert len(set(made)) == len(values)
     for name in made:
-        assert re.fullmatch(r"[A-Za-z0-9_.,=+-]{1,200}", name)      # any file system, and no %j of submitit or Slurm
+        assert re.fullmatch(r"[A-Za-z0-9_.,=+-]{1,200}", name)  # any file system, and no %j of submitit or Slurm
 
 
-@pytest.mark.parametrize("extra, message", [
-    (("--chunk-sizes", 1, 2), "unknown option --chunk-sizes.*'chunk_size'"),
-    (("--chunk-size", 1, 0), "chunk_size = 0: must be at least 1"),
-    (("--chunk-size", 1, 5, "--routing", "dar"), "chunk_size = 5 is not between 1 and the 4 sublayers"),
-    (("--align-depth", 1, 3, "--alignment", "repa"), "align_depth = 3: the model has only 2 blocks"),
-    (("--model", "SiT-S/2", "SiT-M/2"), "'SiT-M/2' is unknown"),
-    (("--lr", 1, "--lr", 2), "--lr is given twice"),
-    (("--eval-every", 0), "'frechet_distance' is only logged with eval_every above 0"),
-    (("--metric", "fid"), "metric = 'fid' is only logged with --eval-metric fid"),
-    (("--metric", "fid_5000", "--eval-metric", "fid", "--eval-every", 0), "'fid_5000' .* eval_every above 0"),
-    (("--config", "nothing"), "'nothing' is neither a preset"),
-    (("--jobs", 0), "jobs = 0"),
-    (("--gpus-per-run", 3), "batch_size = 8 cannot be shared evenly.* 3"),
-    (("--slurm", "partition=gpu"), "only read with --cluster slurm"),
-])
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (("--chunk-sizes", 1, 2), "unknown option --chunk-sizes.*'chunk_size'"),
+        (("--chunk-size", 1, 0), "chunk_size = 0: must be at least 1"),
+        (("--chunk-size", 1, 5, "--routing", "dar"), "chunk_size = 5 is not between 1 and the 4 sublayers"),
+        (("--align-depth", 1, 3, "--alignment", "repa"), "align_depth = 3: the model has only 2 blocks"),
+        (("--model", "SiT-S/2", "SiT-M/2"), "'SiT-M/2' is unknown"),
+        (("--lr", 1, "--lr", 2), "--lr is given twice"),
+        (("--eval-every", 0), "'frechet_distance' is only logged with eval_every above 0"),
+        (("--metric", "fid"), "metric = 'fid' is only logged with --eval-metric fid"),
+        (("--metric", "fid_5000", "--eval-metric", "fid", "--eval-every", 0), "'fid_5000' .* eval_every above 0"),
+        (("--config", "nothing"), "'nothing' is neither a preset"),
+        (("--jobs", 0), "jobs = 0"),
+        (("--gpus-per-run", 3), "batch_size = 8 cannot be shared evenly.* 3"),
+        (("--slurm", "partition=gpu"), "only read with --cluster slurm"),
+    ],
+)
 def test_wrong_options_are_refused_before_anything_is_written(arguments, tmp_path, extra, message):
     with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
         sweep.main(arguments(tmp_path / "sweep", *extra))
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("extra, shown", [
-    (("--chunk-size", 1, "many"), "many"), (("--cluster", "cloud"), "cloud"), (("--routing", "dar", "sum"), "sum"),
-    (("--betas", 0.9, 0.999), "commas join a list")])
+@pytest.mark.parametrize(
+    "extra, shown",
+    [
+        (("--chunk-size", 1, "many"), "many"),
+        (("--cluster", "cloud"), "cloud"),
+        (("--routing", "dar", "sum"), "sum"),
+        (("--betas", 0.9, 0.999), "commas join a list"),
+    ],
+)
 def test_values_that_cannot_be_read_name_themselves(arguments, tmp_path, capsys, extra, shown):
     with pytest.raises(SystemExit) as stop:
         sweep.main(arguments(tmp_path / "sweep", *extra))
@@ -198,18 +310,22 @@ def test_missing_data_are_refused(arguments, tmp_path):
 
 # ---- where they run ----
 
+
 def options(**changes):
     return dataclasses.replace(sweep.Options(out="somewhere"), **changes)
 
 
-@pytest.mark.parametrize("gpus, visible, changes, expected", [
-    (4, None, {}, ["0", "1", "2", "3"]),
-    (4, None, {"gpus_per_run": 2}, ["0,1", "2,3"]),
-    (5, None, {"gpus_per_run": 2}, ["0,1", "2,3"]),
-    (4, None, {"jobs": 3}, ["0", "1", "2"]),
-    (3, "4,6,7", {}, ["4", "6", "7"]),
-    (2, "GPU-a,GPU-b", {"gpus_per_run": 2}, ["GPU-a,GPU-b"]),
-])
+@pytest.mark.parametrize(
+    "gpus, visible, changes, expected",
+    [
+        (4, None, {}, ["0", "1", "2", "3"]),
+        (4, None, {"gpus_per_run": 2}, ["0,1", "2,3"]),
+        (5, None, {"gpus_per_run": 2}, ["0,1", "2,3"]),
+        (4, None, {"jobs": 3}, ["0", "1", "2"]),
+        (3, "4,6,7", {}, ["4", "6", "7"]),
+        (2, "GPU-a,GPU-b", {"gpus_per_run": 2}, ["GPU-a,GPU-b"]),
+    ],
+)
 def test_gpus_are_shared_out(monkeypatch, gpus, visible, changes, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -220,16 +336,19 @@ def test_gpus_are_shared_out(monkeypatch, gpus, visible, changes, expected):
     assert len(sweep.free_places(options(**changes), 1)) == 1
 
 
-@pytest.mark.parametrize("changes, need", [({"jobs": 5}, 5), ({"gpus_per_run": 8}, 8),
-                                           ({"jobs": 3, "gpus_per_run": 2}, 6)])
+@pytest.mark.parametrize(
+    "changes, need", [({"jobs": 5}, 5), ({"gpus_per_run": 8}, 8), ({"jobs": 3, "gpus_per_run": 2}, 6)]
+)
 def test_more_gpus_than_there_are(monkeypatch, changes, need):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(ValueError, match=f"need {need} GPUs; this machine has 4"):
         sweep.free_places(options(**changes), 100)
 
 
-@pytest.mark.parametrize("changes, count, threads", [
-    ({}, 1, 12), ({"jobs": 3}, 3, 4), ({"jobs": 3, "gpus_per_run": 2}, 3, 2), ({"jobs": 20}, 20, 1)])
+@pytest.mark.parametrize(
+    "changes, count, threads",
+    [({}, 1, 12), ({"jobs": 3}, 3, 4), ({"jobs": 3, "gpus_per_run": 2}, 3, 2), ({"jobs": 20}, 20, 1)],
+)
 def test_cores_are_shared_out(monkeypatch, changes, count, threads):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
@@ -237,9 +356,14 @@ def test_cores_are_shared_out(monkeypatch, changes, count, threads):
     assert sweep.free_places(options(**changes), 100) == [{"OMP_NUM_THREADS": str(threads)}] * count
 
 
-@pytest.mark.parametrize("slurm, message", [
-    ((), "--slurm time=: give the limit"), (("time=24:00:00",), "whole minutes"),
-    (("time=60", "colour=red"), "colour")])
+@pytest.mark.parametrize(
+    "slurm, message",
+    [
+        ((), "--slurm time=: give the limit"),
+        (("time=24:00:00",), "whole minutes"),
+        (("time=60", "colour=red"), "colour"),
+    ],
+)
 def test_wrong_slurm_options_are_refused(arguments, tmp_path, fake_slurm, slurm, message):
     with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
         sweep.main(arguments(tmp_path / "sweep", "--cluster", "slurm", *(["--slurm", *slurm] if slurm else [])))
@@ -254,18 +378,27 @@ def test_slurm_is_missing(arguments, tmp_path):
 
 # ---- the heat map ----
 
+
 def made_cell(folder, points, settings, state="done", max_steps=100, reason="", **others):
     """A cell as the sweep leaves it. points: [(step, distance)]."""
     name = ",".join(f"{key}={value}" for key, value in settings.items())
-    values = {"align_depth": (4,), "chunk_size": 4, "routing": "dar", "alignment": "repa", "model": "SiT-B/2",
-              **others, **settings}
+    values = {
+        "align_depth": (4,),
+        "chunk_size": 4,
+        "routing": "dar",
+        "alignment": "repa",
+        "model": "SiT-B/2",
+        **others,
+        **settings,
+    }
     full = dataclasses.replace(config.Config(), max_steps=max_steps, **values)
     (folder / name).mkdir(parents=True)
     config.save(full, folder / name / "config.yaml")
     lines = [{"step": step, "images": step, "seconds": step / 2, "frechet_distance": y} for step, y in points]
     (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return types.SimpleNamespace(name=name, folder=folder / name, config=full, settings=settings, state=state,
-                                 reason=reason)
+    return types.SimpleNamespace(
+        name=name, folder=folder / name, config=full, settings=settings, state=state, reason=reason
+    )
 
 
 def place(depth, chunk, seed):
@@ -297,7 +430,7 @@ def test_heat_map_of_random_runs(tmp_path, seed):
     result = json.loads((tmp_path / "sweep.json").read_text())
     target = max(min(y for _, y in points) for points in written.values())
     assert result["target"] == target
-    grid, = result["maps"]
+    (grid,) = result["maps"]
     assert grid["align_depth"] == [[k] for k in depths] and grid["chunk_size"] == chunks
     tables = markdown_tables((tmp_path / "sweep.md").read_text())
     for row, k in enumerate(depths):
@@ -310,7 +443,8 @@ def test_heat_map_of_random_runs(tmp_path, seed):
             times = [first_crossing(written[k, s, i], target) for i in seeds]
             entry = grid["steps_to_target"][row][column]
             assert {i: (v["value"], v["bound"]) for i, v in entry["per_seed"].items()} == {
-                str(i): (pytest.approx(t), bound) for i, (t, bound) in zip(seeds, times)}
+                str(i): (pytest.approx(t), bound) for i, (t, bound) in zip(seeds, times)
+            }
             if any(bound for _, bound in times):
                 assert entry["mean"] is None and tables[1][row][1 + column].count(",") == 1
             else:
@@ -334,9 +468,11 @@ def test_what_is_never_reached_is_no_number(tmp_path):
     falling = [(50, 9.0), (100, 3.0)]
     flat = [(50, 9.0), (100, 8.0)]
     early = [(50, 2.0), (100, 1.0)]
-    made = [made_cell(tmp_path, points, place(2, chunk, seed)) for chunk, pair in
-            {1: (falling, falling), 2: (falling, flat), 4: (flat, flat), 8: (early, falling)}.items()
-            for seed, points in enumerate(pair)]
+    made = [
+        made_cell(tmp_path, points, place(2, chunk, seed))
+        for chunk, pair in {1: (falling, falling), 2: (falling, flat), 4: (flat, flat), 8: (early, falling)}.items()
+        for seed, points in enumerate(pair)
+    ]
     heatmap.write_result(made, tmp_path, "frechet_distance", target=6.0)
     row = markdown_tables((tmp_path / "sweep.md").read_text())[1][0]
     assert row == ["2", "75 [75, 75]", "75, >100", ">100, >100", "<50, 75"]
@@ -347,11 +483,13 @@ def test_what_is_never_reached_is_no_number(tmp_path):
 def test_cells_that_are_not_complete_are_missing_with_their_reason(tmp_path):
     """Also one whose run has diverged. None of them counts for the default target or a mean."""
     curve = [(50, 9.0), (100, 3.0)]
-    made = [made_cell(tmp_path, curve, place(2, 1, 0)), made_cell(tmp_path, curve, place(2, 1, 1), "failed",
-                                                                  reason="exit status 9"),
-            made_cell(tmp_path, [(50, 70.0)], place(2, 2, 0), "stopped"),
-            made_cell(tmp_path, [(50, 9.0), (100, math.nan)], place(6, 1, 0)),
-            made_cell(tmp_path, curve, place(6, 2, 0), "waiting")]
+    made = [
+        made_cell(tmp_path, curve, place(2, 1, 0)),
+        made_cell(tmp_path, curve, place(2, 1, 1), "failed", reason="exit status 9"),
+        made_cell(tmp_path, [(50, 70.0)], place(2, 2, 0), "stopped"),
+        made_cell(tmp_path, [(50, 9.0), (100, math.nan)], place(6, 1, 0)),
+        made_cell(tmp_path, curve, place(6, 2, 0), "waiting"),
+    ]
     text = heatmap.write_result(made, tmp_path, "frechet_distance")
     assert [row[1:] for row in markdown_tables(text)[0]] == [["3, failed", "stopped"], ["done", "waiting"]]
     assert "align_depth=(2,),chunk_size=1,seed=1: failed exit status 9" in text
@@ -370,7 +508,7 @@ def test_nothing_complete_still_gives_a_result(tmp_path):
 def test_a_run_that_went_further_is_read_up_to_max_steps(tmp_path):
     made = [made_cell(tmp_path, [(50, 9.0), (100, 3.0), (150, 1.0)], place(2, 1, 0))]
     heatmap.write_result(made, tmp_path, "frechet_distance")
-    cell, = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+    (cell,) = json.loads((tmp_path / "sweep.json").read_text())["cells"]
     assert (cell["last"], cell["last_step"], cell["best"]) == (3.0, 100, 3.0)
 
 
@@ -380,7 +518,7 @@ def test_the_default_target_is_reached_by_every_run(tmp_path, goal, target, step
     made = [made_cell(tmp_path, points, place(2, chunk, 0)) for chunk, points in curves.items()]
     result = heatmap.summarise(made, "frechet_distance", goal)
     assert result["target"] == target
-    assert [cell["bound"] for cell in result["cells"]] == ["", ""]         # one is there at its first point, exactly
+    assert [cell["bound"] for cell in result["cells"]] == ["", ""]  # one is there at its first point, exactly
     assert [cell["steps_to_target"] for cell in result["cells"]] == pytest.approx(steps)
 
 
@@ -399,10 +537,15 @@ def test_three_seeds_have_their_mean_and_not_their_median(tmp_path):
 
 def test_one_map_for_each_combination_of_the_other_settings(tmp_path):
     """A residual baseline has no chunks: its map is one column."""
-    made = [made_cell(tmp_path, [(100, 10 * k + s)], {**place(k, s, 0), "query": query})
-            for query in ("static", "dynamic") for k in (2, 4) for s in (1, 4)]
-    made += [made_cell(tmp_path, [(100, 50 + k)], {"align_depth": (k,), "routing": "residual", "seed": 0})
-             for k in (2, 4)]
+    made = [
+        made_cell(tmp_path, [(100, 10 * k + s)], {**place(k, s, 0), "query": query})
+        for query in ("static", "dynamic")
+        for k in (2, 4)
+        for s in (1, 4)
+    ]
+    made += [
+        made_cell(tmp_path, [(100, 50 + k)], {"align_depth": (k,), "routing": "residual", "seed": 0}) for k in (2, 4)
+    ]
     text = heatmap.write_result(made, tmp_path, "frechet_distance", target=1)
     maps = json.loads((tmp_path / "sweep.json").read_text())["maps"]
     assert [grid["settings"] for grid in maps] == [{"query": "static"}, {"query": "dynamic"}, {"routing": "residual"}]
@@ -410,26 +553,39 @@ def test_one_map_for_each_combination_of_the_other_settings(tmp_path):
     assert [[entry["mean"] for entry in row] for row in maps[2]["metric"]] == [[52], [54]] and "no chunks" in text
 
 
-@pytest.mark.parametrize("model, depth, marked, low, high", [
-    ("SiT-S/2", None, 4, 2.449, 3.207), ("SiT-B/2", None, 4, 2.449, 3.207), ("SiT-L/2", None, 8, 3.464, 4.536),
-    ("SiT-XL/2", None, 8, 3.742, 4.899), ("SiT-XL/2", 50, 8, 5.0, 6.547), ("SiT-Plus/2", None, 8, 3.742, 4.899)])
+@pytest.mark.parametrize(
+    "model, depth, marked, low, high",
+    [
+        ("SiT-S/2", None, 4, 2.449, 3.207),
+        ("SiT-B/2", None, 4, 2.449, 3.207),
+        ("SiT-L/2", None, 8, 3.464, 4.536),
+        ("SiT-XL/2", None, 8, 3.742, 4.899),
+        ("SiT-XL/2", 50, 8, 5.0, 6.547),
+        ("SiT-Plus/2", None, 8, 3.742, 4.899),
+    ],
+)
 def test_the_marks(tmp_path, model, depth, marked, low, high):
     """Prop. 1, sqrt(L (1 - a) / (1 + a)) for a = 0.6 and 0.4 with L = 2 x depth, worked out by hand; REPA's depths."""
-    made = [made_cell(tmp_path, [(100, 1.0)], place(k, s, 0), model=model, depth=depth)
-            for k in (4, 8) for s in (1, 4, 8)]
+    made = [
+        made_cell(tmp_path, [(100, 1.0)], place(k, s, 0), model=model, depth=depth) for k in (4, 8) for s in (1, 4, 8)
+    ]
     text = heatmap.write_result(made, tmp_path, "frechet_distance")
-    grid, = json.loads((tmp_path / "sweep.json").read_text())["maps"]
+    (grid,) = json.loads((tmp_path / "sweep.json").read_text())["maps"]
     assert grid["optimal_chunk_size"] == pytest.approx([low, high], abs=1e-3) and grid["repa_depth"] == marked
     assert f"| {marked} (REPA) |" in text and text.count("(REPA)") == 2
     assert ("chunk size 4 (S*)" in text) == (low <= 4 <= high) and "chunk size 8 (S*)" not in text
-    assert (f"S* of Prop. 1 for {2 * (depth or blocks_of(model))} sublayers is {low:.1f} at alpha = 0.6 and "
-            f"{high:.1f} at alpha = 0.4. REPA aligns {model}, of {blocks_of(model)} blocks, after block "
-            f"{marked}.") in text
+    assert (
+        f"S* of Prop. 1 for {2 * (depth or blocks_of(model))} sublayers is {low:.1f} at alpha = 0.6 and "
+        f"{high:.1f} at alpha = 0.4. REPA aligns {model}, of {blocks_of(model)} blocks, after block "
+        f"{marked}."
+    ) in text
 
 
 def test_several_depths_are_not_the_one_of_repa(tmp_path):
-    made = [made_cell(tmp_path, [(100, 1.0)], {"align_depth": depths, "chunk_size": 1, "seed": 0})
-            for depths in ((4,), (4, 8))]
+    made = [
+        made_cell(tmp_path, [(100, 1.0)], {"align_depth": depths, "chunk_size": 1, "seed": 0})
+        for depths in ((4,), (4, 8))
+    ]
     rows = markdown_tables(heatmap.write_result(made, tmp_path, "frechet_distance"))[0]
     assert [row[0] for row in rows] == ["4 (REPA)", "4 8"]
 
@@ -441,8 +597,10 @@ def blocks_of(model):
 def test_the_picture_shows_the_values_and_the_marks(tmp_path):
     """The drawn arrays are the means, and the band of S* lies between the columns of 2 and 4, even in log2."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     made = [made_cell(tmp_path, [(100, float(k * s))], place(k, s, 0)) for k in (2, 4) for s in (1, 2, 4)]
     grid = heatmap.summarise(made, "frechet_distance", target=6)["maps"][0]
     figure, panel = plt.subplots()
@@ -459,8 +617,17 @@ def test_the_picture_shows_the_values_and_the_marks(tmp_path):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("value, text", [(0.123456, "0.1235"), (31.0, "31"), (9998.4, "9998"), (12345.6, "12346"),
-                                         (400_000.4, "400000"), (-12345.6, "-12346")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.123456, "0.1235"),
+        (31.0, "31"),
+        (9998.4, "9998"),
+        (12345.6, "12346"),
+        (400_000.4, "400000"),
+        (-12345.6, "-12346"),
+    ],
+)
 def test_numbers_have_four_digits_and_steps_all_of_theirs(value, text):
     assert heatmap.number(value) == text
 
@@ -468,19 +635,27 @@ def test_numbers_have_four_digits_and_steps_all_of_theirs(value, text):
 @pytest.mark.parametrize("goal, colours", [("min", "viridis"), ("max", "viridis_r")])
 def test_the_picture_is_of_means_in_one_scale_and_dark_is_good(tmp_path, monkeypatch, goal, colours):
     import matplotlib.pyplot as plt
+
     monkeypatch.setattr(plt, "close", lambda figure: None)
     sign = 1 if goal == "min" else -1
-    made = [made_cell(tmp_path, [(50, 60.0 * sign), (100, sign * (size * s + 3.0 * seed))],
-                      {**place(2, s, seed), "query": query})
-            for query, size in (("static", 1), ("dynamic", 4)) for s in (1, 2) for seed in (0, 1)]
+    made = [
+        made_cell(
+            tmp_path, [(50, 60.0 * sign), (100, sign * (size * s + 3.0 * seed))], {**place(2, s, seed), "query": query}
+        )
+        for query, size in (("static", 1), ("dynamic", 4))
+        for s in (1, 2)
+        for seed in (0, 1)
+    ]
     heatmap.write_result(made, tmp_path, "frechet_distance", goal, 30.0 * sign)
     figure = plt.gcf()
     images = [image for panel in figure.axes for image in panel.images]
     monkeypatch.undo()
     plt.close(figure)
     lasts = [np.array([[size * s + 1.5 for s in (1, 2)]]) * sign for size in (1, 4)]
-    steps = [np.array([[np.mean([50 + 50 * 30 / (60 - size * s - 3 * seed) for seed in (0, 1)]) for s in (1, 2)]])
-             for size in (1, 4)]
+    steps = [
+        np.array([[np.mean([50 + 50 * 30 / (60 - size * s - 3 * seed) for seed in (0, 1)]) for s in (1, 2)]])
+        for size in (1, 4)
+    ]
     for (above, below), expected, name in ((images[::2], lasts, colours), (images[1::2], steps, "viridis")):
         for image, values in ((above, expected[0]), (below, expected[1])):
             np.testing.assert_allclose(image.get_array(), values)
@@ -489,6 +664,7 @@ def test_the_picture_is_of_means_in_one_scale_and_dark_is_good(tmp_path, monkeyp
 
 
 # ---- what is there already ----
+
 
 def test_dry_run_writes_nothing_and_counts_steps(arguments, tmp_path, capsys):
     out = tmp_path / "sweep"
@@ -506,8 +682,11 @@ def test_dry_run_estimates_from_what_was_logged(cells, tmp_path, capsys, argumen
     first, second = cells("--seeds", 0, 1)
     first.folder.mkdir(parents=True)
     (first.folder / "metrics.jsonl").write_text(
-        json.dumps({"step": 20, "samples_per_second": 2.0}) + "\n"
-        + json.dumps({"step": 20, "frechet_distance": 3.0, "evaluation_seconds": 5.0}) + '\n{"step": 2')
+        json.dumps({"step": 20, "samples_per_second": 2.0})
+        + "\n"
+        + json.dumps({"step": 20, "frechet_distance": 3.0, "evaluation_seconds": 5.0})
+        + '\n{"step": 2'
+    )
     before = sorted(tmp_path.rglob("*"))
     sweep.main(arguments(tmp_path / "sweep", "--seeds", 0, 1, "--jobs", 2, "--dry-run"))
     printed = capsys.readouterr().out
@@ -518,8 +697,10 @@ def test_dry_run_estimates_from_what_was_logged(cells, tmp_path, capsys, argumen
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("every, step, evaluations", [(20, 0, 4), (20, 39, 3), (20, 40, 2), (20, 61, 1), (20, 70, 0),
-                                                      (35, 0, 2), (0, 0, 0), (100, 0, 1)])
+@pytest.mark.parametrize(
+    "every, step, evaluations",
+    [(20, 0, 4), (20, 39, 3), (20, 40, 2), (20, 61, 1), (20, 70, 0), (35, 0, 2), (0, 0, 0), (100, 0, 1)],
+)
 def test_time_left_counts_the_evaluations_that_are_left(every, step, evaluations):
     """Of 70 steps; the last one is always followed by an evaluation."""
     settings = dataclasses.replace(config.Config(), max_steps=70, eval_every=every, batch_size=6)
@@ -528,26 +709,38 @@ def test_time_left_counts_the_evaluations_that_are_left(every, step, evaluations
     assert sweep.seconds_left(settings, {"step": step}, {}) is None
 
 
-@pytest.mark.parametrize("seconds, text", [(12.4, "12 s"), (100, "2 min"), (3600, "1 h 00 min"), (90061, "25 h 01 min"),
-                                           (400_000, "4.6 days")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(12.4, "12 s"), (100, "2 min"), (3600, "1 h 00 min"), (90061, "25 h 01 min"), (400_000, "4.6 days")],
+)
 def test_durations(seconds, text):
     assert sweep.duration(seconds) == text
 
 
 def test_only_a_run_with_these_settings_at_its_end_is_complete(cells):
-    cell, = cells("--diagnose-every", 20)
-    checkpoint = {"config": {**dataclasses.asdict(cell.config), "content of data": "x"}, "step": STEPS, "log_lines": 3,
-                  "evaluation_due": False, "model": {"weight": torch.zeros(3)}}
+    (cell,) = cells("--diagnose-every", 20)
+    checkpoint = {
+        "config": {**dataclasses.asdict(cell.config), "content of data": "x"},
+        "step": STEPS,
+        "log_lines": 3,
+        "evaluation_due": False,
+        "model": {"weight": torch.zeros(3)},
+    }
     cell.folder.mkdir(parents=True)
     assert not sweep.complete(cell)
-    for change, expected in (({}, True), ({"step": STEPS + 5}, True), ({"step": STEPS - 1}, False),
-                             ({"evaluation_due": True}, False), ({"diagnosis_due": True}, False),
-                             ({"diagnosis_due": False}, True),
-                             ({"config": {**checkpoint["config"], "lr": 7.0}}, False),
-                             ({"config": {**checkpoint["config"], "num_workers": 7}}, True)):
+    for change, expected in (
+        ({}, True),
+        ({"step": STEPS + 5}, True),
+        ({"step": STEPS - 1}, False),
+        ({"evaluation_due": True}, False),
+        ({"diagnosis_due": True}, False),
+        ({"diagnosis_due": False}, True),
+        ({"config": {**checkpoint["config"], "lr": 7.0}}, False),
+        ({"config": {**checkpoint["config"], "num_workers": 7}}, True),
+    ):
         torch.save({**checkpoint, **change}, cell.folder / "last.pt")
         assert sweep.complete(cell) == expected, change
-    torch.save({**checkpoint, "diagnosis_due": True}, cell.folder / "last.pt")      # which is no longer wanted
+    torch.save({**checkpoint, "diagnosis_due": True}, cell.folder / "last.pt")  # which is no longer wanted
     assert sweep.complete(dataclasses.replace(cell, config=dataclasses.replace(cell.config, diagnose_every=0)))
     for content in ([1], {"ema": {}}):
         torch.save(content, cell.folder / "last.pt")
@@ -598,15 +791,24 @@ def test_a_run_that_goes_on_elsewhere_is_seen(tmp_path):
 
 # ---- whole sweeps ----
 
+
 def start_sweep(words):
     """As a shell starts it: with a process group of its own, to which a terminal's Ctrl-C goes."""
-    return subprocess.Popen([sys.executable, "sweep.py", *words], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "sweep.py", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def without_times(folder):
-    return [{key: value for key, value in line.items() if "second" not in key}
-            for line in read_lines(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in line.items() if "second" not in key}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
 
 
 def test_a_sweep_fails_in_one_cell_is_interrupted_and_goes_on(arguments, tmp_path, monkeypatch):
@@ -622,19 +824,32 @@ def test_a_sweep_fails_in_one_cell_is_interrupted_and_goes_on(arguments, tmp_pat
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command goes on" in printed
     stopped_at = load_file(first / "last.pt")["step"]
-    assert 8 <= stopped_at < 300                    # saved, although no checkpoint was due
+    assert 8 <= stopped_at < 300  # saved, although no checkpoint was due
 
     process = start_sweep(command)
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "1 of 4 cells are not complete" in errors and f"{foreign.name}: exit status 1" in errors
-    assert f"{foreign.name} failed: exit status 1" in printed and "lr: 0.7 -> 0.001" in printed     # the end of its log
+    assert f"{foreign.name} failed: exit status 1" in printed and "lr: 0.7 -> 0.001" in printed  # the end of its log
     assert "frechet_distance" in printed and f"{first.name}  done" in printed
 
     whole = tmp_path / "whole"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    train_repa_dar.main([*config_words(command), "--routing", "dar", "--alignment", "repa", "--align-depth", "1",
-                         "--chunk-size", "1", "--out", str(whole)])
+    train_repa_dar.main(
+        [
+            *config_words(command),
+            "--routing",
+            "dar",
+            "--alignment",
+            "repa",
+            "--align-depth",
+            "1",
+            "--chunk-size",
+            "1",
+            "--out",
+            str(whole),
+        ]
+    )
     assert without_times(first) == without_times(whole)
     assert [line["from_step"] for line in read_lines(first / "environment.jsonl")] == [0, stopped_at]
 
@@ -656,19 +871,22 @@ def test_a_sweep_fails_in_one_cell_is_interrupted_and_goes_on(arguments, tmp_pat
 
 def config_words(command):
     """The trainer's part of the common options of a sweep."""
-    return command[2:command.index("--routing")]
+    return command[2 : command.index("--routing")]
 
 
 def assert_agrees_with_the_logs(result, out, missing):
-    grid, = result["maps"]
+    (grid,) = result["maps"]
     for row, depth in zip(grid["metric"], (1, 2)):
         for entry, chunk in zip(row, (1, 4)):
             name = f"align_depth={depth},chunk_size={chunk},seed=0"
             if name in missing:
                 assert entry["mean"] is None and list(entry["missing"]) == ["0"]
                 continue
-            logged = [line["frechet_distance"] for line in read_lines(out / name / "metrics.jsonl")
-                      if "frechet_distance" in line]
+            logged = [
+                line["frechet_distance"]
+                for line in read_lines(out / name / "metrics.jsonl")
+                if "frechet_distance" in line
+            ]
             assert len(logged) == 3 and entry["mean"] == logged[-1]
     last = {name["name"]: name["last"] for name in result["cells"] if "last" in name}
     assert len(last) == 4 - len(missing) and len(set(last.values())) > 1
@@ -738,7 +956,7 @@ def test_slurm_jobs_outlive_the_sweep_are_preempted_and_cancelled(arguments, tmp
     run, steps = out / "seed=0", lambda: len(read_lines(out / "seed=0" / "metrics.jsonl"))
     process = start_sweep(command)
     wait_for(lambda: steps() > 2)
-    process.kill()                                  # as when the login node reboots
+    process.kill()  # as when the login node reboots
     process.communicate()
     script = (fake_slurm / "101.script").read_text()
     for flag in ("--time=90", "--partition=fast", "--mem=3GB", "--gpus-per-node=1", "--job-name=sweep"):
@@ -747,7 +965,7 @@ def test_slurm_jobs_outlive_the_sweep_are_preempted_and_cancelled(arguments, tmp
     process = start_sweep(command)
     task = int((fake_slurm / "101.task").read_text())
     before = steps()
-    os.kill(task, signal.SIGUSR2)                   # Slurm warns that time is up
+    os.kill(task, signal.SIGUSR2)  # Slurm warns that time is up
     wait_for(lambda: len(read_lines(run / "environment.jsonl")) == 2)
     saved = read_lines(run / "environment.jsonl")[1]["from_step"]
     assert saved >= 2 * before and (fake_slurm / "101.requeued").exists()
@@ -757,4 +975,4 @@ def test_slurm_jobs_outlive_the_sweep_are_preempted_and_cancelled(arguments, tmp
     assert process.returncode == 143, errors
     assert load_file(run / "last.pt")["step"] > saved
     assert "seed=0  stopped" in printed
-    assert len(list(fake_slurm.glob("*.script"))) == 1                  # the job was found again, not sent again
+    assert len(list(fake_slurm.glob("*.script"))) == 1  # the job was found again, not sent again

@@ -18,27 +18,49 @@ from runtime import load_file
 from tests.conftest import read_lines
 
 ROOT = train_repa_dar.__file__.rpartition("/")[0]
-TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}       # all that may differ between repeats
+TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}  # all that may differ between repeats
 STEPS = 33
 
 
 @pytest.fixture
 def command(digits, encoder_folder, small_data):
     """Arguments of a run of seconds: 2 blocks, 70 images, so that 33 steps of 8 cross three epoch ends."""
+
     def build(out, *extra, data=small_data):
-        values = {"data": data, "out": out, "encoder": encoder_folder, "depth": 2, "hidden_size": 32, "num_heads": 2,
-                  "align_depth": 1, "projector_dim": 32, "lr": 1e-3, "batch_size": 8, "max_steps": STEPS,
-                  "log_every": 5, "checkpoint_every": 10,
-                  "eval_every": 15, "eval_samples": 6, "eval_batch_size": 4, "sample_steps": 2,
-                  "routing": "dar", "chunk_size": 3, "alignment": "repa", "tensorboard": False}
+        values = {
+            "data": data,
+            "out": out,
+            "encoder": encoder_folder,
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "align_depth": 1,
+            "projector_dim": 32,
+            "lr": 1e-3,
+            "batch_size": 8,
+            "max_steps": STEPS,
+            "log_every": 5,
+            "checkpoint_every": 10,
+            "eval_every": 15,
+            "eval_samples": 6,
+            "eval_batch_size": 4,
+            "sample_steps": 2,
+            "routing": "dar",
+            "chunk_size": 3,
+            "alignment": "repa",
+            "tensorboard": False,
+        }
         arguments = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         return ["--config", "digits", *arguments, *map(str, extra)]
+
     return build
 
 
 def records(folder, without=TIMING):
-    return [{key: value for key, value in line.items() if key not in without}
-            for line in read_lines(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in line.items() if key not in without}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same_run(folder, reference):
@@ -76,8 +98,7 @@ def run(arguments):
 
 def run_patched(arguments, patch):
     """A run in a process of its own, with a piece of code that sabotages it. Returns the exit status."""
-    code = f"import os, sys, torch; import train_repa_dar as trainer, runtime\n{patch}\n" \
-           "trainer.main(sys.argv[1:])"
+    code = f"import os, sys, torch; import train_repa_dar as trainer, runtime\n{patch}\ntrainer.main(sys.argv[1:])"
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True).returncode
 
 
@@ -117,8 +138,13 @@ def test_killed_anywhere_and_restarted_is_the_same_run(command, tmp_path):
     """Killed before the first checkpoint, between two, in the writing of one, in a log line, in an evaluation."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_patched(command(whole), "") == 0
-    for patch in (KILL_AT_STEP.format(step=7), KILL_AT_STEP.format(step=18), KILL_IN_CHECKPOINT.format(step=20),
-                  KILL_IN_LOG.format(step=25), KILL_IN_EVALUATION):
+    for patch in (
+        KILL_AT_STEP.format(step=7),
+        KILL_AT_STEP.format(step=18),
+        KILL_IN_CHECKPOINT.format(step=20),
+        KILL_IN_LOG.format(step=25),
+        KILL_IN_EVALUATION,
+    ):
         assert run_patched(command(killed), patch) == -signal.SIGKILL
     assert run_patched(command(killed), "") == 0
     assert load_file(killed / "last.pt")["step"] == STEPS
@@ -150,6 +176,7 @@ def test_signal_saves_leaves_and_resumes(command, tmp_path, monkeypatch, number)
 def test_signal_during_an_evaluation_saves_and_makes_up_for_it(command, tmp_path, monkeypatch):
     """Evaluations can take minutes: one is cut short, and made first thing when the run goes on."""
     from eval.online import OnlineEvaluation
+
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(command(whole))
     original = OnlineEvaluation.sample
@@ -171,9 +198,23 @@ def test_signal_during_an_evaluation_saves_and_makes_up_for_it(command, tmp_path
 
 def test_signal_to_the_whole_process_group_saves_too(command, tmp_path):
     """As a job scheduler sends it: readers get SIGTERM too, and must not die before the trainer has saved."""
-    process = subprocess.Popen([sys.executable, "train_repa_dar.py", *command(tmp_path / "run", "--num-workers", 2),
-                                "--max-steps", "100000", "--eval-every", "0", "--checkpoint-every", "100000"],
-                               cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "train_repa_dar.py",
+            *command(tmp_path / "run", "--num-workers", 2),
+            "--max-steps",
+            "100000",
+            "--eval-every",
+            "0",
+            "--checkpoint-every",
+            "100000",
+        ],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for(lambda: records(tmp_path / "run"))
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
@@ -202,7 +243,7 @@ def test_snapshot_survives_a_kill_before_the_checkpoint(command, tmp_path, monke
     def save(checkpoint, file):
         original(checkpoint, file)
         if "last.pt" in file.name:
-            raise KeyboardInterrupt                # instead of a kill: last.pt is not in place yet
+            raise KeyboardInterrupt  # instead of a kill: last.pt is not in place yet
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
@@ -224,8 +265,9 @@ def test_processes_and_accumulation_do_not_change_the_run(command, tmp_path, sma
     one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
     run(command(one))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repa_dar.py"]
-    finished = subprocess.run([*launch, *command(two, "--micro-batch-size", 2)], cwd=ROOT, capture_output=True,
-                              text=True)
+    finished = subprocess.run(
+        [*launch, *command(two, "--micro-batch-size", 2)], cwd=ROOT, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "8 global = 2 processes x 4 local, in 2 accumulated parts of 2" in finished.stdout
     run(command(parts, "--micro-batch-size", 2, "--num-workers", 1))
@@ -251,7 +293,7 @@ def test_each_image_meets_the_same_noise_whatever_the_processes(command, tmp_pat
             trainer = train_repa_dar.Trainer(config, ranks)
             ranks.rank, ranks.world = rank, world
             batches = list(trainer.batches())
-            ranks.world = 1                                    # there is nobody to exchange gradients with
+            ranks.world = 1  # there is nobody to exchange gradients with
             trainer.share = trainer.micro = config.batch_size // world
             for trainer.step, batch in enumerate(batches):
                 trainer.train_step(batch)
@@ -261,7 +303,7 @@ def test_each_image_meets_the_same_noise_whatever_the_processes(command, tmp_pat
     assert whole.keys() == {"images", "labels", "tokens_0", "noise", "time_normal", "time_uniform", "label"}
     for key, value in whole.items():
         assert torch.equal(value, torch.cat([first[key], second[key]], dim=1)), key
-    assert len(whole["noise"].unique()) > 0.99 * whole["noise"].numel()         # new in each step and for each image
+    assert len(whole["noise"].unique()) > 0.99 * whole["noise"].numel()  # new in each step and for each image
 
 
 def test_non_finite_steps_are_skipped_and_counted(command, tmp_path, monkeypatch):
@@ -276,7 +318,7 @@ def test_non_finite_steps_are_skipped_and_counted(command, tmp_path, monkeypatch
         if self.step == 4:
             total = total * float("nan")
         if self.step == 6:
-            total = total + (self.model.x_embedder.proj.weight.sum() * 0).sqrt()       # finite, its gradient is not
+            total = total + (self.model.x_embedder.proj.weight.sum() * 0).sqrt()  # finite, its gradient is not
         return (total, *rest)
 
     monkeypatch.setattr(train_repa_dar.Trainer, "losses", losses)
@@ -307,7 +349,7 @@ def test_persistent_non_finite_steps_stop_the_run(command, tmp_path, monkeypatch
 def test_another_configuration_is_refused_and_nothing_touched(command, tmp_path, checkpoint):
     folder = tmp_path / "run"
     run(command(folder, "--max-steps", 5, "--eval-every", 0))
-    if not checkpoint:                          # as if it had been killed before it wrote one
+    if not checkpoint:  # as if it had been killed before it wrote one
         (folder / "last.pt").unlink()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(SystemExit, match=r"(?s)lr: 0.001 -> 0.002.*routing: 'dar' -> 'residual'"):
@@ -318,11 +360,12 @@ def test_another_configuration_is_refused_and_nothing_touched(command, tmp_path,
 def test_changed_images_are_refused(command, tmp_path, digits):
     run(command(tmp_path / "run", "--max-steps", 2, "--eval-every", 0))
     moved = tmp_path / "data"
-    moved.symlink_to(digits)                    # the same option, other images behind it
+    moved.symlink_to(digits)  # the same option, other images behind it
     first = tmp_path / "other"
     run(command(first, "--max-steps", 2, "--eval-every", 0, data=moved))
     moved.unlink()
     from dataset import prepare
+
     prepare.main(["digits", "--out", str(moved), "--limit", "50"])
     with pytest.raises(SystemExit, match="content of data"):
         run(command(first, "--max-steps", 2, "--eval-every", 0, "--encoder-features", "online", data=moved))
@@ -393,14 +436,21 @@ def test_ema_is_the_geometric_average(command, tmp_path, monkeypatch):
     for decay, average in load_file(tmp_path / "run" / "last.pt")["emas"].items():
         d = float(decay)
         for key, value in average.items():
-            expected = d ** 12 * history[0][key]
+            expected = d**12 * history[0][key]
             expected = expected + sum((1 - d) * d ** (12 - i) * history[i][key] for i in range(1, 13))
             torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("extra", [("--precision", "bf16"), ("--encoder-features", "online"), ("--query", "dynamic"),
-                                   ("--routing", "residual", "--alignment", "none", "--path", "cosine"),
-                                   ("--projector", "conv", "--spatial-norm", 0.6, "--precision", "bf16")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--precision", "bf16"),
+        ("--encoder-features", "online"),
+        ("--query", "dynamic"),
+        ("--routing", "residual", "--alignment", "none", "--path", "cosine"),
+        ("--projector", "conv", "--spatial-norm", 0.6, "--precision", "bf16"),
+    ],
+)
 def test_variants_learn(command, tmp_path, extra):
     """Sixty steps of each bring the denoising loss well below that of the first five."""
     run(command(tmp_path / "run", "--eval-every", 0, "--max-steps", 60, "--lr", 5e-3, *extra))
@@ -422,11 +472,25 @@ def test_tokens_are_normalised_wherever_they_come_from(command, tmp_path, monkey
     """In float32, whatever they are stored or computed in: less their whole mean, they have mean 0 and spread 1."""
     seen = []
     original = train_repa_dar.alignment_loss
-    monkeypatch.setattr(train_repa_dar, "alignment_loss",
-                        lambda aligned, tokens: (seen.extend(tokens), original(aligned, tokens))[1])
+    monkeypatch.setattr(
+        train_repa_dar, "alignment_loss", lambda aligned, tokens: (seen.extend(tokens), original(aligned, tokens))[1]
+    )
     for norm in (1, None):
-        run(command(tmp_path / str(norm), "--encoder-features", features, "--precision", precision, "--eval-every", 0,
-                    "--max-steps", 1, "--spatial-norm", norm))
+        run(
+            command(
+                tmp_path / str(norm),
+                "--encoder-features",
+                features,
+                "--precision",
+                precision,
+                "--eval-every",
+                0,
+                "--max-steps",
+                1,
+                "--spatial-norm",
+                norm,
+            )
+        )
     normalised, plain = (tokens.double() for tokens in seen)
     assert seen[0].dtype == torch.float32
     torch.testing.assert_close(normalised.mean(1), torch.zeros(8, 24).double(), rtol=0, atol=1e-5)
@@ -436,7 +500,7 @@ def test_tokens_are_normalised_wherever_they_come_from(command, tmp_path, monkey
 
 # ---- the end of the alignment ----
 
-ALIGNED = 12                                        # steps; falls between two lines of the log and two checkpoints
+ALIGNED = 12  # steps; falls between two lines of the log and two checkpoints
 
 
 def state_of(folder):
@@ -449,8 +513,18 @@ def test_alignment_ends(command, tmp_path, monkeypatch, capsys, features, routin
     """Bit for bit the run that just drops the term from its loss; without reading, computing or projecting for it."""
     original_losses, original_step = train_repa_dar.Trainer.losses, train_repa_dar.Trainer.train_step
     original_encoder = train_repa_dar.FrozenEncoder.forward
-    settings = ("--encoder-features", features, "--routing", routing, "--eval-every", 0, "--weight-decay", 0.1,
-                "--ema-decays", 0.5)
+    settings = (
+        "--encoder-features",
+        features,
+        "--routing",
+        routing,
+        "--eval-every",
+        0,
+        "--weight-decay",
+        0.1,
+        "--ema-decays",
+        0.5,
+    )
     read, encoded, projections, projecting, weights = [], [], [], [], []
 
     def losses(self, inputs, draws):
@@ -485,8 +559,8 @@ def test_alignment_ends(command, tmp_path, monkeypatch, capsys, features, routin
     assert read == [{"images", "labels"} | target] * ALIGNED + [{"images", "labels"}] * (STEPS - ALIGNED)
     assert encoded == ([] if features == "prepared" else list(range(1, ALIGNED + 1)))
     assert projections == ["hooked", *range(ALIGNED)]
-    assert projecting == [[True, True]] * ALIGNED + [[False, False]] * (STEPS - ALIGNED)       # samples neither
-    for i, (before, after) in enumerate(zip(weights, weights[1:]), 1):         # after[i]: taken by step i, from 0
+    assert projecting == [[True, True]] * ALIGNED + [[False, False]] * (STEPS - ALIGNED)  # samples neither
+    for i, (before, after) in enumerate(zip(weights, weights[1:]), 1):  # after[i]: taken by step i, from 0
         moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
         assert ("projectors" in moved) == (i < ALIGNED), i
         assert "blocks" in moved
@@ -514,6 +588,7 @@ def test_a_run_stopped_at_the_end_of_its_alignment_goes_on_as_if_it_had_not_been
     run(command(whole, *settings))
     original = train_repa_dar.Trainer.train_step
     for last in (ALIGNED - 1, ALIGNED, ALIGNED + 1):
+
         def step(self, batch):
             original(self, batch)
             if self.step + 1 == last:
@@ -534,17 +609,32 @@ def test_alignment_ends_in_all_processes(command, tmp_path):
     settings = ("--align-steps", ALIGNED, "--eval-every", 0, "--log-every", 3)
     run(command(one, *settings))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repa_dar.py"]
-    finished = subprocess.run([*launch, *command(two, *settings, "--micro-batch-size", 2)], cwd=ROOT,
-                              capture_output=True, text=True, timeout=300)
+    finished = subprocess.run(
+        [*launch, *command(two, *settings, "--micro-batch-size", 2)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert_same_curves(two, one)
     moments = load_file(two / "last.pt")["optimizer"]["state"]
     assert sorted({int(state["step"]) for state in moments.values()}) == [ALIGNED, STEPS]
 
 
-@pytest.mark.parametrize("name, tera", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
-                                        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
-                                        ("NVIDIA GeForce RTX 4090", 165), ("Some other card", 0)])
+@pytest.mark.parametrize(
+    "name, tera",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("Some other card", 0),
+    ],
+)
 def test_peak_of_known_gpus(monkeypatch, name, tera):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert train_repa_dar.peak_flops(torch.device("cuda")) == tera * 1e12
@@ -555,8 +645,21 @@ def test_a_residual_checkpoint_starts_a_dar_run(command, tmp_path, capsys):
     """Everything but the routers, which is said."""
     train_repa_dar.main(command(tmp_path / "residual", "--eval-every", 0, "--max-steps", 2, "--routing", "residual"))
     capsys.readouterr()
-    train_repa_dar.main(command(tmp_path / "dar", "--eval-every", 0, "--max-steps", 1, "--routing", "dar",
-                                "--init-from", tmp_path / "residual" / "last.pt", "--lr", "1e-12"))
+    train_repa_dar.main(
+        command(
+            tmp_path / "dar",
+            "--eval-every",
+            0,
+            "--max-steps",
+            1,
+            "--routing",
+            "dar",
+            "--init-from",
+            tmp_path / "residual" / "last.pt",
+            "--lr",
+            "1e-12",
+        )
+    )
     printed = capsys.readouterr().out
     assert "not in it: router.aggregators.0.norm_weight, " in printed and " more; not used: none" in printed
     before, after = (load_file(tmp_path / arm / "last.pt") for arm in ("residual", "dar"))
@@ -565,6 +668,7 @@ def test_a_residual_checkpoint_starts_a_dar_run(command, tmp_path, capsys):
 
 class FlatFeatures(torch.nn.Module):
     """In place of Inception: the mean of each channel."""
+
     dim, fingerprint, sha256, file = 3, "flat", "flat", "flat.pth"
 
     def __init__(self, weights):
@@ -577,18 +681,22 @@ class FlatFeatures(torch.nn.Module):
 def test_fid_beside_the_distance(command, tmp_path, monkeypatch):
     """It is logged with the other, which it leaves as it is, and against the training images or the file."""
     from eval import features
+
     run(command(tmp_path / "without"))
     monkeypatch.chdir(tmp_path)
     np.savez("some.npz", np.zeros(1))
     monkeypatch.setattr(features, "InceptionFeatures", FlatFeatures)
     mean, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 255.0, dtype=torch.float64)
     for name, center in (("near", mean), ("far", far)):
-        monkeypatch.setattr(train_repa_dar, "npz_statistics",
-                            lambda path: {"pool3": (center, torch.eye(3, dtype=torch.float64))})
+        monkeypatch.setattr(
+            train_repa_dar, "npz_statistics", lambda path: {"pool3": (center, torch.eye(3, dtype=torch.float64))}
+        )
         run(command(tmp_path / name, "--eval-metric", "fid", "--fid-reference", "some.npz"))
     run(command(tmp_path / "images", "--eval-metric", "fid"))
-    evaluations = {name: [line for line in records(tmp_path / name) if "frechet_distance" in line]
-                   for name in ("without", "near", "far", "images")}
+    evaluations = {
+        name: [line for line in records(tmp_path / name) if "frechet_distance" in line]
+        for name in ("without", "near", "far", "images")
+    }
     assert len({line.pop("fid") for name in ("near", "far", "images") for line in evaluations[name]}) == 9
     assert all(lines == evaluations["without"] for lines in evaluations.values())
     # A uniform grey of 255 is as far from white as it can be, and the digits' background is black.
@@ -596,12 +704,17 @@ def test_fid_beside_the_distance(command, tmp_path, monkeypatch):
     assert all(a < b for a, b in zip(first["images"], first["far"]))
 
 
-@pytest.mark.parametrize("extra, message", [
-    (("--inception", "nowhere.pth"), "nowhere.pth"),
-    (("--fid-reference", "nowhere.npz"), "nowhere.npz"),
-    (("--fid-reference", "images.npz"), "images.npz.*holds no statistics.*--save-reference")])
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (("--inception", "nowhere.pth"), "nowhere.pth"),
+        (("--fid-reference", "nowhere.npz"), "nowhere.npz"),
+        (("--fid-reference", "images.npz"), "images.npz.*holds no statistics.*--save-reference"),
+    ],
+)
 def test_fid_without_what_it_needs_is_refused_at_once(command, tmp_path, monkeypatch, extra, message):
     from eval import features
+
     monkeypatch.chdir(tmp_path)
     np.savez("images.npz", np.zeros((4, 8, 8, 3), np.uint8))
     if "--inception" not in extra:
@@ -613,6 +726,7 @@ def test_fid_without_what_it_needs_is_refused_at_once(command, tmp_path, monkeyp
 
 def test_statistics_of_other_inception_weights_are_refused(command, tmp_path, monkeypatch):
     from eval import features
+
     monkeypatch.setattr(features, "InceptionFeatures", FlatFeatures)
     monkeypatch.setattr(train_repa_dar, "npz_statistics", lambda path: {"pool3": (torch.zeros(3), torch.eye(3))})
     np.savez(tmp_path / "kept.npz", inception_sha256="sharp")
@@ -624,6 +738,7 @@ def test_statistics_of_other_inception_weights_are_refused(command, tmp_path, mo
 def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
     """The figures of the steps asked for; the run itself stays as it is without, also if cut short in between."""
     from analysis import diagnose
+
     settings = ("--max-steps", 12, "--eval-every", 6)
     run(command(tmp_path / "without", *settings))
     calls, original = [], diagnose.diagnose
@@ -638,18 +753,21 @@ def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
     watched = command(tmp_path / "run", *settings, "--diagnose-every", 6, "--diagnose-images", 20)
     with pytest.raises(KeyboardInterrupt):
         train_repa_dar.main(watched)
-    train_repa_dar.main(watched)                            # the checkpoint of step 12 owes the second one
+    train_repa_dar.main(watched)  # the checkpoint of step 12 owes the second one
     assert calls == [6, 12, 12]
     assert_same_run(tmp_path / "run", tmp_path / "without")
     for step in (6, 12):
         folder = tmp_path / "run" / "diagnosis" / f"{step:07d}"
-        assert {file.name for file in folder.iterdir()} == {f"{name}.{kind}" for name in diagnose.FIGURES
-                                                            for kind in ("png", "json")}
+        assert {file.name for file in folder.iterdir()} == {
+            f"{name}.{kind}" for name in diagnose.FIGURES for kind in ("png", "json")
+        }
         content = json.loads((folder / "routing.json").read_text())
         assert content["step"] == step and content["settings"]["num_images"] == 20 and content["average"] == "0.99"
     # Of different weights, hence of what training had reached.
-    first, second = (json.loads((tmp_path / "run" / "diagnosis" / step / "states.json").read_text())["data"]["rms"]
-                     for step in ("0000006", "0000012"))
+    first, second = (
+        json.loads((tmp_path / "run" / "diagnosis" / step / "states.json").read_text())["data"]["rms"]
+        for step in ("0000006", "0000012")
+    )
     assert first != second
 
 
