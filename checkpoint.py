@@ -1,86 +1,276 @@
-"""Rebuilds a trained SiT from a checkpoint: ours, or one that SiT or REPA has released."""
+"""Checkpoints: averaged weights, the folder of a run, its saving and resuming, and models from ours or published files."""
 
+import argparse
+import copy
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
-from models.sit import SIT_MODELS, load_published
-from runtime import load_file, load_weights
+import safetensors.torch
+import torch
+from torch import nn
+
+import config as configuration
+from models.sit import FREQUENCIES, MAX_PERIOD, SIT_MODELS, SiT
+from runtime import MetricsLog, Ranks, environment, lock_folder, replaced
+
+FORMAT = 2  # of last.pt; the random numbers of format 1 were others, so its runs cannot go on
 
 
-def load_trained(path, average="", name="", route_backend="auto"):
-    """The model of a checkpoint, in eval mode on the CPU, and the options it was trained with ({} for released ones).
+class EMA:
+    """Exponential moving averages of the weights, one frozen copy of the model per decay; the first is evaluated."""
+
+    def __init__(self, model: nn.Module, decays: tuple):
+        self.models = {decay: copy.deepcopy(model).eval().requires_grad_(False) for decay in decays}
+        self.first = next(iter(self.models.values()))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module):
+        """One step of every average; after a skipped optimiser step, towards weights that have not changed."""
+        for decay, average in self.models.items():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+    def state_dict(self) -> dict:
+        return {str(decay): model.state_dict() for decay, model in self.models.items()}
+
+    def load_state_dict(self, state: dict):
+        for decay, model in self.models.items():
+            model.load_state_dict(state[str(decay)])
+
+
+# ---- the folder of a run ----
+
+
+class RunFolder:
+    """One run on disk: its lock, its settings, its checkpoints and its log.
+
+    parts:    what has state, by name: {"model": ..., "emas": ..., "optimizer": ..., ...}, each with `state_dict` and
+              `load_state_dict`.
+    progress: plain numbers that say where the run stands, among them `step`, `seconds` and `evaluation_due`.
+    Raises ValueError where the folder is in use, or holds something else than this run.
+    """
+
+    def __init__(self, config, ranks: Ranks):
+        self.config, self.ranks, self.path = config, ranks, Path(config.out)
+        self.last = self.path / "last.pt"
+        self.lock = lock_folder(self.path) if ranks.main else None
+
+    def resume(self, contents: dict, parts: dict, progress: dict):
+        """Load `parts` and update `progress` where the folder holds a checkpoint; then open the log.
+
+        contents: what else decides the run beside its options, such as the fingerprint of its data.
+        All processes must have the same settings, contents and checkpoint; else all raise ValueError.
+        """
+        self.identity = {**configuration.plain(asdict(self.config)), **contents}
+        checkpoint = self._found()
+        facts = {key: value for key, value in self.identity.items() if key not in ("out", "num_workers")}
+        facts["the step to resume at"] = checkpoint and checkpoint["step"]
+        facts["the checkpoint's seconds of training"] = checkpoint and checkpoint["seconds"]
+        self.ranks.agree(
+            facts,
+            "give all machines the same command, data and --out, which must be on a shared disk "
+            "(or be copied to all) when a run is resumed",
+        )
+        if checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            progress.update({key: checkpoint[key] for key in progress})
+        self.ranks.barrier()  # nobody writes before all have read
+
+        def kept(record):
+            repeated = progress["evaluation_due"] and "evaluation_seconds" in record
+            return record["step"] < progress["step"] + (not repeated) and checkpoint is not None
+
+        owing = any(value for key, value in progress.items() if key.endswith("_due"))
+        if self.ranks.main and (progress["step"] < self.config.max_steps or owing):
+            configuration.save(self.config, self.path / "config.yaml")
+            with open(self.path / "environment.jsonl", "a") as file:
+                file.write(json.dumps({"from_step": progress["step"], **environment(self.ranks)}) + "\n")
+        self.log = MetricsLog(self.path, kept, progress["step"], self.config.tensorboard, self.ranks)
+
+    def _found(self):
+        """The checkpoint in the folder, or None. Raises ValueError where another run is there."""
+        elsewhere = "give another --out, or the settings it was made with"
+        if self.last.is_file():
+            checkpoint = load_file(self.last, mmap=True)  # XL on 8 processes would be 86 GB of host memory
+            if not is_ours(checkpoint):
+                raise ValueError(
+                    f"{self.last} is no checkpoint of this version of the trainer; give another --out, "
+                    f"and --init-from {self.last} to start from its weights"
+                )
+            changed = configuration.differences(self.identity, checkpoint["config"])
+        else:  # perhaps a run that ended before its first checkpoint
+            checkpoint, saved = None, configuration.load_saved(self.path / "config.yaml")
+            if not saved and (self.path / "metrics.jsonl").exists():
+                raise ValueError(
+                    f"{self.path} has a metrics.jsonl without config.yaml, so it is not the folder of a "
+                    "run; give another --out"
+                )
+            changed = configuration.differences(asdict(self.config), saved) if saved else []
+        if changed:
+            lines = "\n  ".join(changed)
+            raise ValueError(f"{self.path} holds a run of another configuration:\n  {lines}\n{elsewhere}")
+        return checkpoint
+
+    def save(self, parts: dict, progress: dict, arguments: dict, snapshot: bool = False):
+        """Write last.pt, and before it step-STEP.pt with `snapshot`. arguments: of the named model's constructor."""
+        if self.ranks.main:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            content = {"format": FORMAT, "config": self.identity, "arguments": arguments, **progress, **states}
+            content["ema"] = next(iter(states["emas"].values()))  # where other programs look; it takes no more space
+            names = [f"step-{progress['step']:07d}.pt"] if snapshot else []
+            for name in [*names, "last.pt"]:
+                with replaced(self.path / name) as file:
+                    torch.save(content, file)
+        self.ranks.barrier()
+
+    def close(self):
+        self.log.close()
+        if self.lock:
+            self.lock.close()
+
+
+# ---- files ----
+
+
+def load_file(path: str | Path, device="cpu", mmap: bool = False):
+    """The content of a checkpoint, read without executing any code that it may hold.
+
+    mmap: read tensors only when they are looked at.
+    Raises ValueError, with the path, where there is no such file or it is not a checkpoint of tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no weights file {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device=str(device))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA keeps its arguments in one
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except Exception as error:  # bytes of other kinds of files raise many kinds
+        raise ValueError(
+            f"{str(path)!r} is not a weights file, or holds code, which is never executed ({type(error).__name__})"
+        ) from None
+
+
+def is_ours(checkpoint) -> bool:
+    """Whether a file's content is a checkpoint of `RunFolder.save`, in its present format."""
+    return isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT and "arguments" in checkpoint
+
+
+def load_weights(path: str | Path) -> dict:
+    """Model weights from one of our checkpoints, SiT's, REPA's, or a bare state dict: `ema` where there is one."""
+    content = load_file(path)
+    content = content if isinstance(content, dict) else {}
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    weights = {str(name).removeprefix("module."): value for name, value in content.items()}
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{str(path)!r} holds no state dict, neither bare nor under 'ema', 'model' or 'state_dict'")
+    return weights
+
+
+def load_trained(path: str | Path, average: str = "", name: str = "", route_backend: str = "auto"):
+    """The model of a checkpoint, in eval mode on the CPU, and what is known of its run ({} for released ones).
 
     average: which moving average of ours, by its decay as text; empty is the first one, "none" the weights themselves.
     name:    the model's name (SiT-XL/2) for released weights, which do not say it.
-    The weights of a run tell all other sizes; released ones must have those of the named model.
-    To the options of ours are added `step` and the resolved `average`.
+    To the options of the run are added its `step`, the resolved `average` and the model's `arguments`.
     Raises ValueError where there is no such checkpoint, average or model.
     """
-    if Path(path).is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; give the checkpoint in it, such as {Path(path) / 'last.pt'}")
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {str(path)!r}")
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give the checkpoint in it, such as {path / 'last.pt'}")
     checkpoint = load_file(path)
-    ours = isinstance(checkpoint, dict) and "log_lines" in checkpoint
-    options = checkpoint["config"] if ours else {}
-    if ours:
+    if is_ours(checkpoint):
+        known = {key: checkpoint[key] for key in ("step", "arguments")}
+        options = {**checkpoint["config"], **known}
         averages = {"none": checkpoint["model"], **checkpoint["emas"]}
-        average = average or next(iter(checkpoint["emas"]))
-        if average not in averages:
+        options["average"] = average or next(iter(checkpoint["emas"]))
+        if options["average"] not in averages:
             raise ValueError(f"{path} has no average {average!r}; choose one of {', '.join(averages)}")
-        weights, options = averages[average], {**options, "step": checkpoint["step"], "average": average}
-    elif average:
-        raise ValueError(f"average = {average!r}: {path} is not of this trainer, and has no choice of averages")
+        if name not in ("", options["model"]):  # the number of heads would be another
+            raise ValueError(f"model = {name!r}: {path} is of {options['model']}; leave it out")
+        name, weights, arguments = options["model"], averages[options["average"]], options["arguments"]
     else:
-        weights = load_weights(path)
-    if ours and name not in ("", options["model"]):  # the number of heads would be another
-        raise ValueError(f"model = {name!r}: {path} is of {options['model']}; leave it out")
-    name = name or options.get("model", "")
+        if average:
+            raise ValueError(f"average = {average!r}: {path} is not of this trainer, and has no choice of averages")
+        weights, options = load_weights(path), {}
     if name not in SIT_MODELS:
         raise ValueError(f"model = {name!r}: say which model {path} is of, one of {', '.join(SIT_MODELS)}")
     try:
-        model = SIT_MODELS[name](**_sizes(weights, name, options), route_backend=route_backend)
+        if not options:
+            arguments = released_arguments(weights, name)
+        model = SIT_MODELS[name](**arguments, route_backend=route_backend)
         load_published(model, weights)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not fit {name}: {error}") from None
     return model.eval().requires_grad_(False), options
 
 
-def _sizes(weights, name, options):
-    """Arguments of SiT that follow from the shapes of its weights; the rest from the options of the run."""
-    _, tokens, width = weights["pos_embed"].shape
-    chosen = {
-        key: options[key]
-        for key in (
-            "num_heads",
-            "routing",
-            "query",
-            "chunk_size",
-            "final_aggregator",
-            "projector",
-            "class_dropout_prob",
-        )
-        if options.get(key) is not None
-    }
-    sizes = {
-        "input_size": math.isqrt(tokens) * int(name.rpartition("/")[2]),
-        "hidden_size": width,
-        "depth": sum(key.endswith(".attn.qkv.weight") for key in weights),
+def released_arguments(weights: dict, name: str) -> dict:
+    """What the shapes of released weights say about the named model. Their projectors' depth is not told."""
+    patch = int(name.rpartition("/")[2])
+    return {
+        "input_size": math.isqrt(weights["pos_embed"].shape[1]) * patch,
         "in_channels": weights["x_embedder.proj.weight"].shape[1],
         "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
         "qk_norm": any(".q_norm." in key for key in weights),
         "align_dims": (),
     }
-    last = "weight" if options.get("projector") == "conv" else "4.weight"
-    outputs = [key for key in weights if key.startswith("projectors.") and key.endswith(f".{last}")]
-    if options and outputs:  # those of a released model read a depth that it does not tell
-        sizes |= {
-            "align_depth": options["align_depth"],
-            "projector_dim": weights[outputs[0]].shape[1],
-            "align_dims": [
-                len(weights[f"projectors.{i}.{last}"]) for i in range(len(outputs) // len(options["align_depth"]))
-            ],
-        }
-    if not options:  # nor do they tell the heads, so the name has to be right
-        del sizes["hidden_size"], sizes["depth"]
-    return {**chosen, **sizes}
+
+
+def load_published(model: SiT, state_dict: dict, new_labels: bool = False) -> tuple[list, list]:
+    """Load SiT's or REPA's released weights, or our own, into a model of the same size.
+
+    Three things may differ and are mended. Released SiT models predict a variance beside the velocity, of which the
+    velocity half is kept, and by which they are known: their time runs from noise to data and is reversed.
+    Projectors that only one side has are left out: the model's keep their initial values.
+    Weights without routers and skips, of residual routing, leave those of the model as they are. A timestep query
+    w + e(t) then starts with the e(t) of those weights instead of zero, so that aggregation is no plain mean at first.
+    new_labels: the label table keeps its initial values, except for the null class.
+    Returns the names of parameters that were not loaded and of weights that were not used.
+    Raises ValueError that names the missing, unknown (such as routers, if the model has none) or differently shaped.
+    """
+    own, state_dict, table = model.state_dict(), dict(state_dict), "y_embedder.embedding_table.weight"
+    reverse = len(state_dict.get("final_layer.linear.bias", ())) == 2 * len(own["final_layer.linear.bias"])
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in state_dict and len(state_dict[name]) == 2 * len(own[name]):
+            both = state_dict[name].unflatten(0, (model.patch_size**2, 2, model.in_channels))
+            state_dict[name] = both[:, 0].flatten(0, 1)  # (p * p * C, ...)
+    if new_labels and table in state_dict and state_dict[table].shape[1:] == own[table].shape[1:]:
+        state_dict[table] = torch.cat([own[table][:-1], state_dict[table][-1:].to(own[table])])
+    missing = sorted(own.keys() - state_dict.keys())
+    unused = sorted(state_dict.keys() - own.keys())
+    joined = any(name.startswith(("router.", "skips.")) for name in state_dict)
+    optional = ("projectors.",) if joined else ("projectors.", "router.", "skips.")
+    problems = [f"missing {name}" for name in missing if not name.startswith(optional)]
+    problems += [f"unknown {name}" for name in unused if not name.startswith("projectors.")]
+    problems += [
+        f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state_dict.keys())
+        if own[name].shape != state_dict[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        labels = "; --new-labels starts the label table anew" if any(table in text for text in problems) else ""
+        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}{labels}")
+    model.load_state_dict(state_dict, strict=False)
+    if reverse:
+        _reverse_time(model)
+    return missing, unused
+
+
+@torch.no_grad()
+def _reverse_time(model):
+    """v(x, t) becomes -v(x, 1 - t), by cos f(1 - t) = cos f cos ft + sin f sin ft, sin f(1 - t) = sin f cos ft - ..."""
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(0, 1, 2 / FREQUENCIES, dtype=torch.float64))
+    embedding, head = model.t_embedder.mlp[0].weight, model.final_layer.linear
+    of_cos, of_sin = embedding.double().chunk(2, dim=1)  # (D, 128) each
+    cos, sin = frequencies.cos(), frequencies.sin()
+    embedding.copy_(torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1))
+    head.weight.neg_()
+    head.bias.neg_()

@@ -1,47 +1,65 @@
-"""What every run needs around its training step: processes, the run folder, averaged weights, checkpoints, logs."""
+"""What every command needs around its work: processes, stop signals, seeds, locks, whole files, the log of a run."""
 
-import argparse
 import contextlib
-import copy
 import datetime
+import errno
 import fcntl
+import hashlib
 import json
 import os
-import pickle
 import platform
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
 
-
-# What random numbers are for, so that no two uses share a seed (see derive_seed).
-INITIAL_WEIGHTS, TRAINING, EVALUATION = range(3)
 PATIENCE = datetime.timedelta(days=2)  # of processes that wait for another one
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
-def derive_seed(*numbers):
-    """One 63-bit seed from several integers, such as (run seed, purpose, step)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+class Use(IntEnum):
+    """What random numbers are for. Each use has a word of its own, so that no two share a seed."""
+
+    WEIGHTS = 1
+    ORDER = 2
+    STEP = 3
+    SAMPLE = 4
+    LABELS = 5
+    DIAGNOSIS = 6
+
+
+def derive_seed(seed: int, use: Use, *numbers: int) -> int:
+    """A 63-bit seed for one use of a run's seed, such as derive_seed(0, Use.STEP, step)."""
+    return int(np.random.SeedSequence([seed, use, *numbers]).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ---- processes ----
 
 
 class Ranks:
     """The processes of a run: all of torchrun's, or this one alone."""
 
     def __init__(self):
-        distributed = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
-        self.rank, self.world, self.local_rank = 0, 1, 0
-        if distributed:
-            self.rank, self.world, self.local_rank = (
-                int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        given = [name for name in LAUNCHER if name in os.environ]
+        if given and len(given) < len(LAUNCHER):
+            missing = ", ".join(name for name in LAUNCHER if name not in given)
+            raise SystemExit(
+                f"error: {', '.join(given)} are set without {missing}, so this process cannot know its GPU. Use "
+                "torchrun, or set all of them: under srun, LOCAL_RANK is $SLURM_LOCALID"
             )
+        try:
+            self.rank, self.world, self.local_rank = (
+                (int(os.environ[name]) for name in LAUNCHER) if given else (0, 1, 0)
+            )
+        except ValueError as error:
+            raise SystemExit(f"error: {', '.join(LAUNCHER)} must be whole numbers: {error}") from None
         self.main = self.rank == 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -52,20 +70,21 @@ class Ranks:
                 )
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
-        if distributed:
+        self.host_group = None
+        if given:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        # Flags travel by gloo, so that exchanging them never waits for the device. What one process does while the
-        # others wait, such as a diagnosis or a download, may take longer than gloo's half hour; torchrun ends those
-        # that wait for one that has died.
-        self.host_group = dist.new_group(backend="gloo", timeout=PATIENCE) if distributed else None
+            # Flags travel by gloo, so that exchanging them never waits for the device. What one process does while the
+            # others wait, such as a diagnosis or a download, may take longer than gloo's half hour; torchrun ends those
+            # that wait for one that has died.
+            self.host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def sum(self, tensor):
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a device tensor over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag):
+    def any(self, flag: int) -> int:
         """Whether a host flag is set in any process; the largest one where flags are numbers."""
         if self.world == 1:
             return flag
@@ -76,6 +95,21 @@ class Ranks:
     def barrier(self):
         if self.world > 1:
             dist.barrier(group=self.host_group)
+
+    def agree(self, facts: dict, remedy: str):
+        """Raises ValueError in every process unless all have the same `facts`, which decide what they do together."""
+        if self.world == 1:
+            return
+        found = [None] * self.world
+        dist.all_gather_object(found, (platform.node(), facts), group=self.host_group)
+        host, expected = found[0]
+        for rank, (other, theirs) in enumerate(found):
+            for key in sorted(expected.keys() | theirs.keys()):
+                if theirs.get(key) != expected.get(key):
+                    raise ValueError(
+                        f"the processes disagree: {key} is {expected.get(key)!r} in process 0 on {host}, and "
+                        f"{theirs.get(key)!r} in process {rank} on {other}; {remedy}"
+                    )
 
     @contextlib.contextmanager
     def one_first(self):
@@ -95,11 +129,14 @@ class Ranks:
             dist.destroy_process_group()
 
 
-class StopFlag:
-    """Within its block, remembers SIGINT and SIGTERM until the loop can save and leave."""
+class Stop:
+    """Within its block, SIGINT and SIGTERM are remembered until the loop can save and leave.
 
-    def __init__(self, ranks):
-        self.ranks, self.signal = ranks, 0
+    notice: what the user is told at the first signal. A second Ctrl-C leaves at once.
+    """
+
+    def __init__(self, notice: str, ranks: Ranks | None = None):
+        self.notice, self.ranks, self.signal = notice, ranks, 0
 
     def __enter__(self):
         self.previous = {number: signal.signal(number, self._set) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -110,39 +147,48 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _set(self, number, frame):
-        if self.signal == number == signal.SIGINT and self.ranks.world == 1:
-            raise KeyboardInterrupt  # asked twice; torchrun repeats by itself what it is sent
-        if self.ranks.main and not self.signal:
-            os.write(2, b"\nstopping: the run is saved first\n")
+        alone = self.ranks is None or self.ranks.world == 1  # torchrun repeats by itself what it is sent
+        if self.signal and number == signal.SIGINT and alone:
+            raise SystemExit(128 + number)
+        if not self.signal and (self.ranks is None or self.ranks.main):
+            os.write(2, f"\n{self.notice}\n".encode())
         self.signal = number
 
-    def agreed(self):
-        """The signal that all processes stop for after this step, or 0."""
-        return self.ranks.any(self.signal)
+    def agreed(self) -> int:
+        """The signal that all processes stop for, or 0."""
+        return self.ranks.any(self.signal) if self.ranks else self.signal
 
 
-class EMA:
-    """Exponential moving averages of the weights, one frozen copy of the model per decay."""
-
-    def __init__(self, model, decays):
-        self.models = {decay: copy.deepcopy(model).eval().requires_grad_(False) for decay in decays}
-
-    @torch.no_grad()
-    def update(self, model):
-        """One step of every average; after a skipped optimiser step, towards weights that have not changed."""
-        for decay, average in self.models.items():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-
-    def state_dict(self):
-        return {str(decay): model.state_dict() for decay, model in self.models.items()}
-
-    def load_state_dict(self, state):
-        for decay, model in self.models.items():
-            model.load_state_dict(state[str(decay)])
+# ---- numbers and networks ----
 
 
-def lock_folder(folder):
-    """Create a run folder and keep other runs from writing into it, for as long as the returned file is open.
+@contextlib.contextmanager
+def tf32(enabled: bool):
+    """Whether float32 products are rounded to TF32 in this block; convolutions otherwise are, by default."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    torch.backends.cudnn.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def fingerprint(module: torch.nn.Module, identity: str) -> str:
+    """Twelve hexadecimal digits that change with any weight, and with `identity`: what else makes the network."""
+    digest = hashlib.sha256(identity.encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# ---- files ----
+
+
+def lock_folder(folder: Path):
+    """Create a folder and keep other runs from writing into it, for as long as the returned file is open.
 
     Raises ValueError where the folder cannot be made, or is in use.
     """
@@ -156,23 +202,52 @@ def lock_folder(folder):
     except BlockingIOError:
         lock.close()
         raise ValueError(f"{str(folder)!r} is in use by another run; wait for it, or give another --out") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"note: {folder} cannot be locked ({error}); see that no other run writes there", file=sys.stderr)
     return lock
 
 
-def environment(ranks):
-    """What a measurement is worth nothing without: hardware, versions, commit and command."""
+@contextlib.contextmanager
+def replaced(path: Path):
+    """A binary file to write, which takes the place of `path` at once when the block ends, and not before.
+
+    Whatever goes wrong leaves no unfinished file behind. Raises OSError that names a full disk, which torch.save
+    otherwise reports as a RuntimeError of its own.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        causes = {getattr(cause, "errno", None) for cause in (error, error.__context__)}
+        if causes & {errno.ENOSPC, errno.EDQUOT}:
+            raise OSError(f"no space left for {path}; make room, and give the same command again") from None
+        raise
+
+
+def write_json(path: Path, content):
+    """`content` as JSON in the place of whatever is at `path`."""
+    with replaced(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+# ---- records ----
+
+
+def environment(ranks: Ranks) -> dict:
+    """Hardware, versions, commit and command of this run."""
     cpu = platform.processor() or "unknown"
     if Path("/proc/cpuinfo").is_file():
         names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
         cpu = names[0] if names else cpu
     commit = ""
     if shutil.which("git"):
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
         "processes": ranks.world,
         "cpu": f"{cpu}, {os.cpu_count()} cores",
@@ -184,89 +259,42 @@ def environment(ranks):
     }
 
 
-def command():
+def command() -> str:
     """What this process was started with, less the folder that the project lies in."""
     module = sys.modules["__main__"].__spec__  # of `python -m`, whose argv[0] is a whole path
     return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
-@contextlib.contextmanager
-def replaced(path):
-    """A binary file to write, which takes the place of `path` at once when the block ends, and not before."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def load_file(path, device="cpu", mmap=False):
-    """The content of a checkpoint, read without executing any code that it may hold; with `mmap`, tensors only when
-    they are looked at.
-
-    Raises ValueError, with the path, where there is no such file or it is not a checkpoint of tensors and plain values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no weights file {str(path)!r}")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device=str(device))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA keeps its arguments in one
-            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not a weights file, or holds code, which is never executed ({type(error).__name__})"
-        ) from None
-
-
-def load_weights(path):
-    """Model weights from one of our checkpoints, SiT's, REPA's, or a bare state dict: `ema` where there is one."""
-    content = load_file(path)
-    content = content if isinstance(content, dict) else {}
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    weights = {str(name).removeprefix("module."): value for name, value in content.items()}
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"{str(path)!r} holds no state dict, neither bare nor under 'ema', 'model' or 'state_dict'")
-    return weights
-
-
 class MetricsLog:
     """metrics.jsonl, one JSON object a line, and the same numbers for TensorBoard. Silent but in the main process.
 
-    Opening keeps the first `lines`, those of the checkpoint at `step`: the run is about to write the others again.
+    Opening keeps the records that `kept` accepts: the run is about to write the others again.
     """
 
-    def __init__(self, folder, lines, step, tensorboard, ranks):
+    def __init__(self, folder: Path, kept, step: int, tensorboard: bool, ranks: Ranks):
         self.file = self.board = None
-        self.lines = lines
         if not ranks.main:
             return
         path = folder / "metrics.jsonl"
-        kept = path.read_text().splitlines(keepends=True)[:lines] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
         with replaced(path) as file:
-            file.write("".join(kept).encode())
+            file.write("".join(f"{line}\n" for line in lines if (record := parsed(line)) and kept(record)).encode())
         self.file = open(path, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
-    def write(self, record):
+    def write(self, record: dict):
         if self.file is None:
             return
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        self.lines += 1
         for name, value in record.items():
             if self.board and name != "step":
                 self.board.add_scalar(name, value, record["step"])
 
-    def image(self, name, image, step):
+    def image(self, name: str, image: torch.Tensor, step: int):
         """image: (3, H, W) uint8."""
         if self.board:
             self.board.add_image(name, image, step)
@@ -275,3 +303,12 @@ class MetricsLog:
         for stream in (self.file, self.board):
             if stream:
                 stream.close()
+
+
+def parsed(line: str) -> dict:
+    """The record of a line of metrics.jsonl; {} for one that was cut off."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) and "step" in record else {}
