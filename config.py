@@ -2,301 +2,231 @@
 
     python train_repa_dar.py --config digits --routing dar --alignment repa --lr 3e-4
 
-A preset is a name in configs/ or a path to a YAML file; a value on the command line wins over it.
+A preset is a name in configs/ or a path to a YAML file; a value on the command line wins over it. All that the program
+knows of an option stands at its field, and docs/configuration.md is made of that: `python config.py > FILE`.
 """
 
-import argparse
+import ast
 import dataclasses
 import difflib
+import hashlib
 import os
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 import yaml
 
 PRESETS = Path(__file__).parent / "configs"
-# A run may be continued with other values of these: they change nothing but rounding in its weights.
-FREE_TO_CHANGE = {
-    "out",
-    "max_steps",
-    "micro_batch_size",
-    "num_workers",
-    "checkpoint_every",
-    "snapshot_every",
-    "tensorboard",
-    "dry_run",
-    "checkpoint_activations",
-    "diagnose_every",
-    "diagnose_images",
-}
+
+# Values of other options with which nothing reads an option.
+NOT_ROUTED = {"routing": ("residual", "unet")}
+NOT_DAR = {"routing": ("residual", "unet", "attnres")}
+NOT_ALIGNED = {"alignment": ("none",)}
+NOT_EVALUATED = {"eval_every": (0,)}
 
 
-def _one_of(*values):
-    return lambda value: value in values
+def option(default: Any, least=None, above=None, idle_with=None, free=False, arm=True, model=False):
+    """A field of Config.
 
-
-def _none_of(*values):
-    return lambda value: value not in values
-
-
-# What is read only where other options have certain values.
-_DAR, _ROUTED, _ALIGNED = (
-    {"routing": _one_of("dar")},
-    {"routing": _one_of("dar", "attnres")},
-    {"alignment": _one_of("repa")},
-)
-_EVALUATED = {"eval_every": _none_of(0)}
-READ_ONLY_WITH = {
-    "query": _DAR,
-    "final_aggregator": _DAR,
-    "chunk_size": _ROUTED,
-    "route_backend": _ROUTED,
-    "align_depth": _ALIGNED,
-    "proj_coeff": _ALIGNED,
-    "spatial_norm": _ALIGNED,
-    "align_steps": _ALIGNED,
-    "projector": _ALIGNED,
-    "projector_dim": {**_ALIGNED, "projector": _one_of("mlp")},
-    "encoder_features": _ALIGNED,
-    **dict.fromkeys(
-        ("eval_metric", "eval_samples", "eval_batch_size", "sampler", "sample_steps", "cfg_scale"), _EVALUATED
-    ),
-    "guidance_interval": {**_EVALUATED, "cfg_scale": _none_of(1)},
-    **dict.fromkeys(("inception", "fid_reference"), {**_EVALUATED, "eval_metric": _one_of("fid")}),
-    "diagnose_images": {"diagnose_every": _none_of(0)},
-}
+    least, above: bounds of a number. needs: {option: values} without which nothing reads this one.
+    free: a run may go on with another value, which changes nothing but rounding in its weights.
+    arm:  it says how a run learns, so runs that differ in it are different arms of a comparison.
+    model: an argument of SiT.
+    """
+    facts = {"least": least, "above": above, "idle_with": idle_with or {}, "free": free, "arm": arm, "model": model}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
 class Config:
     # ---- run ----
-    data: str = "data/digits"
+    data: str = option("data/digits")
     """Folder made by `python -m dataset.prepare`."""
-    autoencoder: str = "pixels"
-    """What is trained on: pixels, or the autoencoder whose latents the data folder holds (its name or folder)."""
-    decoder: str = ""
+    autoencoder: str = option("pixels")
+    """What the model is trained on: pixels, or the autoencoder (name or folder) whose latents the data folder holds."""
+    decoder: str = option("", idle_with=NOT_EVALUATED)
     """Decodes the evaluation's samples; taesd is quick for a preview. Empty: the autoencoder itself."""
-    mirror: bool = False
+    mirror: bool = option(False)
     """Train on the mirrored images too; latents need `dataset.prepare --mirror`."""
-    out: str = ""
-    """Run folder. Empty: runs/{data}/{routing}-{alignment}-seed{seed}. The same command again resumes it."""
-    seed: int = 0
+    out: str = option("", free=True, arm=False)
+    """Run folder. Empty: runs/PRESET/NAME, of routing, alignment, seed and what differs from the preset."""
+    seed: int = option(0, least=0, arm=False)
     """Decides initial weights, data order, times, noise and dropped labels, whatever the number of processes."""
-    init_from: str = ""
+    init_from: str = option("")
     """Weights to start from: ours, SiT's or REPA's (`ema` is taken where the file has it)."""
+    new_labels: bool = option(False, idle_with={"init_from": ("",)})
+    """Start with a new label table, as other classes need, and take only the null class from `init_from`."""
 
     # ---- model ----
-    model: str = "SiT-B/2"
-    """SiT-{S,B,L,XL,Plus}/{2,4,8}: depth, width, heads, patch size. Given by hand it undoes a preset's own sizes."""
-    depth: int | None = None
+    model: str = option("SiT-B/2")
+    """SiT-{S,B,L,XL,Plus}/{2,4,8}: depth, width, heads, patch size. Passing --model discards the preset's sizes."""
+    depth: int | None = option(None, least=1, model=True)
     """Blocks, instead of the named model's."""
-    hidden_size: int | None = None
+    hidden_size: int | None = option(None, least=4, model=True)
     """Width, instead of the named model's."""
-    num_heads: int | None = None
+    num_heads: int | None = option(None, least=1, model=True)
     """Attention heads, instead of the named model's."""
-    qk_norm: bool = False
+    qk_norm: bool = option(False, model=True)
     """Normalise queries and keys of the self-attention."""
-    class_dropout_prob: float = 0.1
-    """How often the label is dropped, for classifier-free guidance."""
+    class_dropout_prob: float = option(0.1, least=0, model=True)
+    """How often the label is dropped, for classifier-free guidance. Below 1."""
 
     # ---- routing ----
-    routing: Literal["residual", "dar", "attnres", "unet"] = "residual"
-    """Joins the sublayers: residual addition, DAR, or as baselines Attention Residuals and U-ViT's long skips."""
-    query: Literal["static", "timestep", "dynamic"] = "timestep"
+    routing: Literal["residual", "dar", "attnres", "unet"] = option("residual", model=True)
+    """Joins the sublayers: residual addition, DAR, or the baselines Attention Residuals and U-ViT's long skips."""
+    query: Literal["static", "timestep", "dynamic"] = option("timestep", idle_with=NOT_DAR, model=True)
     """DAR query: w, w + e(t), or W v of the newest output."""
-    chunk_size: int = 4
-    """DAR and AttnRes chunk size S in sublayers (two per block)."""
-    final_aggregator: Literal["auto", "dedicated", "shared"] = "auto"
-    """DAR state of the head; auto is shared with alignment and dedicated without."""
-    route_backend: Literal["auto", "torch", "triton"] = "auto"
-    """DAR and AttnRes kernels: fused Triton, plain PyTorch, or auto, which is Triton on a GPU."""
+    chunk_size: int = option(4, least=1, idle_with=NOT_ROUTED, model=True)
+    """Chunk size S of DAR and AttnRes in sublayers (two per block)."""
+    final_aggregator: Literal["auto", "dedicated", "shared"] = option("auto", idle_with=NOT_DAR, model=True)
+    """DAR's aggregator of the head; auto is shared with alignment and dedicated without."""
+    route_backend: Literal["auto", "torch", "triton"] = option("auto", idle_with=NOT_ROUTED)
+    """Kernels of DAR and AttnRes: fused Triton, plain PyTorch, or auto, which is Triton on a GPU."""
 
     # ---- alignment ----
-    alignment: Literal["none", "repa"] = "none"
+    alignment: Literal["none", "repa"] = option("none")
     """repa: pull projected tokens towards those of a frozen encoder."""
-    align_depth: tuple[int, ...] = (4,)
+    align_depth: tuple[int, ...] = option((4,), idle_with=NOT_ALIGNED, model=True)
     """1-based blocks after which the tokens are aligned."""
-    proj_coeff: float = 0.5
+    proj_coeff: float = option(0.5, least=0, idle_with=NOT_ALIGNED)
     """Weight of the alignment loss."""
-    projector: Literal["mlp", "conv"] = "mlp"
-    """Maps the model's tokens to the encoder's: REPA's three layers, or iREPA's one 3 x 3 convolution."""
-    projector_dim: int = 2048
+    projector: Literal["mlp", "conv"] = option("mlp", idle_with=NOT_ALIGNED, model=True)
+    """Maps the model's tokens to the encoder's: REPA's three layers, or iREPA's 3 x 3 convolution."""
+    projector_dim: int = option(2048, least=1, idle_with=NOT_ALIGNED | {"projector": ("conv",)}, model=True)
     """Hidden width of the mlp projectors."""
-    spatial_norm: float | None = None
+    spatial_norm: float | None = option(None, least=0, idle_with=NOT_ALIGNED)
     """iREPA: normalise each image's encoder tokens, less this share of their mean (0.6 to 0.8 in the paper)."""
-    align_steps: int | None = None
+    align_steps: int | None = option(None, least=1, idle_with=NOT_ALIGNED)
     """Steps after which the alignment ends, as in HASTE: projectors and encoder tokens then cost nothing."""
-    encoder: tuple[str, ...] = ("dinov2-vit-b",)
-    """Frozen encoders to align with, the first also for evaluation: dinov2-vit-b, timm:NAME, hf:REPO or a folder."""
-    encoder_weights: tuple[str, ...] = ()
+    encoder: tuple[str, ...] = option(("dinov2-vit-b",), idle_with=NOT_ALIGNED)
+    """Frozen encoders to align with: dinov2-vit-b, timm:NAME, hf:REPO or a folder."""
+    encoder_weights: tuple[str, ...] = option((), idle_with=NOT_ALIGNED)
     """Local weights of each encoder, for machines without network. Empty: downloaded."""
-    encoder_features: Literal["online", "prepared"] = "online"
+    encoder_features: Literal["online", "prepared"] = option("online", idle_with=NOT_ALIGNED)
     """Alignment targets: computed in every step, or read from the data folder."""
 
     # ---- loss ----
-    path: Literal["linear", "cosine"] = "linear"
+    path: Literal["linear", "cosine"] = option("linear")
     """Interpolant between data and noise."""
-    time_sampling: Literal["uniform", "lognormal"] = "uniform"
+    time_sampling: Literal["uniform", "lognormal"] = option("uniform")
     """Distribution of the training times."""
 
     # ---- optimisation ----
-    batch_size: int = 256
+    batch_size: int = option(256, least=1)
     """Global batch: images per step over all processes and accumulated parts."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = option(None, least=1, free=True, arm=False)
     """Most images that one process takes at a time; values below its share accumulate gradients."""
-    max_steps: int = 400_000
+    max_steps: int = option(400_000, least=1, free=True, arm=False)
     """Steps after which the run is complete."""
-    lr: float = 1e-4
+    lr: float = option(1e-4, above=0)
     """AdamW learning rate, constant."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = option((0.9, 0.999))
     """AdamW betas."""
-    weight_decay: float = 0.0
+    weight_decay: float = option(0.0, least=0)
     """AdamW weight decay."""
-    grad_clip: float = 1.0
+    grad_clip: float = option(1.0, above=0)
     """Largest gradient norm."""
-    ema_decays: tuple[float, ...] = (0.9999,)
+    ema_decays: tuple[float, ...] = option((0.9999,))
     """Exponential moving averages of the weights; the first one is evaluated."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast; auto is bf16 on a GPU and fp32 on a CPU. Routing and alignment are float32 in either."""
-    tf32: bool = True
+    precision: Literal["auto", "bf16", "fp32"] = option("auto")
+    """Autocast; auto is bf16 on a GPU and fp32 on a CPU. Softmax over depth and alignment loss compute in float32."""
+    tf32: bool = option(True)
     """TF32 for what stays float32 on a GPU."""
-    compile: bool = False
+    compile: bool = option(False)
     """torch.compile the model."""
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool = option(False, free=True, arm=False)
     """Compute the insides of each sublayer again in the backward pass rather than keep them: less memory, more time."""
-    num_workers: int = 0
+    num_workers: int = option(0, least=0, free=True, arm=False)
     """Reader processes per training process."""
-    max_skipped_steps: int = 20
+    max_skipped_steps: int = option(20, least=1)
     """Consecutive non-finite steps that stop the run at its next log line; fewer are skipped and counted."""
 
     # ---- records ----
-    dry_run: bool = False
-    """Say what the run would be and what it would take, and write nothing."""
-    log_every: int = 100
+    dry_run: bool = option(False, free=True, arm=False)
+    """Say what the run is and what it takes, and write nothing."""
+    log_every: int = option(100, least=1, arm=False)
     """Steps between two lines of metrics.jsonl; the host waits for the device only then."""
-    checkpoint_every: int = 5_000
+    checkpoint_every: int = option(5_000, least=1, free=True, arm=False)
     """Steps between two writes of last.pt."""
-    snapshot_every: int = 0
+    snapshot_every: int = option(0, least=0, free=True, arm=False)
     """Steps between checkpoints that are kept under their step; 0: none."""
-    tensorboard: bool = True
+    tensorboard: bool = option(True, free=True, arm=False)
     """Write TensorBoard files next to metrics.jsonl."""
 
     # ---- online evaluation ----
-    eval_every: int = 10_000
-    """Steps between two evaluations (grid, Fréchet distance in the encoder's space); 0: none."""
-    eval_metric: Literal["encoder", "fid"] = "encoder"
-    """fid: log FID too, of the same samples, and of their first 5 000 and 10 000 where there are more."""
-    inception: str = ""
-    """Weights file of torch-fidelity's Inception v3, for FID. Empty: downloaded once."""
-    fid_reference: str = ""
+    eval_every: int = option(10_000, least=0)
+    """Steps between two evaluations (grid of samples, distance to the training images); 0: none."""
+    eval_encoder: tuple[str, ...] = option(("inception",), idle_with=NOT_EVALUATED)
+    """Judges of the samples: inception (logs FID), or networks that no arm is aligned to (timm:NAME or a folder)."""
+    eval_aligned: bool = option(False, idle_with=NOT_EVALUATED)
+    """Allow a judge that runs are aligned to. Its distance is called frechet_distance_aligned, and ranks nothing."""
+    inception: str = option("", idle_with=NOT_EVALUATED, arm=False)
+    """Weights file of torch-fidelity's Inception v3. Empty: downloaded once."""
+    fid_reference: str = option("", idle_with=NOT_EVALUATED)
     """ADM's reference npz for FID (VIRTUAL_imagenet256_labeled.npz). Empty: the training images."""
-    eval_samples: int = 5_000
+    eval_samples: int = option(5_000, least=2, idle_with=NOT_EVALUATED)
     """Samples per evaluation. The distance depends on it: compare like with like."""
-    eval_batch_size: int = 250
+    eval_batch_size: int = option(250, least=1, idle_with=NOT_EVALUATED)
     """Samples that one process draws at a time."""
-    sampler: Literal["euler", "heun", "sde"] = "euler"
+    sampler: Literal["euler", "heun", "sde"] = option("euler", idle_with=NOT_EVALUATED)
     """ODE by Euler or Heun, or SDE by Euler-Maruyama."""
-    sample_steps: int = 50
-    """Sampler steps; heun costs two network evaluations in each but the last."""
-    cfg_scale: float = 1.0
-    """Guidance scale; 1: none."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    sample_steps: int = option(50, least=2, idle_with=NOT_EVALUATED)
+    """Sampler steps; heun evaluates the network twice in each but the last."""
+    cfg_scale: float = option(1.0, least=0, idle_with=NOT_EVALUATED)
+    """Guidance scale; 1: no guidance."""
+    guidance_interval: tuple[float, float] = option((0.0, 1.0), idle_with=NOT_EVALUATED | {"cfg_scale": (1,)})
     """Times between which guidance is applied."""
 
     # ---- diagnosis ----
-    diagnose_every: int = 0
+    diagnose_every: int = option(0, least=0, free=True, arm=False)
     """Steps between two diagnoses of the evaluated average (figures of analysis.diagnose, in diagnosis/); 0: none."""
-    diagnose_images: int = 256
+    diagnose_images: int = option(256, least=20, idle_with={"diagnose_every": (0,)}, free=True, arm=False)
     """Training images that a diagnosis looks at."""
 
     def check(self):
         """Raise a ValueError that names the first value out of range."""
-        at_least = {
-            "seed": 0,
-            "depth": 1,
-            "hidden_size": 4,
-            "num_heads": 1,
-            "chunk_size": 1,
-            "projector_dim": 1,
-            "align_steps": 1,
-            "batch_size": 1,
-            "micro_batch_size": 1,
-            "max_steps": 1,
-            "num_workers": 0,
-            "max_skipped_steps": 1,
-            "log_every": 1,
-            "checkpoint_every": 1,
-            "snapshot_every": 0,
-            "eval_every": 0,
-            "eval_samples": 2,
-            "eval_batch_size": 1,
-            "sample_steps": 2,
-            "diagnose_every": 0,
-            "diagnose_images": 20,
-            "proj_coeff": 0,
-            "weight_decay": 0,
-            "cfg_scale": 0,
-        }
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            _require(value is None or low <= value < float("inf"), name, value, f"must be at least {low}, and finite")
-        for name in ("lr", "grad_clip"):
-            value = getattr(self, name)
-            _require(0 < value < float("inf"), name, value, "must be above 0, and finite")
-        _require(0 <= self.class_dropout_prob < 1, "class_dropout_prob", self.class_dropout_prob, "must be in [0, 1)")
-        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must both be in [0, 1)")
-        _require(
-            self.ema_decays and all(0 <= d < 1 for d in self.ema_decays),
-            "ema_decays",
-            self.ema_decays,
-            "needs at least one number, each in [0, 1)",
-        )
-        _require(len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", self.ema_decays, "repeats a decay")
-        _require(
-            self.cfg_scale == 1 or self.class_dropout_prob > 0,
-            "cfg_scale",
-            self.cfg_scale,
-            "guidance needs a null class that was trained, so class_dropout_prob above 0",
-        )
-        _require(
-            self.spatial_norm is None or 0 <= self.spatial_norm <= 1,
-            "spatial_norm",
-            self.spatial_norm,
-            "must be in [0, 1], or None for tokens as they are",
-        )
+        for name, spec in FIELDS.items():
+            value, least, above = getattr(self, name), spec.metadata["least"], spec.metadata["above"]
+            if value is not None and least is not None:
+                _require(least <= value < float("inf"), name, value, f"must be at least {least}, and finite")
+            if above is not None:
+                _require(above < value < float("inf"), name, value, f"must be above {above}, and finite")
         low, high = self.guidance_interval
-        _require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "must be 0 <= low < high <= 1")
-        _require(
-            len(set(self.align_depth)) == len(self.align_depth) and all(k >= 1 for k in self.align_depth),
-            "align_depth",
-            self.align_depth,
-            "must name different blocks, counted from 1",
-        )
-        _require(
-            self.alignment == "none" or self.align_depth,
-            "align_depth",
-            self.align_depth,
-            "must name a block when alignment = 'repa'",
-        )
-        _require(
-            self.encoder and len(set(self.encoder)) == len(self.encoder),
-            "encoder",
-            self.encoder,
-            "must name at least one encoder, each of them once",
-        )
-        _require(
-            len(self.encoder_weights) in (0, len(self.encoder)),
-            "encoder_weights",
-            self.encoder_weights,
-            f"give one file for each of the {len(self.encoder)} encoders, or none",
-        )
+        for fine, name, rule in (
+            (self.class_dropout_prob < 1, "class_dropout_prob", "must be below 1"),
+            (all(0 <= b < 1 for b in self.betas), "betas", "must both be in [0, 1)"),
+            (self.ema_decays and all(0 <= d < 1 for d in self.ema_decays), "ema_decays", "needs numbers in [0, 1)"),
+            (len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", "repeats a decay"),
+            (self.cfg_scale == 1 or self.class_dropout_prob > 0, "cfg_scale", "needs class_dropout_prob above 0"),
+            ((self.spatial_norm or 0) <= 1, "spatial_norm", "must be in [0, 1], or None for tokens as they are"),
+            (0 <= low < high <= 1, "guidance_interval", "must be 0 <= low < high <= 1"),
+            (all(k >= 1 for k in self.align_depth), "align_depth", "counts blocks from 1"),
+            (len(set(self.align_depth)) == len(self.align_depth), "align_depth", "names a block twice"),
+            (self.alignment == "none" or self.align_depth, "align_depth", "must name a block with alignment = repa"),
+            (self.encoder and len(set(self.encoder)) == len(self.encoder), "encoder", "needs different encoders"),
+            (
+                len(self.encoder_weights) in (0, len(self.encoder)),
+                "encoder_weights",
+                f"give one file for each of the {len(self.encoder)} encoders, or none",
+            ),
+            (self.eval_encoder, "eval_encoder", "needs a judge; --eval-every 0 switches the evaluation off"),
+        ):
+            _require(fine, name, getattr(self, name), rule)
 
-    def run_folder(self):
-        name = f"{self.routing}-{self.alignment}-seed{self.seed}"
-        return Path(self.out) if self.out else Path("runs") / Path(self.data).name / name
+    def model_arguments(self) -> dict:
+        """The arguments of SiT that are options, without those left to the named model."""
+        return {name: value for name in MODEL_ARGUMENTS if (value := getattr(self, name)) is not None}
+
+
+FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
+DEFAULTS = asdict(Config())
+FREE_TO_CHANGE = {name for name, spec in FIELDS.items() if spec.metadata["free"]}
+NOT_THE_ARM = {name for name, spec in FIELDS.items() if not spec.metadata["arm"]}
+MODEL_ARGUMENTS = [name for name, spec in FIELDS.items() if spec.metadata["model"]]
 
 
 def _require(condition, name, value, rule):
@@ -304,102 +234,178 @@ def _require(condition, name, value, rule):
         raise ValueError(f"{name} = {value!r}: {rule}")
 
 
-def parse(argv=None):
+# ---- reading ----
+
+
+def parse(argv: list[str] | None = None) -> Config:
     """The configuration of a command line (default: the process's own). Prints and exits with 2 on a bad option."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config, preset, name = resolve(argv)
+        config = resolve(argv)
+        preset = preset_values(split_preset(argv)[0])
     except ValueError as error:
         raise SystemExit(f"configuration error: {error}") from None
-    words = sys.argv[1:] if argv is None else argv
-    given = {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
-    unread = sorted(given & idle(dataclasses.asdict(config)))
+    unread = sorted(given(argv) & idle(asdict(config)))
     if os.environ.get("RANK", "0") == "0":
-        if config.batch_size != preset.batch_size:
+        usual = preset.get("batch_size", DEFAULTS["batch_size"])
+        if config.batch_size != usual:
             print(
-                f"note: batch_size = {config.batch_size}, where {name} has {preset.batch_size}, for which "
-                f"its learning rate and steps were chosen",
+                f"note: batch_size = {config.batch_size}, where the preset has {usual}, for which its learning rate "
+                "and steps were chosen",
                 file=sys.stderr,
             )
-        if unread:
-            switches = dict.fromkeys(switch for option in unread for switch in READ_ONLY_WITH[option])
-            print(
-                f"note: {', '.join(unread)} {'is' if len(unread) == 1 else 'are'} not read with "
-                + ", ".join(f"{switch} = {getattr(config, switch)}" for switch in switches),
-                file=sys.stderr,
-            )
+        for name in unread:
+            causes = [f"{key} = {getattr(config, key)}" for key in FIELDS[name].metadata["idle_with"]]
+            print(f"note: {name} has no effect with {', '.join(causes)}", file=sys.stderr)
     return config
 
 
-def resolve(argv=None):
-    """The configuration of a command line, that of its preset alone, and the preset's name.
+def resolve(argv: list[str]) -> Config:
+    """The configuration of a command line, with the run folder derived where none is given.
 
     Raises ValueError on an unknown option and on a value out of range; tyro itself exits on what it cannot read.
     """
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", default="digits")
-    chosen, overrides = files.parse_known_args(argv)
-    overrides = _switched_on(overrides)
-    options = [
-        word.partition("=")[0]
-        for word in overrides
-        if word.startswith("--") and not word.startswith(("--help", "--tyro"))
-    ]
-    for option in options:
-        _check_key(option[2:].replace("-", "_"), f"unknown option {option}")
-    preset = _parse(_preset_arguments(chosen.config), Config(), prog=chosen.config)
-    if "--model" in options:
-        preset = dataclasses.replace(preset, depth=None, hidden_size=None, num_heads=None)
-    config = _parse(overrides, preset, prog="train_repa_dar.py")
+    name, words = split_preset(argv)
+    for word in words:
+        if word.startswith("--") and not word.startswith(("--help", "--tyro")):
+            _check_key(word[2:].partition("=")[0].replace("-", "_"), f"unknown option {word}")
+    values = preset_values(name)
+    if "model" in given(words):
+        values = {key: value for key, value in values.items() if key not in ("depth", "hidden_size", "num_heads")}
+    # One parser judges the file and the command line: of two values for an option it takes the last.
+    config = _parse([*as_words(values), *_switched_on(words)])
     config.check()
-    return config, preset, chosen.config
-
-
-def _switched_on(words):
-    """A switch without a value, such as --dry-run, as `--dry-run=True`."""
-    switches = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config) if field.type is bool}
-    return [
-        f"{word}=True" if word.replace("_", "-") in switches and following[:2] in ("", "--") else word
-        for word, following in zip(words, [*words[1:], ""])
-    ]
-
-
-def _parse(arguments, default, prog):
-    description = "--config NAME takes the preset configs/NAME.yaml, or a YAML file by its path (default: digits)."
-    return tyro.cli(
-        Config,
-        args=arguments,
-        default=default,
-        prog=prog,
-        description=description,
-        config=(tyro.conf.FlagConversionOff,),
+    if config.out:
+        return config
+    preset, unsaid = (
+        _parse(as_words(preset_values(name))),
+        NOT_THE_ARM | idle(asdict(config)) | {"routing", "alignment"},
     )
+    changed = {key: value for key, value in asdict(config).items() if value != getattr(preset, key)}
+    changed = {key: value for key, value in changed.items() if key not in unsaid}
+    folder = folder_name({"": f"{config.routing}-{config.alignment}", **changed})
+    return dataclasses.replace(config, out=str(Path("runs") / Path(name).stem / f"{folder}-seed{config.seed}"))
 
 
-def _preset_arguments(name):
-    """A YAML file as command-line arguments, so that files and the command line are checked by one parser."""
+def given(words: list[str]) -> set:
+    """The options that a command line names."""
+    return {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def split_preset(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of --config, and the other words."""
+    name, words, rest = "digits", [], iter(argv)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option == "--config":
+            name = value if equals else next(rest, "")
+        else:
+            words.append(word)
+    return name, words
+
+
+def preset_values(name: str) -> dict:
+    """The options of a preset, or of a YAML file."""
     path = PRESETS / f"{name}.yaml" if (PRESETS / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
         known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
         raise ValueError(f"--config {name!r} is neither a preset ({', '.join(known)}) nor a YAML file")
-    values = _read_yaml(path)
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    arguments = []
+    values = load_saved(path)
     for key, value in values.items():
         _check_key(str(key), f"{path}: unknown key {key!r}")
-        several = isinstance(defaults[key], tuple)
+        several = isinstance(DEFAULTS[key], tuple)
         if isinstance(value, dict) or isinstance(value, list) and not several:
             raise ValueError(f"{path}: {key} = {value!r}: must be {'a list' if several else 'one value'}")
-        if isinstance(defaults[key], str) and not isinstance(value, str):
+        if isinstance(DEFAULTS[key], str) and not isinstance(value, str):
             raise ValueError(f"{path}: {key} = {value!r}: must be text in quotes, '' for none")
-        option = f"--{key.replace('_', '-')}"
-        arguments += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
-    return arguments
+    return values
 
 
-def _read_yaml(path):
+def as_words(values: dict) -> list[str]:
+    """Options as words of a command line."""
+    words = []
+    for key, value in values.items():
+        name = f"--{key.replace('_', '-')}"
+        words += [name, *map(str, value)] if isinstance(value, list | tuple) else [f"{name}={value}"]
+    return words
+
+
+def _switched_on(words):
+    """A switch without a value, such as --dry-run, as `--dry-run=True`."""
+
+    def bare(word, after):
+        switch = isinstance(DEFAULTS.get(word[2:].replace("-", "_")), bool)
+        return word.startswith("--") and switch and after[:2] in ("", "--")
+
+    return [f"{word}=True" if bare(word, after) else word for word, after in zip(words, [*words[1:], ""])]
+
+
+def _parse(words):
+    description = "--config NAME takes the preset configs/NAME.yaml, or a YAML file by its path (default: digits)."
+    return tyro.cli(
+        Config, args=words, prog="train_repa_dar.py", description=description, config=(tyro.conf.FlagConversionOff,)
+    )
+
+
+def _check_key(key, problem):
+    if key not in FIELDS:
+        near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0)[0]
+        raise ValueError(f"{problem}; the nearest valid one is {near!r} (--{near.replace('_', '-')})")
+
+
+# ---- comparing and saving ----
+
+
+def idle(settings: dict) -> set:
+    """The options that nothing reads with these settings."""
+    settings = DEFAULTS | settings
+    return {
+        name
+        for name, spec in FIELDS.items()
+        if any(settings[switch] in values for switch, values in spec.metadata["idle_with"].items())
+    }
+
+
+def differences(wanted: dict, saved: dict) -> list[str]:
+    """Lines 'key: saved -> wanted' for what keeps a run with settings `saved` from going on with `wanted`."""
+    new, old = plain(wanted), plain(saved)
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(new.keys() | old.keys())
+        if key not in FREE_TO_CHANGE and new.get(key) != old.get(key)
+    ]
+
+
+def folder_name(settings: dict) -> str:
+    """A folder name "key=value,key=value" that no other settings have: a digest stands for what a name cannot hold."""
+    words = {key: value if isinstance(value, tuple | list) else [value] for key, value in settings.items()}
+    name = ",".join(f"{key}={'+'.join(map(str, each))}".removeprefix("=") for key, each in words.items())
+    held = re.sub(r"[^\w.,=+-]", "-", name, flags=re.ASCII)
+    ambiguous = any(mark in str(word) for each in words.values() for word in each for mark in "+,")
+    if held == name and len(name) <= 160 and not ambiguous:
+        return name
+    return f"{held[:140]}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+
+
+def plain(settings: dict) -> dict:
+    """Options as YAML and JSON hold them, with lists for tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def save(config: Config, path: Path):
+    """Write the resolved configuration as YAML that `--config` accepts."""
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+    os.replace(unfinished, path)
+
+
+def load_saved(path: Path) -> dict:
+    """What `save` wrote there; {} where there is no such file."""
+    if not path.is_file():
+        return {}
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -407,50 +413,27 @@ def _read_yaml(path):
     return values
 
 
-def _check_key(key, problem):
-    names = [field.name for field in dataclasses.fields(Config)]
-    if key not in names:
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0)[0]
-        raise ValueError(f"{problem}; the nearest valid one is {near!r} (--{near.replace('_', '-')})")
+# ---- documenting ----
 
 
-def plain(settings):
-    """A dict of options as YAML and JSON hold them, with lists for tuples."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+def document() -> str:
+    """docs/configuration.md: the options as tables, one for each part of the class."""
+    source = Path(__file__).read_text()
+    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
+    headings = {number: line.strip("# -") for number, line in enumerate(source.splitlines()) if "    # ---- " in line}
+    lines, heading = ["# Configuration", "", "Made by `python config.py > docs/configuration.md`."], ""
+    for spec, words in zip(body, body[1:]):
+        if isinstance(spec, ast.AnnAssign):
+            above = headings[max(number for number in headings if number < spec.lineno)]
+            if above != heading:
+                heading = above
+                lines += ["", f"## {above.capitalize()}", "", "| option | default | meaning |", "| --- | --- | --- |"]
+            kind, default = ast.unparse(spec.annotation), DEFAULTS[spec.target.id]
+            choices = f"{kind[8:-1].replace(chr(39), '').replace(', ', ' | ')}. " if kind.startswith("Literal") else ""
+            meaning = (choices + words.value.value).replace("|", "\\|")
+            lines.append(f"| `{spec.target.id}` | `{default!r}` | {meaning} |")
+    return "\n".join(lines)
 
 
-def save(config, path):
-    """Write the resolved configuration as YAML that `--config` accepts."""
-    unfinished = Path(f"{path}.unfinished")
-    unfinished.write_text(yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False))
-    os.replace(unfinished, path)
-
-
-def load_saved(path):
-    """What `save` wrote there, as a dict; {} where there is no such file."""
-    return _read_yaml(path) if path.is_file() else {}
-
-
-def idle(settings):
-    """The options that nothing reads with these settings (a dict)."""
-    settings = {**dataclasses.asdict(Config()), **settings}
-    return {
-        option
-        for option, needed in READ_ONLY_WITH.items()
-        if not all(suits(settings[switch]) for switch, suits in needed.items())
-    }
-
-
-def differences(wanted, saved):
-    """Lines 'key: saved -> wanted' for what keeps a run with settings `saved` from going on with `wanted` (dicts).
-
-    An option that is younger than the run had, in effect, its default.
-    """
-    defaults = dataclasses.asdict(Config())
-    saved = {**{key: defaults[key] for key in wanted.keys() & defaults.keys()}, **saved}
-    new, old = plain(wanted), plain(saved)
-    return [
-        f"{key}: {saved.get(key)!r} -> {wanted.get(key)!r}"
-        for key in sorted(wanted.keys() | saved.keys())
-        if key not in FREE_TO_CHANGE and new.get(key) != old.get(key)
-    ]
+if __name__ == "__main__":
+    print(document())
