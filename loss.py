@@ -1,11 +1,13 @@
 """What a training step minimises: the denoising loss of SiT and the alignment loss of REPA.
 
-Time runs from data (t = 0) to noise (t = 1).
+`Loss` is all of it, from clean images and random numbers to one scalar. Time runs from data (t = 0) to noise (t = 1).
 
 Shapes: B batch, C channels, H = W size, T tokens.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +16,60 @@ PATHS = ("linear", "cosine")
 TIME_SAMPLINGS = ("uniform", "lognormal")
 
 
-def path_coefficients(t, path="linear"):
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a batch: times t (B), noise (B, C, H, W), label (B) or None.
+
+    label: uniform numbers that decide which labels are dropped; None leaves them to the model, which drops some only
+    in training.
+    """
+
+    t: torch.Tensor
+    noise: torch.Tensor
+    label: torch.Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        return Draws(self.t[rows], self.noise[rows], None if self.label is None else self.label[rows])
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The training loss of a SiT: SiT's velocity matching, plus proj_coeff times REPA's alignment.
+
+    path: of PATHS; time_sampling: of TIME_SAMPLINGS; spatial_norm: iREPA's gamma, or None for tokens as they are.
+    """
+
+    path: str = "linear"
+    time_sampling: str = "uniform"
+    proj_coeff: float = 0.5
+    spatial_norm: float | None = None
+
+    def draw(self, shape: tuple, generator: torch.Generator) -> Draws:
+        """Random numbers for clean images of this shape (B, C, H, W)."""
+        options = {"generator": generator, "device": generator.device}
+        noise = torch.randn(shape, **options)
+        normal, uniform, label = (draw(shape[0], **options) for draw in (torch.randn, torch.rand, torch.rand))
+        return Draws(sample_times(uniform, normal, self.time_sampling, self.path), noise, label)
+
+    def __call__(
+        self, model: Callable, x: torch.Tensor, labels: torch.Tensor, draws: Draws, tokens: list | None = None
+    ) -> tuple[torch.Tensor, dict]:
+        """Total (scalar), and its parts by name.
+
+        x: (B, C, H, W) clean; labels: (B); tokens: (B, T, dim) of each encoder, needed where the model aligns.
+        """
+        x_t, target = interpolant(x, draws.noise, draws.t, self.path)
+        velocity, aligned = model(x_t, draws.t, labels, draws.label)
+        denoising = denoising_loss(velocity, target)
+        if not aligned:
+            return denoising, {"denoising_loss": denoising, "alignment_loss": torch.zeros_like(denoising)}
+        if self.spatial_norm is not None:
+            tokens = [spatial_normalisation(encoded, self.spatial_norm) for encoded in tokens]
+        alignment = alignment_loss(aligned, tokens)
+        return denoising + self.proj_coeff * alignment, {"denoising_loss": denoising, "alignment_loss": alignment}
+
+
+def path_coefficients(t: torch.Tensor, path: str = "linear") -> tuple:
     """alpha, sigma and their derivatives in t, each shaped like t, for x_t = alpha x + sigma eps (SiT, Table 1)."""
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
@@ -24,7 +79,7 @@ def path_coefficients(t, path="linear"):
     raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
 
 
-def interpolant(x, noise, t, path="linear"):
+def interpolant(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, path: str = "linear") -> tuple:
     """x_t = alpha x + sigma eps and its velocity v = alpha' x + sigma' eps.
 
     x, noise: (B, C, H, W); t: (B). Returns two (B, C, H, W).
@@ -33,7 +88,7 @@ def interpolant(x, noise, t, path="linear"):
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
-def sample_times(uniform, normal, sampling="uniform", path="linear"):
+def sample_times(uniform, normal, sampling: str = "uniform", path: str = "linear") -> torch.Tensor:
     """Training times in [0, 1] from draws that the caller made: "uniform" uses the first, "lognormal" the second.
 
     Log-normal: the noise level s = exp(N(0, 1)) = sigma / alpha, mapped to t on the path (REPA, SD3).
@@ -51,12 +106,12 @@ def sample_times(uniform, normal, sampling="uniform", path="linear"):
     raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
 
 
-def denoising_loss(velocity, target):
+def denoising_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean square error in float32 over everything. velocity, target: (B, C, H, W). Returns a scalar."""
     return F.mse_loss(velocity.float(), target.float())
 
 
-def spatial_normalisation(tokens, gamma, eps=1e-6):
+def spatial_normalisation(tokens: torch.Tensor, gamma: float, eps: float = 1e-6) -> torch.Tensor:
     """(x - gamma E[x]) / (std[x] + eps), over the tokens of each image, channel by channel (iREPA, Algorithm 1).
 
     Takes off part of what all tokens have in common, so that they differ more; gamma is 0.6 to 0.8 in arXiv 2512.10794.
@@ -72,7 +127,7 @@ def spatial_normalisation(tokens, gamma, eps=1e-6):
     return (x - gamma * x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + eps)
 
 
-def alignment_loss(aligned, features):
+def alignment_loss(aligned: list, features: list) -> torch.Tensor:
     """- mean cosine similarity over batch, tokens, depths and encoders (REPA, Eq. 8).
 
     aligned:  list of projected tokens (B, T, dim), by depth and then by encoder, as the model returns them.

@@ -80,8 +80,7 @@ def route_modulate(sources, query, norm_weight, shift, scale, eps=1e-6, norm_eps
     for name, value in (("shift", shift), ("scale", scale)):
         if tuple(value.shape) != (shape[0], width):
             raise ValueError(f"{name} is {tuple(value.shape)}; sources {shape} need ({shape[0]}, {width})")
-    device = sources[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sources[0].dtype
+    dtype = autocast_dtype(sources[0])
     if backend == "triton":
         x, h, *sources = route_triton.RouteModulate.apply(
             query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources
@@ -90,6 +89,13 @@ def route_modulate(sources, query, norm_weight, shift, scale, eps=1e-6, norm_eps
     h, _ = reference.route(sources, query, norm_weight, eps)
     x = F.layer_norm(h, (width,), eps=norm_eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
     return x.to(dtype), h, sources
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of autocast where that is on for this tensor's device, otherwise the tensor's own."""
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else tensor.dtype
 
 
 def _checked(sources, query, norm_weight, backend, return_weights=False):

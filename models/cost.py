@@ -1,0 +1,50 @@
+"""What a SiT takes: parameters, floating-point operations, and what a GPU could do at most."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.sit import SIT_MODELS, SiT
+
+# Dense bf16 operations per second with float32 accumulation, from the data sheets, by CUDA's exact name.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def parameters_by_part(model: SiT) -> dict:
+    """Trainable parameters by part, of those that a SiT has: embedders, blocks, head, router, projectors, skips."""
+    counts = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module = name.partition(".")[0]
+            part = "embedders" if module.endswith("_embedder") else "head" if module == "final_layer" else module
+            counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def flops_per_image(name: str, arguments: dict) -> int:
+    """Floating-point operations of one forward pass for one image, two per multiply-add, as PyTorch counts them.
+
+    name: of SIT_MODELS; arguments: its own. No memory is taken and nothing is computed.
+    Matrix products, convolutions and attention; elementwise work, and with it the softmax over depth, is left out. A
+    training step takes about three times as many, or four with `checkpoint_activations`.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = SIT_MODELS[name](**arguments).to("meta")
+        x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
+        model(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops()
+
+
+def peak_flops(device: torch.device) -> float:
+    """Of a GPU, by PEAK_FLOPS; 0 where that does not know it."""
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device), 0.0) if device.type == "cuda" else 0.0

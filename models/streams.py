@@ -1,0 +1,97 @@
+"""What joins the sublayers of a SiT: residual addition, depth routing, or long skips.
+
+A stream holds the states of one forward pass. `read(shift, scale)` returns what the next sublayer takes, LayerNorm and
+adaLN of the state, and the state itself; `write(output)` takes what that sublayer gives, including its gate.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernels import autocast_dtype, resolve_backend, route_modulate
+from models.dar import DepthRouter
+
+
+class ResidualStream:
+    """Residual addition: h_{l+1} = h_l + v_l, and h_1 = v_0. tokens: v_0 (B, T, D)."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.h = tokens
+
+    def read(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """shift, scale: (B, D). Returns x and h_l, both (B, T, D)."""
+        x = F.layer_norm(self.h, self.h.shape[-1:], eps=1e-6)
+        return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1), self.h
+
+    def write(self, output: torch.Tensor):
+        self.h = self.h + output
+
+
+class RoutedStream:
+    """Depth routing by DAR or AttnRes (models/dar.py): h_l is a softmax over earlier outputs.
+
+    tokens: v_0 (B, T, D); t_embedding: e(t) (B, D).
+    """
+
+    def __init__(self, router: DepthRouter, tokens: torch.Tensor, t_embedding: torch.Tensor):
+        # Under autocast the kernels take the half precision that sublayers give. PyTorch would keep a float32 copy for
+        # the backward of every aggregator that reads a source; there one cast for all of them is cheaper.
+        if resolve_backend(router.backend, tokens.device) == "triton":
+            tokens = tokens.to(autocast_dtype(tokens))
+        self.router, self.v, self.t_embedding = router, [tokens], t_embedding
+
+    # Eq. 5
+    def read(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """shift, scale: (B, D). Returns x and h_l, both (B, T, D)."""
+        indices, query, norm_weight = self.router.aggregation(self.v, self.t_embedding)
+        sources = [self.v[i] for i in indices]
+        x, h, sources = route_modulate(sources, query, norm_weight, shift, scale, backend=self.router.backend)
+        for i, source in zip(indices, sources):  # later reads use these, so that gradients accumulate in the kernel
+            self.v[i] = source
+        return x, h
+
+    def write(self, output: torch.Tensor):
+        """v_l: the output of sublayer l, or with AttnRes the sum over its chunk so far."""
+        begins = (len(self.v) - 1) % self.router.summed == 0
+        output = output.to(self.v[0].dtype)
+        self.v.append(output if begins else self.v[-1] + output)
+
+
+class SkipStream(ResidualStream):
+    """Residual addition with U-ViT's long skips (arXiv 2209.12152), which join mirrored blocks k and n + 1 - k of n.
+
+    With s the state after block k, for k = 1 .. n / 2, block n + 1 - k reads a linear map of [h; s]:
+
+        h <- h + W [h; s] + b
+
+    W = 0 and b = 0 at first, so that training starts as the residual model; U-ViT draws the whole map at random. The
+    identity stands apart so that autocast keeps the stream in float32. An odd n has a middle block without skip; with
+    an even n the innermost s is h itself.
+    skips: linear maps (2 D) -> (D) from `long_skips`, in the order in which they are used.
+    """
+
+    def __init__(self, tokens: torch.Tensor, skips: nn.ModuleList, num_blocks: int):
+        super().__init__(tokens)
+        self.skips, self.num_blocks, self.reads, self.kept = skips, num_blocks, 0, []
+
+    def read(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in residual addition. The returned state (B, T, D) is the one before it takes up a skip."""
+        h, (k, of_mlp) = self.h, divmod(self.reads, 2)  # after k blocks, unless the MLP reads it
+        self.reads += 1
+        first = self.num_blocks - len(self.skips)
+        if not of_mlp and 1 <= k <= len(self.skips):
+            self.kept.append(h)
+        if not of_mlp and first <= k < self.num_blocks:
+            self.write(self.skips[k - first](torch.cat([h, self.kept.pop()], dim=-1)))
+        x, _ = super().read(shift, scale)
+        return x, h
+
+
+def long_skips(num_blocks: int, width: int) -> nn.ModuleList:
+    """The maps W, b of a SkipStream, all zero."""
+    skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(num_blocks // 2))
+    for parameter in skips.parameters():
+        nn.init.zeros_(parameter)
+    return skips
