@@ -40,6 +40,15 @@ def derive_seed(seed: int, use: Use, *numbers: int) -> int:
     return int(np.random.SeedSequence([seed, use, *numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
+@contextlib.contextmanager
+def plain_errors(*kinds: type):
+    """End the program with one line, not a traceback, for errors of these kinds: a user's mistake, or a full disk."""
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 # ---- processes ----
 
 
@@ -312,3 +321,42 @@ def parsed(line: str) -> dict:
     except ValueError:
         return {}
     return record if isinstance(record, dict) and "step" in record else {}
+
+
+class Tally:
+    """Means over the logged interval and counts of skipped steps, kept on the device until they are read."""
+
+    NAMES = ("loss", "denoising_loss", "alignment_loss", "grad_norm")
+
+    def __init__(self, device: torch.device):
+        self.state = {"sums": torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)}
+        for name in ("counted", "skipped", "in_row", "longest"):
+            self.state[name] = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, values: torch.Tensor, finite: torch.Tensor):
+        """values: as in NAMES; finite: whether the step was taken. Both on the device."""
+        state = self.state
+        state["sums"] += torch.where(finite, values.double(), 0)
+        state["counted"] += finite
+        state["skipped"] += ~finite
+        state["in_row"] = torch.where(finite, 0, state["in_row"] + 1)
+        state["longest"] = torch.maximum(state["longest"], state["in_row"])
+
+    def read(self) -> tuple[dict, int, int]:
+        """Means over the interval ({} if every step was skipped), steps skipped in all, and the longest row of them.
+
+        Starts a new interval.
+        """
+        count, skipped, longest = (int(self.state[name]) for name in ("counted", "skipped", "longest"))
+        means = dict(zip(self.NAMES, (self.state["sums"] / count).tolist())) if count else {}
+        self.state["sums"].zero_()
+        self.state["counted"].zero_()
+        self.state["longest"].copy_(self.state["in_row"])
+        return means, skipped, longest
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict):
+        for name, value in self.state.items():
+            value.copy_(state[name])

@@ -1,0 +1,85 @@
+"""What a training step reads: prepared images and the frozen networks that make of them what the loss takes.
+
+Shapes: B batch, C channels, H = W size, T tokens.
+"""
+
+import functools
+
+import torch
+
+from dataset.prepared import PreparedImages, ShuffledBatches, load_batches
+from models.autoencoder import load_autoencoder
+from models.encoders import FrozenEncoder
+from models.sit import SIT_MODELS
+from runtime import Ranks, Use, derive_seed
+
+
+class Inputs:
+    """Images, autoencoder and encoders of a run. Raises ValueError where they do not fit together.
+
+    Attributes: shape (C, H, W) of x; encoders to align with; data, and plain_data for steps without alignment.
+    """
+
+    def __init__(self, config, ranks: Ranks):
+        self.config, self.device, align = config, ranks.device, config.alignment == "repa"
+        images = PreparedImages(config.data)
+        if config.diagnose_every and len(images) < config.diagnose_images:
+            raise ValueError(f"diagnose_images = {config.diagnose_images}: {config.data} has {len(images)} images")
+        with ranks.one_first():
+            self.autoencoder = load_autoencoder(config.autoencoder).to(self.device)
+            self.decoder = load_autoencoder(config.decoder).to(self.device) if config.decoder else self.autoencoder
+        size, patch = self.latent_size(images.resolution), patch_size(config.model)
+        if size % patch:
+            raise ValueError(f"model = {config.model!r}: {size} x {size} inputs do not divide into patches of {patch}")
+        self.shape = (self.autoencoder.channels, size, size)
+        weights = config.encoder_weights or ("",) * len(config.encoder)
+        with ranks.one_first():
+            self.encoders = [
+                FrozenEncoder(name, size // patch, file).to(self.device)
+                for name, file in zip(config.encoder if align else (), weights)
+            ]
+        # Only what is read is opened: pixels, or moments of latents, and the tokens of encoders if they are stored.
+        latents = "" if config.autoencoder == "pixels" else self.autoencoder.fingerprint
+        read = functools.partial(PreparedImages, config.data, mirror=config.mirror, latents=latents)
+        stored = [encoder.fingerprint for encoder in self.encoders if config.encoder_features == "prepared"]
+        self.data = read(images=not latents or align and not stored, features=stored)
+        self.plain_data = read(images=not latents)
+
+    def latent_size(self, resolution: int) -> int:
+        """Side of what the model sees. Raises ValueError where images, autoencoder and decoder do not fit together."""
+        config, encoder, decoder = self.config, self.autoencoder, self.decoder
+        if resolution % encoder.downsampling:
+            raise ValueError(
+                f"data = {config.data!r}: images of {resolution} pixels are not a multiple of the "
+                f"{encoder.downsampling} that one latent of {config.autoencoder!r} stands for"
+            )
+        if (decoder.channels, decoder.downsampling) != (encoder.channels, encoder.downsampling):
+            raise ValueError(
+                f"decoder = {config.decoder!r} takes {decoder.channels} channels and enlarges {decoder.downsampling} "
+                f"times, autoencoder = {config.autoencoder!r} gives {encoder.channels} and {encoder.downsampling}"
+            )
+        return resolution // encoder.downsampling
+
+    def batches(self, data: PreparedImages, start: int, stop: int, ranks: Ranks):
+        """This process's share of the steps from `start` to `stop`, as dicts of host tensors."""
+        seed = derive_seed(self.config.seed, Use.ORDER)
+        sampler = ShuffledBatches(len(data), self.config.batch_size, seed, start, stop, ranks.rank, ranks.world)
+        return load_batches(data, sampler, self.config.num_workers, pin_memory=self.device.type == "cuda")
+
+    def clean(self, batch: dict, posterior: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W): scaled pixels, or a sample of the latents' posterior by noise of that shape."""
+        if "moments" in batch:
+            return self.autoencoder.sample(batch["moments"], posterior)
+        return self.autoencoder.encode(batch["images"])
+
+    def tokens(self, batch: dict) -> list:
+        """(B, T, dim) of each encoder: as they are stored, or computed."""
+        stored = "tokens_0" in batch
+        return [batch[f"tokens_{i}"] if stored else encode(batch["images"]) for i, encode in enumerate(self.encoders)]
+
+
+def patch_size(model: str) -> int:
+    """Patch size of a named model. Raises ValueError on an unknown name."""
+    if model not in SIT_MODELS:
+        raise ValueError(f"model = {model!r} is unknown; choose one of {', '.join(SIT_MODELS)}")
+    return int(model.rpartition("/")[2])
