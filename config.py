@@ -238,25 +238,24 @@ def _require(condition, name, value, rule):
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The configuration of a command line (default: the process's own). Prints and exits with 2 on a bad option."""
+    """The configuration of a command line (default: the process's own). Exits on a bad option."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        config = resolve(argv)
-        preset = preset_values(split_preset(argv)[0])
+        config, name = resolve(argv), split_preset(argv)[0]
+        usual = read_preset(name).batch_size
     except ValueError as error:
         raise SystemExit(f"configuration error: {error}") from None
     unread = sorted(given(argv) & idle(asdict(config)))
     if os.environ.get("RANK", "0") == "0":
-        usual = preset.get("batch_size", DEFAULTS["batch_size"])
         if config.batch_size != usual:
             print(
-                f"note: batch_size = {config.batch_size}, where the preset has {usual}, for which its learning rate "
-                "and steps were chosen",
+                f"note: batch_size = {config.batch_size}, where {name} has {usual}, for which its learning rate and "
+                "steps were chosen",
                 file=sys.stderr,
             )
-        for name in unread:
-            causes = [f"{key} = {getattr(config, key)}" for key in FIELDS[name].metadata["idle_with"]]
-            print(f"note: {name} has no effect with {', '.join(causes)}", file=sys.stderr)
+        for key in unread:
+            causes = [f"{switch} = {getattr(config, switch)}" for switch in FIELDS[key].metadata["idle_with"]]
+            print(f"note: {key} has no effect with {', '.join(causes)}", file=sys.stderr)
     return config
 
 
@@ -269,18 +268,13 @@ def resolve(argv: list[str]) -> Config:
     for word in words:
         if word.startswith("--") and not word.startswith(("--help", "--tyro")):
             _check_key(word[2:].partition("=")[0].replace("-", "_"), f"unknown option {word}")
-    values = preset_values(name)
-    if "model" in given(words):
-        values = {key: value for key, value in values.items() if key not in ("depth", "hidden_size", "num_heads")}
-    # One parser judges the file and the command line: of two values for an option it takes the last.
-    config = _parse([*as_words(values), *_switched_on(words)])
+    preset = read_preset(name)
+    sizes = {"depth": None, "hidden_size": None, "num_heads": None} if "model" in given(words) else {}
+    config = _parse(_switched_on(words), dataclasses.replace(preset, **sizes), "train_repa_dar.py")
     config.check()
     if config.out:
         return config
-    preset, unsaid = (
-        _parse(as_words(preset_values(name))),
-        NOT_THE_ARM | idle(asdict(config)) | {"routing", "alignment"},
-    )
+    unsaid = NOT_THE_ARM | idle(asdict(config)) | {"routing", "alignment"}
     changed = {key: value for key, value in asdict(config).items() if value != getattr(preset, key)}
     changed = {key: value for key, value in changed.items() if key not in unsaid}
     folder = folder_name({"": f"{config.routing}-{config.alignment}", **changed})
@@ -304,30 +298,23 @@ def split_preset(argv: list[str]) -> tuple[str, list[str]]:
     return name, words
 
 
-def preset_values(name: str) -> dict:
-    """The options of a preset, or of a YAML file."""
+def read_preset(name: str) -> Config:
+    """The options of a preset, or of a YAML file. They become words for the parser, which thus judges both."""
     path = PRESETS / f"{name}.yaml" if (PRESETS / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
         known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
         raise ValueError(f"--config {name!r} is neither a preset ({', '.join(known)}) nor a YAML file")
-    values = load_saved(path)
-    for key, value in values.items():
+    words = []
+    for key, value in load_saved(path).items():
         _check_key(str(key), f"{path}: unknown key {key!r}")
         several = isinstance(DEFAULTS[key], tuple)
         if isinstance(value, dict) or isinstance(value, list) and not several:
             raise ValueError(f"{path}: {key} = {value!r}: must be {'a list' if several else 'one value'}")
         if isinstance(DEFAULTS[key], str) and not isinstance(value, str):
             raise ValueError(f"{path}: {key} = {value!r}: must be text in quotes, '' for none")
-    return values
-
-
-def as_words(values: dict) -> list[str]:
-    """Options as words of a command line."""
-    words = []
-    for key, value in values.items():
-        name = f"--{key.replace('_', '-')}"
-        words += [name, *map(str, value)] if isinstance(value, list | tuple) else [f"{name}={value}"]
-    return words
+        option = f"--{key.replace('_', '-')}"
+        words += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+    return _parse(words, Config(), str(path))
 
 
 def _switched_on(words):
@@ -340,10 +327,10 @@ def _switched_on(words):
     return [f"{word}=True" if bare(word, after) else word for word, after in zip(words, [*words[1:], ""])]
 
 
-def _parse(words):
+def _parse(words, default, prog):
     description = "--config NAME takes the preset configs/NAME.yaml, or a YAML file by its path (default: digits)."
     return tyro.cli(
-        Config, args=words, prog="train_repa_dar.py", description=description, config=(tyro.conf.FlagConversionOff,)
+        Config, args=words, default=default, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,)
     )
 
 
@@ -368,9 +355,11 @@ def idle(settings: dict) -> set:
 
 def differences(wanted: dict, saved: dict) -> list[str]:
     """Lines 'key: saved -> wanted' for what keeps a run with settings `saved` from going on with `wanted`."""
+    known = {key: DEFAULTS[key] for key in wanted.keys() & DEFAULTS.keys()}  # an option that is younger than the run
+    saved = known | saved
     new, old = plain(wanted), plain(saved)
     return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        f"{key}: {saved.get(key)!r} -> {wanted.get(key)!r}"
         for key in sorted(new.keys() | old.keys())
         if key not in FREE_TO_CHANGE and new.get(key) != old.get(key)
     ]

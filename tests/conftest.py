@@ -47,6 +47,17 @@ def encoder_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory):
+    """A small convolutional network with random weights, as `--eval-encoder` takes one."""
+    folder = tmp_path_factory.mktemp("judge") / "tiny"
+    torch.manual_seed(1)
+    model = timm.create_model("test_resnet", num_classes=10)
+    model.pretrained_cfg = model.pretrained_cfg | {"num_classes": 10, "input_size": (3, 32, 32)}
+    save_for_hf(model, str(folder), model_args={"num_classes": 10}, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def digits(tmp_path_factory, encoder_folder):
     """All 1797 digits, prepared by the project's own command, with the tiny encoder's features."""
     folder = tmp_path_factory.mktemp("data") / "digits"
