@@ -10,32 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.convergence import Run, crossing, machines, networks, provenance, read_run, shown, table, written
 from config import plain
-from analysis.convergence import machines, read_run, shown, starts_beyond, time_to_target
 from models.dar import optimal_chunk_size
 from models.sit import SIT_MODELS, SIT_SIZES
-from runtime import command, replaced
+from runtime import command
 
 AXES = ("align_depth", "chunk_size")  # rows and columns
 REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8, "Plus": 8}  # for S and Plus as for B and XL, as in configs/
 ALPHAS = (0.6, 0.4)  # Prop. 1: the range of the paper; the first gives the smaller S*
 
 
-def write_result(cells, out, metric, goal="min", target=None):
+def write_result(cells: list, out: Path, metric: str, goal: str = "min", target: float | None = None) -> str:
     """OUT/sweep.json, sweep.md and sweep.png. Returns the Markdown."""
     result = summarise(cells, metric, goal, target)
-    out, table = Path(out), markdown(result)
-    with replaced(out / "sweep.json") as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
-    with replaced(out / "sweep.md") as file:
-        file.write(table.encode())
-    with replaced(out / "sweep.png") as file:
-        draw(result, file)
-    return table
+    text = markdown(result)
+    draw(result, Path(out) / "sweep", text)
+    return text
 
 
-def summarise(cells, metric, goal="min", target=None):
+def summarise(cells: list, metric: str, goal: str = "min", target: float | None = None) -> dict:
     """Everything that is shown, as plain values. Without a target it is the worst of the runs' best values."""
+    best, worst = (np.min, max) if goal == "min" else (np.max, min)
     runs = {}
     for cell in cells:
         if cell.state == "done":
@@ -43,29 +39,19 @@ def summarise(cells, metric, goal="min", target=None):
                 runs[cell.name] = curve(cell, metric)
             except ValueError as error:
                 cell.reason = str(error)
-    best = {name: float((np.min if goal == "min" else np.max)(run.y)) for name, run in runs.items()}
     if target is None and runs:
-        target = (max if goal == "min" else min)(best.values())
-    records = []
+        target = worst(float(best(run.y)) for run in runs.values())
+    records, maps = [], {}
     for cell in cells:
         record = {"name": cell.name, "settings": plain(cell.settings), "state": cell.state, "reason": cell.reason}
-        if cell.name in runs:
-            run = runs[cell.name]
-            steps = time_to_target(run.x["step"], run.y, target, goal)
-            bound = ">" if steps is None else "<" if starts_beyond(run.y, target, goal) else ""
-            record |= {
-                "last": float(run.y[-1]),
-                "last_step": int(run.x["step"][-1]),
-                "best": best[cell.name],
-                "steps_to_target": float(run.x["step"][-1]) if steps is None else steps,
-                "bound": bound,
-                "samples_per_second": run.samples_per_second,
-            }
+        if run := runs.get(cell.name):
+            steps, bound = crossing(run.x["step"], run.y, target, goal)
+            record |= {"last": float(run.y[-1]), "last_step": int(run.x["step"][-1]), "best": float(best(run.y))}
+            record |= {"steps_to_target": steps, "bound": bound, "samples_per_second": run.samples_per_second}
         records.append(record)
-    maps = {}
-    for cell, record in zip(cells, records):
         rest = {key: value for key, value in record["settings"].items() if key not in (*AXES, "seed")}
         maps.setdefault(json.dumps(rest), []).append((cell, record))
+    found = networks(dataclasses.asdict(cell.config) for cell in cells)
     return {
         "metric": metric,
         "goal": goal,
@@ -73,12 +59,13 @@ def summarise(cells, metric, goal="min", target=None):
         "command": command(),
         "cells": records,
         "maps": [heat_map(json.loads(rest), members) for rest, members in maps.items()],
-        "encoders": sorted({shown(cell.config.encoder) for cell in cells}),
+        "encoders": found["encoder"],
+        "judges": found["judge"],
         "environments": machines(runs.values()),
     }
 
 
-def curve(cell, metric):
+def curve(cell, metric: str) -> Run:
     """The cell's run up to max_steps, beyond which an earlier sweep may have taken it. Raises ValueError for none."""
     run = read_run(cell.folder, metric)
     kept = run.x["step"] <= cell.config.max_steps
@@ -88,25 +75,15 @@ def curve(cell, metric):
     return run
 
 
-def heat_map(rest, members):
+def heat_map(rest: dict, members: list[tuple]) -> dict:
     """Depths x chunk sizes of the cells, pairs (cell, record), that have the other settings `rest`."""
-    config = members[0][0].config
-    depths, chunks = (
-        sorted(
-            {
-                record["settings"][key] if key == "chunk_size" else tuple(record["settings"][key])
-                for _, record in members
-                if key in record["settings"]
-            }
-        )
-        for key in AXES
-    )
-    entries = {}
+    config, places = members[0][0].config, {}
     for _, record in members:
         settings = record["settings"]
         place = tuple(settings.get("align_depth", ())), settings.get("chunk_size")
-        entries.setdefault(place, {})[str(settings["seed"])] = record
-    depths, chunks = depths or [()], chunks or [None]
+        places.setdefault(place, {})[str(settings["seed"])] = record
+    depths = sorted({depth for depth, _ in places if depth}) or [()]
+    chunks = sorted({chunk for _, chunk in places if chunk}) or [None]
     return {
         "settings": rest,
         "model": config.model,
@@ -115,33 +92,33 @@ def heat_map(rest, members):
         "repa_depth": REPA_DEPTH[size_of(config.model)],
         "align_depth": list(map(list, depths)),
         "chunk_size": chunks,
-        "metric": [[over_seeds(entries.get((depth, chunk), {}), "last") for chunk in chunks] for depth in depths],
-        "steps_to_target": [
-            [over_seeds(entries.get((depth, chunk), {}), "steps_to_target") for chunk in chunks] for depth in depths
-        ],
+        **{
+            part: [[over_seeds(places.get((depth, chunk), {}), key) for chunk in chunks] for depth in depths]
+            for part, key in (("metric", "last"), ("steps_to_target", "steps_to_target"))
+        },
     }
 
 
-def over_seeds(records, key):
+def over_seeds(records: dict, key: str) -> dict:
     """{seed: record} of one place. The mean is None where a seed is missing or has only a bound."""
     there = {seed: record for seed, record in records.items() if key in record}
-    values = [record[key] for record in there.values()]
     bounds = {seed: record["bound"] if key == "steps_to_target" else "" for seed, record in there.items()}
+    values = [record[key] for record in there.values()]
     exact = values and len(there) == len(records) and not any(bounds.values())
+    missing = {seed: record for seed, record in records.items() if seed not in there}
     return {
         "mean": float(np.mean(values)) if exact else None,
         "lowest": min(values) if exact else None,
         "highest": max(values) if exact else None,
         "per_seed": {seed: {"value": record[key], "bound": bounds[seed]} for seed, record in there.items()},
-        "missing": {
-            seed: f"{record['state']} {record['reason']}".strip()
-            for seed, record in records.items()
-            if seed not in there
-        },
+        "missing": {seed: f"{record['state']} {record['reason']}".strip() for seed, record in missing.items()},
     }
 
 
-def entry_text(entry, spread=True):
+# ---- what is shown ----
+
+
+def entry_text(entry: dict, spread: bool = True) -> str:
     """A place as text: the mean over seeds, or what there is of each."""
     if entry["mean"] is not None:
         low, high = number(entry["lowest"]), number(entry["highest"])
@@ -150,127 +127,98 @@ def entry_text(entry, spread=True):
     return ", ".join([*texts, *(reason.split()[0] for reason in entry["missing"].values())]) or "none"
 
 
-def number(value):
+def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 9999 else f"{value:.0f}"
 
 
-def title(settings):
+def title(settings: dict) -> str:
     return ", ".join(f"{key} = {shown(value)}" for key, value in settings.items()) or "all cells"
 
 
-def caption(grid):
+def caption(grid: dict) -> list[str]:
     """Sentences on what is marked."""
     low, high = grid["optimal_chunk_size"]
-    words = []
+    words, (first, last) = [], ALPHAS
     if grid["chunk_size"] != [None]:
         words.append(
-            f"S* of Prop. 1 for {2 * grid['blocks']} sublayers is {low:.1f} at alpha = {ALPHAS[0]} and "
-            f"{high:.1f} at alpha = {ALPHAS[1]}."
+            f"S* of Prop. 1 for {2 * grid['blocks']} sublayers is {low:.1f} at alpha = {first} and {high:.1f} at "
+            f"alpha = {last}."
         )
     if grid["align_depth"] != [[]]:
-        words.append(
-            f"REPA aligns {grid['model']}, of {SIT_SIZES[size_of(grid['model'])][0]} blocks, after block "
-            f"{grid['repa_depth']}."
-        )
+        size = SIT_SIZES[size_of(grid["model"])][0]
+        words.append(f"REPA aligns {grid['model']}, of {size} blocks, after block {grid['repa_depth']}.")
     return words
 
 
-def markdown(result):
+def markdown(result: dict) -> str:
     goal = "lower" if result["goal"] == "min" else "higher"
     parts = {"metric": f"Last `{result['metric']}` ({goal} is better)"}
     if result["target"] is not None:
         parts["steps_to_target"] = f"Steps until `{result['metric']}` reaches {result['target']:.6g}"
-    lines = []
+    text = ""
     for grid in result["maps"]:
-        lines += [f"## {title(grid['settings'])}", ""]
+        text += f"## {title(grid['settings'])}\n\n"
+        head = ["aligned after block", *(column_label(grid, chunk) for chunk in grid["chunk_size"])]
         for key, heading in parts.items():
-            columns = [column_label(grid, chunk) for chunk in grid["chunk_size"]]
-            lines += [
-                f"{heading}:",
-                "",
-                f"| aligned after block | {' | '.join(columns)} |",
-                "| --- |" + " --- |" * len(columns),
-            ]
-            lines += [
-                f"| {row_label(grid, depth)} | {' | '.join(map(entry_text, row))} |"
-                for depth, row in zip(grid["align_depth"], grid[key])
-            ]
-            lines.append("")
-        lines += [" ".join(caption(grid)), ""] if caption(grid) else []
-    lines += [
+            rows = [[row_label(grid, k), *map(entry_text, row)] for k, row in zip(grid["align_depth"], grid[key])]
+            text += f"{heading}:\n\n{table(head, rows)}\n"
+        text += "".join(f"{words}\n\n" for words in [" ".join(caption(grid))] if words)
+    text += (
         "Mean [lowest, highest] over seeds. < and >: a bound, where a run had passed the target before its first "
-        "evaluation, or never reached it; such places list their seeds and have no mean.",
-        "",
-    ]
+        "evaluation, or never reached it; such places list their seeds and have no mean.\n"
+    )
     missing = [cell for cell in result["cells"] if "last" not in cell]
     if missing:
-        lines += ["Missing:", "", *(f"- {cell['name']}: {cell['state']} {cell['reason']}" for cell in missing), ""]
-    lines.append(f"Frozen encoder: {', '.join(f'`{name}`' for name in result['encoders'])}.")
-    for machine in result["environments"]:
-        lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".")
-    return "\n".join(lines) + "\n"
+        lines = [f"- {cell['name']}: {cell['state']} {cell['reason']}\n" for cell in missing]
+        text += "\nMissing:\n\n" + "".join(lines)
+    return text + provenance([{"encoder": result["encoders"], "judge": result["judges"]}], result["environments"])
 
 
-def row_label(grid, depth):
-    return (shown(depth) or "none") + (" (REPA)" if depth == [grid["repa_depth"]] else "")
+def row_label(grid: dict, depth: list) -> str:
+    return (shown(depth) or "none") + " (REPA)" * (depth == [grid["repa_depth"]])
 
 
-def column_label(grid, chunk):
+def column_label(grid: dict, chunk: int | None) -> str:
     low, high = grid["optimal_chunk_size"]
-    return "no chunks" if chunk is None else f"chunk size {chunk}" + (" (S*)" if low <= chunk <= high else "")
+    return "no chunks" if chunk is None else f"chunk size {chunk}" + " (S*)" * (low <= chunk <= high)
 
 
-def draw(result, file):
+def draw(result: dict, stem: Path, text: str):
     """One row of panels for each map: the metric, and the steps to the target where one of the runs is complete."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     maps, metric = result["maps"], result["metric"].replace("_", " ")
     parts = {"metric": f"last {metric}"}
     if result["target"] is not None:
         parts["steps_to_target"] = f"steps to {metric} {result['target']:.4g}"
     heights = [1.9 + 0.5 * len(grid["align_depth"]) for grid in maps]
-    height = sum(heights)
-    width = max(2.6 + 0.9 * len(grid["chunk_size"]) for grid in maps)
-    figure, panels = plt.subplots(
-        len(maps), len(parts), figsize=(width * len(parts), height), squeeze=False, height_ratios=heights
-    )
-    for column, (key, heading) in zip(panels.T, parts.items()):
-        values = [
-            np.array([[np.nan if entry["mean"] is None else entry["mean"] for entry in row] for row in grid[key]])
-            for grid in maps
-        ]
-        known = np.concatenate([value[np.isfinite(value)] for value in values])
-        scale = dict(vmin=known.min(), vmax=known.max()) if len(known) else {}  # one for all maps
-        # Dark is good: a low metric, unless it is to be high, and few steps.
-        colours = "viridis" if key == "steps_to_target" or result["goal"] == "min" else "viridis_r"
-        for panel, grid, value in zip(column, maps, values):
-            draw_map(panel, grid, grid[key], value, plt.get_cmap(colours), scale)
-            panel.set_title(f"{heading}\n{title(grid['settings'])}".removesuffix("\nall cells"), fontsize=9, pad=14)
-    figure.text(0.01, 0.005, " ".join(dict.fromkeys(words for grid in maps for words in caption(grid))), fontsize=7)
-    figure.tight_layout(rect=(0, 0.03 + 0.12 / height * len(maps), 1, 1))
-    figure.savefig(file, dpi=140, format="png")
-    plt.close(figure)
+    size = max(2.6 + 0.9 * len(grid["chunk_size"]) for grid in maps) * len(parts), sum(heights)
+    layout = dict(figsize=size, height_ratios=heights)
+    with written(stem, result, text, len(maps), len(parts), **layout) as (figure, panels):
+        for column, (key, heading) in zip(panels.T, parts.items()):
+            values = [
+                np.array([[np.nan if entry["mean"] is None else entry["mean"] for entry in row] for row in grid[key]])
+                for grid in maps
+            ]
+            known = np.concatenate([value[np.isfinite(value)] for value in values])
+            scale = dict(vmin=known.min(), vmax=known.max()) if len(known) else {}  # one for all maps
+            # Dark is good: a low metric, unless it is to be high, and few steps.
+            colours = "viridis" if key == "steps_to_target" or result["goal"] == "min" else "viridis_r"
+            for panel, grid, value in zip(column, maps, values):
+                draw_map(panel, grid, grid[key], value, colours, scale)
+                panel.set_title(f"{heading}\n{title(grid['settings'])}".removesuffix("\nall cells"), fontsize=9, pad=14)
+        figure.text(0.01, 0.005, " ".join(dict.fromkeys(words for grid in maps for words in caption(grid))), fontsize=7)
+        figure.tight_layout(rect=(0, 0.03 + 0.12 / sum(heights) * len(maps), 1, 1))
 
 
-def draw_map(panel, grid, entries, values, colours, scale):
+def draw_map(panel, grid: dict, entries: list[list], values: np.ndarray, colours: str, scale: dict):
     """One heat map. values: (depths, chunk sizes), nan where there is no mean; those places show their text on grey."""
-    image = panel.imshow(
-        np.ma.masked_invalid(values), cmap=colours.with_extremes(bad="0.85"), aspect="auto", origin="lower", **scale
-    )
+    from matplotlib import colormaps
+
+    colours = colormaps[colours].with_extremes(bad="0.85")
+    image = panel.imshow(np.ma.masked_invalid(values), cmap=colours, aspect="auto", origin="lower", **scale)
     for (row, column), value in np.ndenumerate(values):
         dark = np.isfinite(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
-        panel.text(
-            column,
-            row,
-            entry_text(entries[row][column], spread=False).replace(", ", "\n"),
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if dark else "black",
-        )
+        words = entry_text(entries[row][column], spread=False).replace(", ", "\n")
+        panel.text(column, row, words, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     chunks, (low, high) = grid["chunk_size"], grid["optimal_chunk_size"]
     panel.set_xticks(range(len(chunks)), ["none" if chunk is None else chunk for chunk in chunks])
     panel.set_yticks(range(len(values)), [row_label(grid, depth) for depth in grid["align_depth"]])
@@ -280,24 +228,18 @@ def draw_map(panel, grid, entries, values, colours, scale):
         # Where Prop. 1's range lies between the columns, which are even in log2 where sizes double.
         ends = np.interp(np.log2([low, high]), np.log2(chunks), range(len(chunks)))
         panel.axvspan(*ends, ymin=1.01, ymax=1.05, clip_on=False, color="tab:red")
-        panel.annotate(
-            " S*",
-            (ends[1], 1.01),
-            xycoords=("data", "axes fraction"),
-            fontsize=7,
-            color="tab:red",
-            annotation_clip=False,
-        )
+        place = dict(xycoords=("data", "axes fraction"), annotation_clip=False)
+        panel.annotate(" S*", (ends[1], 1.01), fontsize=7, color="tab:red", **place)
     for row, depth in enumerate(grid["align_depth"]):
         if depth == [grid["repa_depth"]]:
             panel.axhspan(row - 0.48, row + 0.48, fill=False, edgecolor="tab:red", linestyle="--")
 
 
-def blocks(config):
+def blocks(config) -> int:
     if config.model not in SIT_MODELS:
         raise ValueError(f"model = {config.model!r} is unknown; choose one of {', '.join(SIT_MODELS)}")
     return config.depth or SIT_SIZES[size_of(config.model)][0]
 
 
-def size_of(model):
+def size_of(model: str) -> str:
     return model.removeprefix("SiT-").partition("/")[0]
