@@ -1,75 +1,87 @@
 """Judges a model while it trains: a grid of samples, and their distance to the training images.
 
-The distance is the Fréchet distance between mean-pooled patch tokens of the frozen encoder. It ranks runs of one study;
-it is not FID, and depends on the encoder and on the number of samples. FID itself can be had beside it, from the same
-samples, which are judged as they are made and kept nowhere.
+The distance is the Fréchet distance between features of a network that no run is aligned to: Inception, which makes it
+FID, or another one, whose distance ranks the runs of one study and compares with nothing else. It depends on the number
+of samples. They are judged as they are made and kept nowhere.
 
-Shapes: B batch, C channels, H = W size, T tokens.
+Shapes: B batch, C channels, H = W size.
 """
 
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-import models  # noqa: F401  (before torchvision: see its docstring)
+import models  # noqa: F401 - before torchvision: see its docstring
 from torchvision.utils import make_grid
 
-from eval.metrics import FeatureStatistics, frechet_distance
-from eval.samplers import IndexedNoise, sample_ode, sample_sde
-from runtime import EVALUATION, derive_seed, load_file
+from checkpoint import load_file
+from eval import features
+from eval.metrics import FeatureStatistics, frechet_distance, npz_statistics
+from eval.samplers import draw
+from runtime import Ranks, Use, derive_seed, replaced
 
 REFERENCE_IMAGES = 50_000  # the distance is to at most so many training images
 GRID = 64  # samples shown
 FID_AT = (5_000, 10_000)  # FID is told at these counts too, as it falls with the number of samples
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judge:
-    """Features of uint8 images (B, 3, H, W) -> (B, dim), in float32; of which the distances are by number of samples.
+    """features: uint8 (B, 3, H, W) -> float32 (B, dim). counts: {name of a distance: samples that it is of}.
 
-    reference: their mean and covariance over what samples are compared with. counts: {name of the distance: samples}.
+    reference: mean and covariance of what samples are compared with; None until they are computed.
+    kept: the file that has its sums, or None where the reference is not of the training images.
     """
 
     features: Callable
     dim: int
-    reference: tuple
     counts: dict
+    reference: tuple | None
+    kept: Path | None
 
 
 class OnlineEvaluation:
     """Samples from the same noise and labels at every call, shared among the processes by index.
 
-    data: PreparedImages; encoder: FrozenEncoder; autoencoder: decodes what the model makes, of this shape (C, H, W);
-    autocast: the context that it computes in. inception: InceptionFeatures for FID as well; fid_reference: its mean
-    and covariance, if not those of the training images.
+    data: PreparedImages with images; autoencoder: decodes what the model makes, of this shape (C, H, W); autocast: the
+    context that the model computes in; aligned: the FrozenEncoders that the run is aligned to.
+    Writes nothing before the first call. `fingerprints` are those of the judges.
+    Raises ValueError where a judge cannot be had, or is aligned to.
     """
 
-    def __init__(self, config, data, encoder, autoencoder, shape, ranks, autocast, inception=None, fid_reference=None):
-        self.config, self.autoencoder = config, autoencoder
-        self.shape, self.ranks, self.autocast = shape, ranks, autocast
+    def __init__(self, config, ranks: Ranks, data, autoencoder, shape: tuple, autocast: Callable, aligned=()):
+        self.config, self.ranks, self.data, self.autoencoder = config, ranks, data, autoencoder
+        self.shape, self.autocast = shape, autocast
         # Labels as frequent as in the training set, in random order.
-        chosen = np.random.default_rng([config.seed, EVALUATION]).integers(len(data), size=config.eval_samples)
+        chosen = np.random.default_rng(derive_seed(config.seed, Use.LABELS)).integers(
+            len(data), size=config.eval_samples
+        )
         self.labels = data.labels[chosen]
-        count = config.eval_samples
-        self.judges = [self._judge(data, lambda images: encoder(images).mean(1), encoder, {"frechet_distance": count})]
-        if inception:
-            counts = {**{f"fid_{n}": n for n in FID_AT if n < count}, "fid": count}
-            self.judges.append(
-                self._judge(data, lambda images: inception(images)["pool3"], inception, counts, fid_reference)
-            )
+        self.judges, self.fingerprints = [], []
+        for name in config.eval_encoder:
+            with ranks.one_first():
+                judge = self._inception() if name == "inception" else self._network(name, aligned)
+            if any(judge.counts.keys() & other.counts.keys() for other in self.judges):
+                raise ValueError(
+                    f"eval_encoder = {config.eval_encoder}: two of them log {list(judge.counts)[-1]}; give one of them"
+                )
+            self.judges.append(judge)
 
-    def __call__(self, model, interrupted=lambda: False):
+    def __call__(self, model: Callable, interrupted=lambda: False) -> tuple[dict | None, torch.Tensor | None]:
         """Returns {name: distance} and a grid (3, H', W') uint8 of the main process's first samples, ordered by label.
 
         interrupted: asked before each batch, by all processes; once it is true, (None, None) is returned.
         """
+        for judge in self.judges:
+            if self.ranks.any(judge.reference is None) and not self._compute_reference(judge, interrupted):
+                return None, None
         # One sum for the samples between each count and the next, whichever process makes them.
-        sums = [
-            {name: FeatureStatistics(judge.dim, self.ranks.device) for name in judge.counts} for judge in self.judges
-        ]
+        sums = [{name: self._statistics(judge) for name in judge.counts} for judge in self.judges]
         shown = []
         for indices in self._batches(self.config.eval_samples):
             if interrupted():
@@ -78,36 +90,76 @@ class OnlineEvaluation:
                 continue
             images = self.sample(model, indices)
             for judge, parts in zip(self.judges, sums):
-                features, first = judge.features(images), 0
+                found, first = judge.features(images), 0
                 for name, count in judge.counts.items():
-                    parts[name].update(features[max(first - indices.start, 0) : max(count - indices.start, 0)])
+                    parts[name].update(found[max(first - indices.start, 0) : max(count - indices.start, 0)])
                     first = count
             shown.append(images[: max(0, GRID - sum(map(len, shown)))].cpu())
         distances = {}
         for judge, parts in zip(self.judges, sums):
-            so_far = FeatureStatistics(judge.dim, self.ranks.device)
+            so_far = self._statistics(judge)
             for name, part in parts.items():
                 so_far.sums += self.ranks.sum(part.sums)
                 distances[name] = frechet_distance(*so_far.mean_and_covariance(), *judge.reference)
         return distances, grid_of(torch.cat(shown), self.labels) if shown else None
 
-    def sample(self, model, indices):
+    def sample(self, model: Callable, indices: range) -> torch.Tensor:
         """The samples with these indices, uint8 (B, 3, H, W)."""
-        config, device = self.config, self.ranks.device
-        noise = IndexedNoise([derive_seed(config.seed, EVALUATION, i) for i in indices], self.shape, device)
-        settings = dict(
-            num_steps=config.sample_steps,
-            cfg_scale=config.cfg_scale,
-            guidance_interval=config.guidance_interval,
-            path=config.path,
-        )
-        y = self.labels[list(indices)].to(device)
+        config = self.config
+        seeds = [derive_seed(config.seed, Use.SAMPLE, i) for i in indices]
+        options = {name: getattr(config, name) for name in ("cfg_scale", "guidance_interval", "path")}
+        y = self.labels[list(indices)].to(self.ranks.device)
         with self.autocast():
-            if config.sampler == "sde":
-                x = sample_sde(model, noise(), y, step_noise=noise, **settings)
-            else:
-                x = sample_ode(model, noise(), y, solver=config.sampler, **settings)
+            x = draw(model, seeds, self.shape, y, config.sampler, num_steps=config.sample_steps, **options)
         return self.autoencoder.decode(x)
+
+    # ---- judges ----
+
+    def _inception(self):
+        config, count = self.config, self.config.eval_samples
+        network = features.InceptionFeatures(config.inception).to(self.ranks.device)
+        given = npz_statistics(config.fid_reference, network) if config.fid_reference else None
+        if given == {}:
+            raise ValueError(
+                f"fid_reference = {config.fid_reference!r} holds no statistics (mu, sigma); "
+                "`python -m eval.metrics --save-reference` makes a file that does"
+            )
+        counts = {**{f"fid_{n}": n for n in FID_AT if n < count}, "fid": count}
+        return self._judge(lambda images: network(images)["pool3"], network, counts, given and given["pool3"])
+
+    def _network(self, name, aligned):
+        config, network = self.config, features.PooledFeatures(name).to(self.ranks.device)
+        of_study = features.timm_source(name) in map(features.timm_source, config.encoder)
+        if not (of_study or any(matrices(network) & matrices(encoder) for encoder in aligned)):
+            return self._judge(network, network, {"frechet_distance": config.eval_samples})
+        if not config.eval_aligned:
+            raise ValueError(
+                f"eval_encoder = {name!r}: runs are aligned to it, so it cannot judge them. Train another one, as by "
+                f"`python -m dataset.standin_encoder {self.data.folder} --kind convnet --out FOLDER`, take inception, "
+                "or give --eval-aligned for a distance that says so by its name"
+            )
+        return self._judge(network, network, {"frechet_distance_aligned": config.eval_samples})
+
+    def _judge(self, function, network, counts, reference=None):
+        """A judge of the given reference, or of the one that an earlier run has kept."""
+        self.fingerprints.append(network.fingerprint)
+        path = None if reference else self.data.folder / f"statistics-{network.fingerprint}.pt"
+        judge = Judge(function, network.dim, counts, reference, path)
+        if path and path.is_file():
+            found, statistics = load_file(path, self.ranks.device), self._statistics(judge)
+            sums = found.get("sums") if isinstance(found, dict) else None
+            if not isinstance(sums, torch.Tensor) or sums.shape != statistics.sums.shape:
+                raise ValueError(
+                    f"{path} does not hold the sums of {judge.dim} features; delete it to have it made anew"
+                )
+            statistics.sums.copy_(sums)
+            judge.reference = statistics.mean_and_covariance()
+        return judge
+
+    # ---- sums ----
+
+    def _statistics(self, judge):
+        return FeatureStatistics(judge.dim, self.ranks.device)
 
     def _batches(self, count):
         """This process's share of range(count), in ranges of at most eval_batch_size; as many for every process."""
@@ -116,37 +168,38 @@ class OnlineEvaluation:
         stop = min(start + share, count)
         return [range(first, min(first + size, stop)) for first in range(start, start + share, size)]
 
-    def _judge(self, data, features, network, counts, reference=None):
-        """features: what is compared, of a network with `dim` and `fingerprint`."""
-        return Judge(features, network.dim, reference or self._reference(data, features, network), counts)
-
-    def _reference(self, data, features, network):
-        """Mean and covariance over the training images; computed once and kept in the data folder."""
-        path = data.folder / f"statistics-{network.fingerprint}.pt"
-        statistics = FeatureStatistics(network.dim, self.ranks.device)
-        found = path.is_file()
-        if self.ranks.any(not found):  # all processes go the same way
-            count = min(REFERENCE_IMAGES, len(data))
-            order = np.random.default_rng(0).permutation(len(data))[:count]
-            for items in filter(len, self._batches(count)):
-                statistics.update(features(data.__getitems__(order[items])["images"].to(self.ranks.device)))
-            self.ranks.sum(statistics.sums)
-            if self.ranks.main:
-                self._keep(statistics, path)
-        else:
-            statistics.sums = load_file(path, self.ranks.device)["sums"]
-        return statistics.mean_and_covariance()
-
-    def _keep(self, statistics, path):
-        own = path.with_name(f"{path.name}.{os.getpid()}")  # other runs may be at the same
-        try:
-            torch.save({"sums": statistics.sums.cpu()}, own)
-            os.replace(own, path)
-        except OSError as error:  # the data folder may be read-only
-            print(f"not kept for later runs: {path} ({error})")
+    def _compute_reference(self, judge, interrupted):
+        """Mean and covariance over the training images, which are kept in the data folder. False if interrupted."""
+        statistics, count = self._statistics(judge), min(REFERENCE_IMAGES, len(self.data))
+        order = np.random.default_rng(0).permutation(len(self.data))[:count]  # the folder may be sorted by class
+        for items in self._batches(count):
+            if interrupted():
+                return False
+            if items:
+                images = self.data.__getitems__(order[items])["images"]
+                statistics.update(judge.features(images.to(self.ranks.device)))
+        self.ranks.sum(statistics.sums)
+        judge.reference = statistics.mean_and_covariance()
+        if self.ranks.main:
+            own = judge.kept.with_name(
+                f"{judge.kept.name}.{platform.node()}.{os.getpid()}"
+            )  # others may be at the same
+            try:
+                with replaced(own) as file:
+                    torch.save({"sums": statistics.sums.cpu()}, file)
+                os.replace(own, judge.kept)
+            except (OSError, RuntimeError) as error:  # torch has its own kind for a file that cannot be written
+                print(f"note: {judge.kept} is not kept for later runs: {error}")
+        return True
 
 
-def grid_of(images, labels):
+def matrices(network: torch.nn.Module) -> set:
+    """The beginnings of a network's larger weights, by which it is known under any name, token grid or library."""
+    values = [value for name, value in network.named_parameters() if value.ndim > 1 and "pos" not in name]
+    return {tuple(value.detach().flatten()[:64].tolist()) for value in values}
+
+
+def grid_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, H, W) -> one picture (3, H', W'), ordered by label."""
     images = images[labels[: len(images)].argsort(stable=True)]
     magnify = max(1, 32 // images.shape[-1])  # tiny images would be hard to see

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval.samplers import IndexedNoise, sample_ode, sample_sde, score_from_velocity
+from eval.samplers import IndexedNoise, draw, sample_ode, sample_sde, score_from_velocity
 
 M, S = 0.7, 0.5
-PATHS = ["linear", "cosine"]
 LAST = 0.04  # the SDE's last step starts here
+of_both_paths = pytest.mark.parametrize("path", ["linear", "cosine"])
 
 
 def coefficients(t, path):
@@ -42,15 +42,14 @@ def exact_score(x, t, path):
 
 
 class Gaussian:
-    """The exact velocity as a model, which counts its evaluations."""
+    """The exact velocity as a model."""
 
     num_classes = 10
 
     def __init__(self, path):
-        self.path, self.evaluations = path, 0
+        self.path = path
 
     def __call__(self, x, t, y):
-        self.evaluations += 1
         assert (t == t[0]).all() and t.shape == y.shape == x.shape[:1]
         return exact_velocity(x, float(t[0]), self.path), []
 
@@ -68,6 +67,9 @@ class Recorder:
         self.calls.append(SimpleNamespace(x=x, t=t, y=y))
         return self.value[y].view(-1, 1, 1, 1).expand_as(x).to(x.dtype), []
 
+    def times(self):
+        return [call.t[0].item() for call in self.calls]
+
 
 def numbers(count, seed=0, dtype=torch.float64):
     return torch.randn(count, 1, 1, 1, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -77,47 +79,45 @@ def labels(count):
     return torch.zeros(count, dtype=torch.long)
 
 
+SAMPLERS = {
+    "euler": lambda *args, **options: sample_ode(*args, solver="euler", **options),
+    "heun": lambda *args, **options: sample_ode(*args, solver="heun", **options),
+    "sde": lambda model, noise, *args, **options: sample_sde(model, noise, *args, step_noise=lambda: noise, **options),
+}
+of_all_samplers = pytest.mark.parametrize("sampler", SAMPLERS)
+
 # ---- ODE ----
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("solver, order, steps", [("euler", 1, 100), ("heun", 2, 50)])
-def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps):
-    z = numbers(64)
-    errors = []
+@of_both_paths
+@pytest.mark.parametrize("solver, order, steps, worst", [("euler", 1, 100, 1e-2), ("heun", 2, 50, 1e-4)])
+def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps, worst):
+    z, errors = numbers(64), []
     for num_steps in (steps, 2 * steps, 4 * steps):
         got = sample_ode(Gaussian(path), z, labels(64), num_steps=num_steps, path=path, solver=solver)
         errors.append((got - (M + S * z)).square().mean().sqrt().item())
     slopes = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
-    assert slopes == pytest.approx([order, order], abs=0.15)
-    assert errors[-1] < {"euler": 1e-2, "heun": 1e-4}[solver]
+    assert slopes == pytest.approx([order, order], abs=0.15) and errors[-1] < worst
 
 
-@pytest.mark.parametrize("solver, count", [("euler", 5), ("heun", 9)])
-def test_evaluations_of_the_ode(solver, count):
+@pytest.mark.parametrize(
+    "sampler, num_steps, times",
+    [
+        ("euler", 5, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("heun", 5, [1, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2]),  # two a step, but one in the last
+        *(("sde", steps, [1 - 0.96 * k / (steps - 1) for k in range(steps)]) for steps in (2, 3, 9)),
+    ],
+)
+def test_times_of_the_evaluations(sampler, num_steps, times):
     model = Recorder()
-    sample_ode(model, numbers(2), labels(2), num_steps=5, solver=solver)
-    assert len(model.calls) == count  # Heun: two a step, but one in the last
-    times = [call.t[0].item() for call in model.calls]
-    euler = [1, 0.8, 0.6, 0.4, 0.2]
-    expected = euler if solver == "euler" else [1, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2]
-    assert times == pytest.approx(expected)
-
-
-def test_one_step_of_each_solver():
-    z, path = numbers(8), "linear"
-    for solver in ("euler", "heun"):  # Heun's only step is its last, hence Euler's
-        got = sample_ode(Gaussian(path), z, labels(8), num_steps=1, solver=solver)
-        torch.testing.assert_close(got, z - exact_velocity(z, 1.0, path))
-    middle = z - 0.5 * exact_velocity(z, 1.0, path)
-    got = sample_ode(Gaussian(path), z, labels(8), num_steps=2)
-    torch.testing.assert_close(got, middle - 0.5 * exact_velocity(middle, 0.5, path))
+    SAMPLERS[sampler](model, numbers(2), labels(2), num_steps=num_steps)
+    assert model.times() == pytest.approx(times)
 
 
 # ---- score and SDE ----
 
 
-@pytest.mark.parametrize("path", PATHS)
+@of_both_paths
 @pytest.mark.parametrize("t", [0.04, 0.3, 0.77, 1.0])
 def test_score_from_velocity(path, t):
     x = torch.linspace(-3, 3, 31, dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_score_from_velocity(path, t):
     torch.testing.assert_close(got, exact_score(x, t, path), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@of_both_paths
 def test_two_steps_of_the_sde(path):
     """Euler-Maruyama by hand: from 1 to 0.04 with noise, then to 0 without."""
     z, w = numbers(16, seed=1), numbers(16, seed=2)
@@ -134,24 +134,9 @@ def test_two_steps_of_the_sde(path):
         return exact_velocity(x, t, path) - 0.5 * (2 * t) * exact_score(x, t, path)
 
     middle = z - 0.96 * drift(z, 1.0) + math.sqrt(2 * 1.0 * 0.96) * w
-    expected = middle - 0.04 * drift(middle, 0.04)
     noises = iter([w])
     got = sample_sde(Gaussian(path), z, labels(16), num_steps=2, path=path, step_noise=lambda: next(noises))
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("num_steps", [2, 3, 9])
-def test_times_of_the_sde(num_steps):
-    model, drawn = Recorder(), []
-
-    def step_noise():
-        drawn.append(0)
-        return torch.zeros(2, 1, 1, 1)
-
-    sample_sde(model, numbers(2), labels(2), num_steps=num_steps, step_noise=step_noise)
-    times = [call.t[0].item() for call in model.calls]
-    assert times == pytest.approx(torch.linspace(1, LAST, num_steps, dtype=torch.float64).tolist())
-    assert len(drawn) == num_steps - 1  # none in the last step
+    torch.testing.assert_close(got, middle - 0.04 * drift(middle, 0.04), rtol=1e-9, atol=1e-9)
 
 
 def moments_of_sde(num_steps, path):
@@ -162,19 +147,13 @@ def moments_of_sde(num_steps, path):
     """
     rows = torch.eye(num_steps + 1, num_steps, dtype=torch.float64)[:, :, None, None, None]
     noises = iter(rows[:, 1:].unbind(1))
-    out = sample_sde(
-        Gaussian(path),
-        rows[:, 0],
-        labels(num_steps + 1),
-        num_steps=num_steps,
-        path=path,
-        step_noise=lambda: next(noises),
-    ).flatten()
+    options = dict(num_steps=num_steps, path=path, step_noise=lambda: next(noises))
+    out = sample_sde(Gaussian(path), rows[:, 0], labels(num_steps + 1), **options).flatten()
     assert next(noises, None) is None
     return out[-1].item(), (out[:-1] - out[-1]).norm().item()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@of_both_paths
 def test_sde_approaches_the_target(path):
     # With infinitely many steps the state at 0.04 is exact, and only the last step is not: an affine map of it.
     alpha, _, _, _ = coefficients(LAST, path)
@@ -185,10 +164,8 @@ def test_sde_approaches_the_target(path):
     mean = last_step(alpha * M)
     deviation = (last_step(alpha * M + 1) - mean) * math.sqrt(variance(LAST, path))
     assert (mean, deviation) == pytest.approx((M, S), abs=0.01)  # which is close to the data
-    errors = [
-        [abs(got - limit) for got, limit in zip(moments_of_sde(num_steps, path), (mean, deviation))]
-        for num_steps in (100, 200, 400)
-    ]
+    found = [moments_of_sde(num_steps, path) for num_steps in (100, 200, 400)]
+    errors = [[abs(got - limit) for got, limit in zip(moments, (mean, deviation))] for moments in found]
     for coarse, fine in zip(errors, errors[1:]):
         for a, b in zip(coarse, fine):
             # Euler-Maruyama's weak order is 1. The mean of the linear path moves on a straight line, without error.
@@ -197,41 +174,27 @@ def test_sde_approaches_the_target(path):
 
 
 def test_sde_draws_its_own_noise():
-    torch.manual_seed(0)
-    count = 20_000
-    samples = sample_sde(Gaussian("linear"), torch.randn(count, 1, 1, 1), labels(count), num_steps=60).flatten()
-    mean, deviation = moments_of_sde(60, "linear")
-    assert samples.mean().item() == pytest.approx(mean, abs=5 * S / math.sqrt(count))
-    assert samples.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * count))
-    torch.manual_seed(0)
-    again = sample_sde(Gaussian("linear"), torch.randn(count, 1, 1, 1), labels(count), num_steps=60).flatten()
-    assert torch.equal(samples, again)
+    def samples(count=20_000):
+        torch.manual_seed(0)
+        return sample_sde(Gaussian("linear"), torch.randn(count, 1, 1, 1), labels(count), num_steps=60).flatten()
+
+    drawn, (mean, deviation) = samples(), moments_of_sde(60, "linear")
+    assert drawn.mean().item() == pytest.approx(mean, abs=5 * S / math.sqrt(len(drawn)))
+    assert drawn.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * len(drawn)))
+    assert torch.equal(samples(), drawn)
 
 
 # ---- guidance ----
 
-SAMPLERS = {
-    "euler": lambda *args, **options: sample_ode(*args, solver="euler", **options),
-    "heun": lambda *args, **options: sample_ode(*args, solver="heun", **options),
-    "sde": lambda model, noise, *args, **options: sample_sde(model, noise, *args, step_noise=lambda: noise, **options),
-}
 
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_scale_one_is_no_guidance(sampler):
-    model, y = Recorder(torch.randn(8, dtype=torch.float64)), torch.tensor([3, 0, 6])
-    sample = SAMPLERS[sampler]
-    plain = sample(model, numbers(3), y, num_steps=4)
-    count = len(model.calls)
-    assert torch.equal(sample(model, numbers(3), y, num_steps=4, cfg_scale=1.0), plain)
-    assert len(model.calls) == 2 * count
-    assert all(call.y.tolist() == [3, 0, 6] and len(call.x) == 3 for call in model.calls)  # no row is wasted
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@of_all_samplers
 def test_guidance_sees_each_sample_with_and_without_its_label(sampler):
-    model, y = Recorder(), torch.tensor([3, 0, 6])
-    SAMPLERS[sampler](model, numbers(3), y, num_steps=4, cfg_scale=1.5)
+    model, y, sample = Recorder(torch.randn(8, dtype=torch.float64)), torch.tensor([3, 0, 6]), SAMPLERS[sampler]
+    plain = sample(model, numbers(3), y, num_steps=4)
+    assert torch.equal(sample(model, numbers(3), y, num_steps=4, cfg_scale=1.0), plain)
+    assert all(call.y.tolist() == [3, 0, 6] and len(call.x) == 3 for call in model.calls)  # no row is wasted
+    model.calls.clear()
+    sample(model, numbers(3), y, num_steps=4, cfg_scale=1.5)
     for call in model.calls:
         assert call.y.tolist() == [3, 0, 6, 7, 7, 7]  # 7 = num_classes
         assert torch.equal(call.x[:3], call.x[3:])
@@ -262,39 +225,34 @@ def test_guidance_in_the_sde_enters_the_score_as_well():
 
 
 @pytest.mark.parametrize(
-    "steps, low, high, guided", [(10, 0.0, 0.3, 3), (20, 0.15, 0.35, 5), (50, 0.56, 0.68, 7), (250, 0.56, 0.68, 31)]
-)
-def test_rounded_times_do_not_leave_out_an_end_of_the_interval(steps, low, high, guided):
-    """Counted by hand: multiples of 1/steps from low to high, but for 0, where the path ends."""
-    model = Recorder()
-    sample_ode(model, numbers(2), torch.tensor([3, 0]), num_steps=steps, cfg_scale=2.0, guidance_interval=(low, high))
-    assert sum(len(call.y) == 4 for call in model.calls) == guided
-
-
-@pytest.mark.parametrize(
-    "sampler, interval, guided",
+    "sampler, steps, interval, guided",
     [
-        ("euler", (0.0, 1.0), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-        ("euler", (0.25, 0.75), [0.75, 0.625, 0.5, 0.375, 0.25]),  # both ends included
-        ("euler", (0.3, 0.7), [0.625, 0.5, 0.375]),
-        ("euler", (0.9, 0.95), []),
-        ("heun", (0.3, 0.7), [0.625, 0.625, 0.5, 0.5, 0.375, 0.375]),
-        ("sde", (0.3, 0.6), [0.58857, 0.45143, 0.31429]),  # 1 - 0.96 k / 7
+        ("euler", 8, (0.0, 1.0), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("euler", 8, (0.25, 0.75), [0.75, 0.625, 0.5, 0.375, 0.25]),  # both ends included
+        ("euler", 8, (0.3, 0.7), [0.625, 0.5, 0.375]),
+        ("euler", 8, (0.9, 0.95), []),
+        ("heun", 8, (0.3, 0.7), [0.625, 0.625, 0.5, 0.5, 0.375, 0.375]),
+        ("sde", 8, (0.3, 0.6), [0.58857, 0.45143, 0.31429]),  # 1 - 0.96 k / 7
+        # Rounded times must not leave out an end: multiples of 1 / steps, counted by hand, without the 0.
+        ("euler", 10, (0.0, 0.3), 3),
+        ("euler", 20, (0.15, 0.35), 5),
+        ("euler", 50, (0.56, 0.68), 7),
+        ("euler", 250, (0.56, 0.68), 31),
     ],
 )
-def test_guidance_keeps_to_its_interval(sampler, interval, guided):
+def test_guidance_keeps_to_its_interval(sampler, steps, interval, guided):
     model, y = Recorder(), torch.tensor([3, 0])
-    SAMPLERS[sampler](model, numbers(2), y, num_steps=8, cfg_scale=2.0, guidance_interval=interval)
+    SAMPLERS[sampler](model, numbers(2), y, num_steps=steps, cfg_scale=2.0, guidance_interval=interval)
     seen = [call.t[0].item() for call in model.calls if len(call.y) == 4]
-    assert seen == pytest.approx(guided, abs=1e-5)
+    assert len(seen) == guided if isinstance(guided, int) else seen == pytest.approx(guided, abs=1e-5)
     assert all(call.y.tolist() == [3, 0] for call in model.calls if len(call.y) != 4)
-    assert len(model.calls) == (15 if sampler == "heun" else 8)
+    assert len(model.calls) == (2 * steps - 1 if sampler == "heun" else steps)
 
 
 # ---- precision, errors ----
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@of_all_samplers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_the_model_computes_in_the_dtype_of_the_noise(sampler, dtype, scale):
@@ -315,54 +273,40 @@ def test_samplers_reject_what_they_do_not_know():
     arguments = Recorder(), numbers(1), labels(1)
     with pytest.raises(ValueError, match="solver 'rk4'.*euler, heun"):
         sample_ode(*arguments, solver="rk4")
-    for sample in (sample_ode, sample_sde):
+    for sample, fewest in ((sample_ode, 1), (sample_sde, 2)):
         with pytest.raises(ValueError, match="path 'vp'.*linear, cosine"):
             sample(*arguments, path="vp")
-    for num_steps in (0, -3):
-        with pytest.raises(ValueError, match=f"num_steps = {num_steps}"):
-            sample_ode(*arguments, num_steps=num_steps)
-    for num_steps in (0, 1):
-        with pytest.raises(ValueError, match=f"num_steps = {num_steps}"):
-            sample_sde(*arguments, num_steps=num_steps)
+        for num_steps in (fewest - 1, -3):
+            with pytest.raises(ValueError, match=f"num_steps = {num_steps}"):
+                sample(*arguments, num_steps=num_steps)
 
 
-# ---- noise by index ----
+# ---- noise by seed ----
 
 
-def test_noise_of_a_sample_does_not_depend_on_its_batch():
-    seeds, shape = [11, 12, 13, 14, 15], (3, 4, 4)
-
-    def draws(part):
-        noise = IndexedNoise(part, shape, "cpu")
-        return [noise() for _ in range(3)]
-
-    whole = draws(seeds)
-    assert [draw.shape for draw in whole] == [(5, 3, 4, 4)] * 3
-    for split in ([1, 4], [3, 2], [1, 1, 1, 1, 1]):
-        rest = iter(seeds)
-        parts = [draws(part) for part in ([next(rest) for _ in range(count)] for count in split)]
-        for k in range(3):
-            assert torch.equal(torch.cat([part[k] for part in parts]), whole[k])
-    assert torch.equal(draws(seeds[::-1])[0], whole[0].flip(0))
-
-
-def test_noise_is_standard_normal_and_fresh():
-    noise = IndexedNoise(range(100), (20, 5, 5), "cpu")
+def test_noise_is_standard_normal_fresh_and_of_its_seed_alone():
+    seeds, shape = range(11, 111), (20, 5, 5)
+    noise, rest = IndexedNoise(seeds, shape, "cpu"), IndexedNoise(seeds[60:], shape, "cpu")
     state = torch.get_rng_state()
     first, second = noise(), noise()
     assert torch.equal(torch.get_rng_state(), state)  # it leaves the global generator alone
-    count = first.numel()
-    for draw in (first, second):
-        assert draw.mean().item() == pytest.approx(0, abs=5 / math.sqrt(count))
-        assert draw.std().item() == pytest.approx(1, abs=5 / math.sqrt(2 * count))
-    pairs = [(first, second), (first[:50], first[50:])]  # draws of a sample, samples of a draw
-    for a, b in pairs:
+    assert torch.equal(rest(), first[60:]) and torch.equal(rest(), second[60:])
+    for each in (first, second):
+        assert each.mean().item() == pytest.approx(0, abs=5 / math.sqrt(each.numel()))
+        assert each.std().item() == pytest.approx(1, abs=5 / math.sqrt(2 * each.numel()))
+    for a, b in [(first, second), (first[:50], first[50:])]:  # draws of a sample, samples of a draw
         assert (a * b).mean().item() == pytest.approx(0, abs=5 / math.sqrt(a.numel()))
 
 
-def test_sde_by_index_does_not_depend_on_the_batch():
-    def sample(seeds):
-        noise = IndexedNoise(seeds, (1, 2, 2), "cpu")
-        return sample_sde(Gaussian("linear"), noise(), labels(len(seeds)), num_steps=5, step_noise=noise)
-
-    torch.testing.assert_close(sample([5, 6, 7])[1:2], sample([6]), rtol=1e-6, atol=1e-6)
+@of_all_samplers
+def test_draw_takes_the_noise_of_each_seed(sampler):
+    seeds, shape, y = [5, 6, 7], (1, 2, 2), torch.tensor([0, 3, 6])
+    options = dict(num_steps=5, cfg_scale=2.0, guidance_interval=(0.3, 0.8), path="cosine")
+    model, noise = Recorder(torch.linspace(-1, 1, 8, dtype=torch.float64)), IndexedNoise(seeds, shape, "cpu")
+    if sampler == "sde":
+        expected = sample_sde(model, noise(), y, step_noise=noise, **options)
+    else:
+        expected = sample_ode(model, noise(), y, solver=sampler, **options)
+    got = draw(model, seeds, shape, y, sampler, **options)
+    assert torch.equal(got, expected) and model.calls[-1].x.dtype == torch.float32
+    torch.testing.assert_close(draw(model, [6], shape, y[1:2], sampler, **options), got[1:2], rtol=1e-6, atol=1e-6)
