@@ -1,17 +1,20 @@
-"""The networks behind the metrics, with random weights that travel through the same options as the published ones."""
+"""The networks that judge, with random weights that travel through the same options as the published ones."""
 
 import json
 import pickle
+import socket
 import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 from torch import nn
 
 from eval import features, metrics
-from eval.features import DinoV2Features, InceptionFeatures
+from eval.features import DinoV2Features, InceptionFeatures, PooledFeatures
 from tests.conftest import save_tiny_encoder
 
 
@@ -51,9 +54,8 @@ def test_features_of_inception(network):
         module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
         for name, module in {"block": network.network.Mixed_6d, "pool": network.network.AvgPool}.items()
     ]
-    batch = images(2)
     with torch.autocast("cpu", torch.bfloat16):
-        found = network(batch)
+        found = network(images(2))
     for hook in hooks:
         hook.remove()
     assert {name: tuple(value.shape) for name, value in found.items()} == {
@@ -77,57 +79,59 @@ def test_images_of_any_size_are_resized_by_the_network(network):
         network(images(1).float())
 
 
-def test_precision_is_put_back():
-    torch.set_float32_matmul_precision("high")
-    try:
-        with pytest.raises(KeyError), features.full_precision("cpu"), torch.autocast("cpu"):
-            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
-            raise KeyError
-        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-        with torch.autocast("cpu", torch.bfloat16), features.full_precision("cpu"):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    finally:
-        torch.set_float32_matmul_precision("highest")
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "there is no weights file"),
+        ({"other.weight": torch.zeros(2)}, "does not hold torch-fidelity's Inception v3"),
+        ([1, 2], "does not hold torch-fidelity's Inception v3"),
+        (b"a: 1\nb: [2, 3]\n", "is not a weights file"),
+        (pickle.dumps(time.sleep, protocol=2), "never executed"),
+    ],
+    ids=["none", "others", "list", "yaml", "code"],
+)
+def test_weights_of_another_kind(tmp_path, content, message):
+    path = tmp_path / "other.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"other.pth.*{message}|{message}.*other.pth") as error:
+        InceptionFeatures(path)
+    assert "\n" not in str(error.value)
 
 
-def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth are not in .*--inception FILE"):
-        InceptionFeatures()
-    with pytest.raises(ValueError, match="no weights file.*elsewhere.pth"):
-        InceptionFeatures(tmp_path / "elsewhere.pth")
-    torch.save({"other.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth' does not hold torch-fidelity's Inception v3"):
-        InceptionFeatures(tmp_path / "other.pth")
-    (tmp_path / "code.pth").write_bytes(pickle.dumps(time.sleep, protocol=2))
-    with pytest.raises(ValueError, match="code.pth.*never executed"):
-        InceptionFeatures(tmp_path / "code.pth")
-    assert time.perf_counter() - start < 10
-
-
-def test_downloaded_weights_are_compared_with_their_checksum(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(features, "unreachable", lambda url: "")
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    """Nobody answers, or what comes has another checksum; nothing is kept, and the way out is named."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    assert features.PUBLISHED == "6726825d" and features.URL_INCEPTION_V3.endswith("2015-12-05-6726825d.pth")
     (tmp_path / "wrong.pth").write_bytes(b"an error page")
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", (tmp_path / "wrong.pth").as_uri())
-    with pytest.raises(ValueError, match="wrong.pth.*hash"):
-        InceptionFeatures()
-    assert features.PUBLISHED == "6726825d" and not (tmp_path / "hub/checkpoints/wrong.pth").exists()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    start = time.perf_counter()
+    for url, reason in (
+        (f"http://127.0.0.1:{port}/wrong.pth", "refused"),
+        ((tmp_path / "wrong.pth").as_uri(), "another checksum"),
+    ):
+        monkeypatch.setattr(features, "URL_INCEPTION_V3", url)
+        with pytest.raises(ValueError, match=rf"wrong\.pth are not in .*{reason}.*--inception FILE"):
+            InceptionFeatures()
+    assert time.perf_counter() - start < 10
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
 
 def test_dinov2_follows_the_protocol(tmp_path):
     model = save_tiny_encoder(tmp_path / "tiny", img_size=224, patch_size=14)
     batch = images(3, 20)
     found = DinoV2Features(str(tmp_path / "tiny"))(batch)["dinov2"]
-    for image, features in zip(batch, found):
+    for image, token in zip(batch, found):
         resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), Image.BICUBIC)
         x = np.asarray(resized).astype(np.float64) / 255
         x = (x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         with torch.no_grad():
             tokens = model.forward_features(torch.from_numpy(x).float().permute(2, 0, 1)[None])
         assert tokens.shape == (1, 1 + 16 * 16, 24)
-        torch.testing.assert_close(features, tokens[0, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(token, tokens[0, 0], rtol=1e-4, atol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
@@ -138,50 +142,103 @@ def test_dinov2_that_cannot_be_had(encoder_folder):
         DinoV2Features(str(encoder_folder))
 
 
+# ---- any classifier ----
+
+
+def save_convnet(folder, seed=0):
+    """A timm convolutional classifier with random weights and a normalisation of its own, saved by timm."""
+    torch.manual_seed(seed)
+    model = timm.create_model("resnet10t", num_classes=5)
+    model.pretrained_cfg |= {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+    model.pretrained_cfg["num_classes"] = 5
+    save_for_hf(model, str(folder), model_args={"num_classes": 5}, safe_serialization=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["convnet", "vit-mean"])
+def test_pooled_features_are_what_the_classifier_sees(tmp_path, kind):
+    """The input of the last layer, of images resized and normalised by hand; in float32 whatever the caller has set."""
+    if kind == "convnet":
+        model, size, mean, std = save_convnet(tmp_path / "net"), 32, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+        last = model.fc
+    else:  # as dataset.standin_encoder makes them: the final norm, then the mean of the tokens
+        torch.manual_seed(0)
+        options = dict(img_size=8, patch_size=2, embed_dim=24, depth=2, num_heads=2, num_classes=5, class_token=False)
+        options |= dict(global_pool="avg", fc_norm=False)
+        model, size, mean, std = timm.create_model("vit_tiny_patch16_224", **options).eval(), 8, [0.5] * 3, [0.5] * 3
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 8, 8), "num_classes": 5, "mean": mean}
+        model.pretrained_cfg["std"] = std
+        save_for_hf(model, str(tmp_path / "net"), model_args=options, safe_serialization=True)
+        last = model.head
+    batch, seen = images(3, 40), []
+    x = nn.functional.interpolate(batch.float(), (size, size), mode="bicubic", antialias=True) / 255
+    x = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad(), last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
+        model(x)
+    network = PooledFeatures(str(tmp_path / "net"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(batch)
+    assert found.dtype == torch.float32 and found.shape == (3, network.dim) and not found.requires_grad
+    torch.testing.assert_close(found, seen[0], rtol=1e-4, atol=1e-5)
+    if kind == "vit-mean":
+        with torch.no_grad():
+            torch.testing.assert_close(found, model.forward_features(x).mean(1), rtol=1e-4, atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-3 and not network.training
+
+
+def test_fingerprint_of_a_judge(tmp_path):
+    """It changes with a weight and with the normalisation, and not with the folder."""
+    prints = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        save_convnet(tmp_path / name, seed)
+        prints.append(PooledFeatures(str(tmp_path / name)).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    config["pretrained_cfg"]["mean"][0] += 0.01
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    assert PooledFeatures(str(tmp_path / "b")).fingerprint != prints[0]
+
+
+def test_judges_that_cannot_be_had(tmp_path):
+    """Weights that are missing, in part missing, or code; never random ones in their place."""
+    save_convnet(tmp_path / "none")
+    (tmp_path / "none" / "model.safetensors").unlink()
+    for name in ("part", "code"):
+        model = save_convnet(tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+        (tmp_path / name / "pytorch_model.bin").unlink(missing_ok=True)
+    torch.save(dict(list(model.state_dict().items())[3:]), tmp_path / "part" / "pytorch_model.bin")
+    (tmp_path / "code" / "pytorch_model.bin").write_bytes(pickle.dumps(time.sleep, protocol=2))
+    for name in (tmp_path / "none", tmp_path / "part", tmp_path / "code", tmp_path, "no-such-network", "resnet18"):
+        with pytest.raises(ValueError, match=f"eval_encoder = '{name}' cannot judge .*--kind convnet") as error:
+            PooledFeatures(str(name))
+        assert "\n" not in str(error.value)
+
+
+# ---- the command ----
+
+
 def test_command(weights, tmp_path, capsys):
     """A folder of png against an npz of images, then a part of it against the reference that was kept."""
     (tmp_path / "samples").mkdir()
     for i, image in enumerate(images(5, seed=1)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "samples" / f"{i}.png")
-    real = images(6)
+    real, kept = images(6), tmp_path / "kept.npz"
     np.savez(tmp_path / "real.npz", real.permute(0, 2, 3, 1).numpy())
     save_tiny_encoder(tmp_path / "tiny", img_size=224, patch_size=14)
-    kept = tmp_path / "kept.npz"
-    metrics.main(
-        [
-            str(tmp_path / "samples"),
-            "--reference",
-            str(tmp_path / "real.npz"),
-            "--inception",
-            str(weights),
-            "--fd-dinov2",
-            "--dinov2",
-            str(tmp_path / "tiny"),
-            "--num-workers",
-            "0",
-            "--batch-size",
-            "4",
-            "--save-reference",
-            str(kept),
-        ]
-    )
+    words = [tmp_path / "samples", "--reference", tmp_path / "real.npz", "--inception", weights, "--fd-dinov2"]
+    words += ["--dinov2", tmp_path / "tiny", "--num-workers", 0, "--batch-size", 4, "--save-reference", kept]
+    metrics.main([str(word) for word in words])
     result = json.loads((tmp_path / "samples.metrics.json").read_text())
-    assert list(result["metrics"]) == [
-        "fid",
-        "sfid",
-        "inception_score",
-        "inception_score_std",
-        "precision",
-        "recall",
-        "fd_dinov2",
-    ]
+    names = ["fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "fd_dinov2"]
+    assert list(result["metrics"]) == names
     assert result["metrics"]["fid"] > 0 and result["metrics"]["inception_score"] > 1
     assert result["samples"]["count"] == 5 and result["reference"]["images"] == 6
     assert result["samples"]["uint8_conversion"].startswith("unknown") and not result["inception"]["published"]
     assert "not the published Inception file" in capsys.readouterr().out
 
-    statistics = metrics.npz_statistics(kept)
-    found = InceptionFeatures(weights)(real)
+    network = InceptionFeatures(weights)
+    statistics, found = metrics.npz_statistics(kept, network), network(real)
     for name in ("pool3", "spatial"):
         vectors = found[name].double().numpy()
         np.testing.assert_allclose(statistics[name][0], vectors.mean(0), rtol=1e-4, atol=1e-5)
