@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from dataset.digits import load_digits
-from models.hub import go_offline_if_unreachable
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,6 @@ def open_class_folder(path):
 def open_table(options, parquet):
     import datasets
 
-    if not parquet:
-        go_offline_if_unreachable()
     try:
         table = (
             datasets.load_dataset("parquet", data_files=parquet, split="train")

@@ -3,19 +3,18 @@
 Shapes: B batch, T = grid * grid patch tokens.
 """
 
-import hashlib
+import contextlib
 import inspect
+import textwrap
 from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
-from models.hub import go_offline_if_unreachable, unreachable
+from runtime import fingerprint
 
 # REPA's names (github.com/sihyun-yu/REPA) and their relatives, as timm calls them. In any case of letters.
 SHORT_NAMES = {
@@ -44,6 +43,7 @@ SHORT_NAMES = {
     "siglip-vit-l": "vit_large_patch16_siglip_256.webli",
     "siglip-vit-so400m": "vit_so400m_patch14_siglip_224.webli",
 }
+FINAL_NORMS = ("layernorm", "norm", "post_layernorm")  # their names in transformers
 
 
 class FrozenEncoder(nn.Module):
@@ -54,91 +54,70 @@ class FrozenEncoder(nn.Module):
     grid:    patches along one side. Images are resized to grid * patch size and the position embedding is resampled,
              so that the encoder has one token for each of SiT's.
     weights: local weights file for a timm name; empty lets timm download them.
+    The fingerprint changes with any weight, the colours' mean and deviation, the grid, and the kind of GELU.
     Raises ValueError where there is no such encoder, its weights cannot be had, or it cannot give that grid.
     """
 
-    def __init__(self, name, grid, weights=""):
+    def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
         load = _load_transformers if name.startswith("hf:") else _load_timm
         self.model, patch, mean, std = load(name, grid, weights)
         self.name, self.grid, self.size, self.dim = name, (grid, grid), grid * patch, self.model.num_features
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        self.fingerprint = self._fingerprint()
+        kinds = {type(module).__name__ for module in self.modules()} - {"GELU"}  # CLIP's weights are published for two
+        self.fingerprint = fingerprint(self, f"({grid}, {grid})" + "".join(sorted(k for k in kinds if "GELU" in k)))
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> patch tokens (B, T, dim) after the final norm, without class or register tokens."""
         x = (images / 255 - self.mean) / self.std
         x = F.interpolate(x, (self.size, self.size), mode="bicubic")
         return self.model.forward_features(x)[:, self.model.num_prefix_tokens :]
 
-    def _fingerprint(self):
-        """Twelve hexadecimal digits that change with any weight, the kind of GELU, the normalisation or the grid."""
-        digest = hashlib.sha256(f"({self.grid[0]}, {self.grid[1]})".encode())
-        # CLIP's weights are published for two of them. The common one leaves no trace, as it always did.
-        for kind in sorted({type(module).__name__ for module in self.modules()} - {"GELU"}):
-            if "GELU" in kind:
-                digest.update(kind.encode())
-        for name, tensor in self.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:12]
+
+@contextlib.contextmanager
+def _loading(name, source):
+    """Turns what timm, transformers and the hub raise, errors of many kinds, into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        if "trust_remote_code" in str(error):
+            reason = "it needs code that comes with it (auto_map), which is never run"
+        raise ValueError(
+            f"encoder {name!r} could not be loaded from {source!r} ({reason}); without network, give a timm name "
+            "with --encoder-weights FILE, a folder of timm's save_for_hf, or hf:FOLDER for one of transformers' "
+            "save_pretrained with model and image processor; HF_HUB_OFFLINE=1 looks in the hub's cache alone"
+        ) from error
 
 
 def _load_timm(name, grid, weights):
     """A timm model without classifier, its patch size, and the mean and standard deviation of its colours."""
     target = SHORT_NAMES.get(name.lower(), name.removeprefix("timm:"))
-    local_folder = (Path(target) / "config.json").is_file()
-    if weights and (local_folder or not Path(weights).is_file()):
-        raise ValueError(
-            f"encoder_weights = {weights!r}: "
-            + ("the encoder is a folder that has its own weights" if local_folder else "there is no such file")
-        )
-    if not local_folder and target.split(".")[0] not in timm.list_models():
+    folder = (Path(target) / "config.json").is_file()
+    if not folder and not timm.is_model(target):
         raise ValueError(
             f"encoder {name!r} is neither a short name ({', '.join(SHORT_NAMES)}), nor a timm model, "
             "nor a folder with timm's config.json, nor hf: and a repository or folder of transformers; "
             "`python -m dataset.standin_encoder DATA --out FOLDER` trains a small one into a folder"
         )
-    timm_name = f"local-dir:{target}" if local_folder else target
-    try:
-        with torch.device("meta"):  # no memory, no download: only its structure
-            plain = timm.create_model(timm_name, num_classes=0)
-    except Exception as error:  # a tag or a config.json unknown to timm
-        raise ValueError(
-            f"encoder {name!r} is none that timm can build ({type(error).__name__}: {error}); "
-            "a folder that transformers wrote is given as hf:FOLDER"
-        ) from None
+    if weights and (folder or not Path(weights).is_file()):
+        reason = f"encoder {name!r} is a folder that has its own weights" if folder else "there is no such file"
+        raise ValueError(f"encoder_weights = {weights!r}: {reason}")
+    timm_name = f"local-dir:{target}" if folder else target
+    with _loading(name, target), torch.device("meta"):  # its structure, without memory or download
+        plain = timm.create_model(timm_name, num_classes=0)
     patch = getattr(getattr(plain, "patch_embed", None), "patch_size", None)
     if not patch or patch[0] != patch[1] or not hasattr(plain, "num_prefix_tokens"):
         raise ValueError(f"encoder {name!r} has no square patches; a plain vision transformer is needed")
-
-    published, source, reason = plain.pretrained_cfg, weights or target, ""
-    try:
-        if not weights and not local_folder:
-            # What is neither stored nor reachable fails here: timm would first fill all weights with random numbers.
-            if published.get("hf_hub_id"):
-                source, reason = published["hf_hub_id"], go_offline_if_unreachable()
-                stored = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
-            elif published.get("url"):
-                source, reason = published["url"], unreachable(published["url"])
-                stored = Path(torch.hub.get_dir()) / "checkpoints" / Path(source).name
-            else:
-                raise LookupError("none are published")
-            if reason and not stored.exists():
-                raise FileNotFoundError(f"{stored} is not there")
-        overlay = {"pretrained_cfg_overlay": {"file": weights}} if weights else {}
-        model = timm.create_model(timm_name, pretrained=True, img_size=grid * patch[0], **overlay)
+    published = plain.pretrained_cfg
+    source = weights or (target if folder else published.get("hf_hub_id") or published.get("url", ""))
+    with _loading(name, source):
+        file = {"file": weights} if weights else {}
+        model = timm.create_model(timm_name, pretrained=True, img_size=grid * patch[0], pretrained_cfg_overlay=file)
         model.reset_classifier(0)  # only now: timm compares all names if the head is its own
-    except Exception as error:  # timm and the hub raise many kinds
-        raise ValueError(
-            f"the weights of encoder {name!r} could not be loaded from {source} ({_why(reason, error)}); "
-            f"without network, give {published['architecture']}'s file with --encoder-weights FILE, or "
-            "another --encoder: a folder of timm's save_for_hf, or hf:FOLDER for one of transformers' "
-            "save_pretrained"
-        ) from error
     tokens = model.patch_embed.grid_size
     if tokens != (grid, grid):
         raise ValueError(f"the model has {grid} x {grid} tokens, encoder {name!r} {tokens[0]} x {tokens[1]}")
@@ -151,43 +130,30 @@ def _load_transformers(name, grid, weights):
     from transformers import AutoImageProcessor, AutoModel  # takes seconds, and nothing else needs it
 
     if weights:
-        raise ValueError(
-            f"encoder_weights = {weights!r}: encoder {name!r} has its own; for other weights, give "
-            "hf:FOLDER, a folder of transformers' save_pretrained"
-        )
+        raise ValueError(f"encoder_weights = {weights!r}: encoder {name!r} has its own; give another hf:FOLDER instead")
     source = name.removeprefix("hf:")
-    reason = "" if Path(source).is_dir() else go_offline_if_unreachable()
-    try:
-        model, found = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        colours = AutoImageProcessor.from_pretrained(source)
+    with _loading(name, source):
+        # Unless told not to, transformers asks on the terminal whether to run code that comes with the weights.
+        model, found = AutoModel.from_pretrained(
+            source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+        colours = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         tower = getattr(model, "vision_model", model)  # of an image-text pair
         # transformers leaves at random what it does not find. That may happen only to what is not used here.
-        missing = [
-            key
-            for key in sorted(found["missing_keys"])
-            if "pooler" not in key and (tower is model or key.startswith("vision_model."))
-        ]
+        used = "" if tower is model else "vision_model."
+        missing = sorted(key for key in found["missing_keys"] if "pooler" not in key and key.startswith(used))
         if missing:
             raise LookupError(f"{len(missing)} tensors are not in it, such as {missing[0]}")
-    except Exception as error:  # transformers and the hub raise many kinds
-        raise ValueError(
-            f"the weights of encoder {name!r} could not be loaded ({_why(reason, error)}); without "
-            "network, give --encoder hf:FOLDER, a folder of transformers' save_pretrained that holds the "
-            "model and its image processor"
-        ) from error
     patch = getattr(tower.config, "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(f"encoder {name!r} has the patch size {patch}; a plain vision transformer is needed")
     try:
         tower = VisionTower(tower, grid * patch, grid * grid)
     except Exception as error:  # whatever such a model does with the image
-        raise ValueError(f"encoder {name!r} gives no {grid} x {grid} tokens ({_why('', error)})") from error
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"encoder {name!r} gives no {grid} x {grid} tokens ({reason})") from error
     normalised = colours.do_normalize
     return tower, patch, colours.image_mean if normalised else [0.0] * 3, colours.image_std if normalised else [1.0] * 3
-
-
-def _why(reason, error):
-    return ", ".join(filter(None, [reason, f"{type(error).__name__}: {error}"]))
 
 
 class VisionTower(nn.Module):
@@ -196,33 +162,26 @@ class VisionTower(nn.Module):
     tower: takes (B, 3, size, size) to (B, prefix + tokens, width). Raises an exception where it does not.
     """
 
-    def __init__(self, tower, size, tokens):
+    def __init__(self, tower: nn.Module, size: int, tokens: int):
         super().__init__()
         self.tower = tower
         resizable = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if resizable else {}
-        final_norm = next(
-            (
-                module
-                for name, module in tower.named_children()
-                if name in ("layernorm", "norm", "post_layernorm") and hasattr(module, "weight")
-            ),
-            None,
-        )
-        if final_norm is None:
+        final = [m for name, m in tower.named_children() if name in FINAL_NORMS and hasattr(m, "weight")]
+        if not final:
             raise ValueError("it has no final norm")
         # CLIP's own forward pass puts its final norm on the class token alone, other models' on all tokens.
         self.norm, shapes = nn.Identity(), []
-        hook = final_norm.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+        hook = final[0].register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
         with torch.no_grad():
             hidden = self.forward_features(torch.zeros(1, 3, size, size))
         hook.remove()
         if hidden.ndim != 3 or hidden.shape[1] < tokens:
             raise ValueError(f"its output has the shape {tuple(hidden.shape)}")
         if hidden.shape not in shapes:
-            self.norm = final_norm
+            self.norm = final[0]
         self.num_prefix_tokens, self.num_features = hidden.shape[1] - tokens, hidden.shape[2]
 
-    def forward_features(self, x):
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """float (B, 3, size, size) -> (B, prefix + tokens, width) after the final norm."""
         return self.norm(self.tower(pixel_values=x, **self.options).last_hidden_state)

@@ -3,6 +3,7 @@
 Shapes: B batch, T = grid * grid tokens, row by row.
 """
 
+import torch
 from torch import nn
 
 PROJECTORS = ("mlp", "conv")
@@ -11,23 +12,19 @@ PROJECTORS = ("mlp", "conv")
 class Projector(nn.Sequential):
     """REPA (arXiv 2410.06940): Linear-SiLU-Linear-SiLU-Linear, (B, T, width) -> (B, T, dim), without normalisation."""
 
-    def __init__(self, width, hidden, dim):
+    def __init__(self, width: int, hidden: int, dim: int):
         super().__init__(
-            nn.Linear(width, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, dim),
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
         )
 
 
 class ConvProjector(nn.Conv2d):
     """iREPA (arXiv 2512.10794, Algorithm 1): one 3 x 3 convolution of the zero-padded grid, to (B, T, dim)."""
 
-    def __init__(self, width, grid, dim):
+    def __init__(self, width: int, grid: int, dim: int):
         super().__init__(width, dim, kernel_size=3, padding=1)
         self.grid = grid
 
-    def forward(self, tokens):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, width, grid, grid)
         return super().forward(x).flatten(2).transpose(1, 2)  # (B, T, dim)
