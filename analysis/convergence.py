@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from config import DEFAULTS, NOT_THE_ARM, idle, load_saved, plain
-from runtime import parsed, replaced, write_json
+from runtime import parsed, plain_errors, replaced, write_json
 
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
 NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}  # of routings; others keep their own
@@ -58,15 +58,13 @@ class Run:
 
 def main(argv: list[str] | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m analysis.convergence", description=__doc__)
-    try:
+    with plain_errors(ValueError, OSError):
         if not options.x:
             raise ValueError(f"x is empty; choose from {', '.join(AXES)}")
         # `runs/*` may well name plain files too, such as an earlier plot.
         arms = group([read_run(folder, options.metric) for folder in options.runs if not folder.is_file()])
         result = compare(arms, options)
         plot(arms, options, result)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     print(markdown(result))
     print(f"written: {options.out}.png, {options.out}.md, {options.out}.json")
 
