@@ -6,7 +6,8 @@
 
 The same command again, with any number of processes, goes on where it stopped. An image depends on the settings, the
 seed and its index alone: other processes or batch sizes change it by rounding alone, in float32 at most one grey level.
-The folder is named after the checkpoint, the sampler, and a hash of every setting that moves FID; it holds
+The folder, which all processes must see, is named after the checkpoint, the sampler, and a hash of every setting that
+moves FID. It holds
 
     NAME.npz            arr_0, uint8 (N, H, W, 3), and arr_1, int64 (N), the labels
     grid.png            the first 64, by label
@@ -26,11 +27,9 @@ Shapes: B batch, N all images, C channels of what SiT sees, S its size, H = W pi
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
-import os
 import shutil
-import signal
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +43,9 @@ from tqdm import tqdm
 
 from checkpoint import load_trained
 from eval.online import grid_of
-from eval.samplers import IndexedNoise, sample_ode, sample_sde
+from eval.samplers import draw
 from models.autoencoder import load_autoencoder
-from runtime import EVALUATION, Ranks, derive_seed, environment, lock_folder, replaced
+from runtime import Ranks, Use, derive_seed, environment, fingerprint, lock_folder, replaced, tf32, write_json
 
 CHUNK = 64  # images in a file, whatever the batch and the processes
 GRID = 64  # images shown; those of the first chunk
@@ -56,7 +55,6 @@ PRESETS = {
     "paper-cfg-1.5": {"sampler": "sde", "steps": 250, "cfg_scale": 1.5},
     "fast-ode-50": {"sampler": "euler", "steps": 50, "cfg_scale": 1.0},
 }
-ARCHITECTURE = ("num_heads", "routing", "query", "chunk_size", "final_aggregator")  # what weights do not show
 CONVERSION = "round to nearest, (x + 1) * 127.5"
 
 
@@ -81,7 +79,7 @@ class Options:
     seed: int = 0
     """Decides noise and labels."""
     classes: tuple[int, ...] = ()
-    """Draw these labels only; all if not given. Either way in random order, each as often as the others."""
+    """Draw these labels only, in random order, each as often as the others. Empty: all that had training images."""
     batch_size: int = CHUNK
     """Images that a process takes at a time, at most the 64 of a file."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
@@ -100,7 +98,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that moves FID. `resolve` makes them; weights and autoencoder are fingerprints of content."""
+    """All that moves FID. `resolve` makes them; weights and autoencoder are fingerprints of content, no classes all."""
 
     weights: str
     autoencoder: str
@@ -114,25 +112,27 @@ class Settings:
     seed: int
     classes: tuple[int, ...]
 
-    def digits(self):
+    def digits(self) -> str:
         """Eight hexadecimal digits that change with any of them."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
-    def evaluations(self):
+    def evaluations(self) -> int:
         """Evaluations of the velocity per image; a guided one takes the network twice."""
         return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
 
 
-def main(argv=None):
+def main(argv: list | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m eval.sample", description=__doc__)
-    with Ranks() as ranks, told_to_stop(ranks):
+    with Ranks() as ranks:
         try:
             sample(options, ranks)
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from None
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; the same command again goes on from here" if ranks.main else 1) from None
 
 
-def sample(options, ranks):
+def sample(options: Options, ranks: Ranks) -> Path:
     """Write the folder, or what is missing of it, and return it. Raises ValueError on what cannot be used."""
     if options.batch_size < 1:
         raise ValueError(f"batch_size = {options.batch_size}: must be at least 1")
@@ -140,29 +140,31 @@ def sample(options, ranks):
     folder = Path(options.out) if options.out else Path("samples") / folder_name(options, settings, origin)
     shape = (settings.num_samples, *2 * (model.input_size * autoencoder.downsampling,), 3)
     npz = folder / f"{folder.resolve().name}.npz"
+    starts = range(0, shape[0], CHUNK)
+    chunks = {f"{first // CHUNK:05}.npy": range(first, min(first + CHUNK, shape[0])) for first in starts}
     lock = claim(folder, settings) if ranks.main else None
     with contextlib.closing(lock) if lock else contextlib.nullcontext():
-        chunks = {
-            folder / "samples" / f"{first // CHUNK:05}.npy": range(first, min(first + CHUNK, shape[0]))
-            for first in range(0, shape[0], CHUNK)
-        }
-        missing = {path: indices for path, indices in chunks.items() if not npz.is_file() and not path.is_file()}
-        if ranks.main and (missing or options.npz and not npz.is_file()):
-            describe(options, settings, origin, folder, shape, sum(map(len, missing.values())), ranks)
-            record(options, settings, origin, folder, ranks)
-        ranks.barrier()  # nobody writes before the folder is known to be ours, and is there
-        draw(missing, list(chunks)[ranks.rank :: ranks.world], model, autoencoder, settings, options, ranks)
+        if ranks.main and ((missing := undone(npz, chunks)) or options.npz and not npz.is_file()):
+            record(options, settings, origin, folder, shape, sum(map(len, missing.values())), ranks)
+        ranks.barrier()  # nobody looks before the folder is known to be ours, and is there
+        made, missing = folder / "settings.json", undone(npz, chunks)
+        content = hashlib.sha256(made.read_bytes()).hexdigest()[:12] if made.is_file() else "none"
+        facts = {f"the content of {made}": content, "the hash of the settings": settings.digits()}
+        facts["the number of files to draw"] = len(missing)
+        ranks.agree(facts, "give all machines the same checkpoint, and an --out that is on a disk they share")
+        mine = {name: missing[name] for name in list(chunks)[ranks.rank :: ranks.world] if name in missing}
+        write_chunks(folder / "samples", mine, model, autoencoder, settings, options.batch_size, ranks)
+        ranks.barrier()
         if ranks.main:
-            while not npz.is_file() and not all(path.is_file() for path in chunks):
-                time.sleep(0.5)  # a barrier would give up long before the slowest process does
-            finish(chunks, npz, shape, labels_of(settings, range(shape[0]), model.num_classes), options)
+            files = {folder / "samples" / name: len(indices) for name, indices in chunks.items()}
+            finish(files, npz, shape, labels_of(settings, range(shape[0]), model.num_classes), options.npz)
     return folder
 
 
 # ---- what is drawn ----
 
 
-def load(options, ranks):
+def load(options: Options, ranks: Ranks):
     """The model and the autoencoder on this process's device, the resolved Settings, and where the model is from.
 
     Raises ValueError where the options fit neither each other nor the checkpoint.
@@ -189,122 +191,91 @@ def load(options, ranks):
             f"{model.in_channels}; give the --autoencoder that it was trained with"
         )
     settings = resolve(options, trained, model, autoencoder, ranks.device)
-    origin = {
-        "checkpoint": str(options.checkpoint),
-        "model": options.model or trained["model"],
-        "step": trained.get("step"),
-        "average": trained.get("average"),
-        "autoencoder": name,
-    }
+    origin = {"checkpoint": str(options.checkpoint), "model": options.model or trained["model"], "autoencoder": name}
+    origin |= {key: trained.get(key) for key in ("step", "average")}
+    drawn = f"{len(settings.classes) or model.num_classes} of {model.num_classes} classes"
+    origin["classes"] = drawn + ", those with training images" * (settings.classes != tuple(options.classes))
     return model.to(ranks.device), autoencoder, settings, origin
 
 
-def resolve(options, trained, model, autoencoder, device):
+def resolve(options: Options, trained: dict, model, autoencoder, device: torch.device) -> Settings:
     """The Settings that the options mean for a model, as `load_trained` returns it, on a device.
 
     Raises ValueError on the first value that cannot be used.
     """
     given = {key: value for key in PRESETS[options.preset] if (value := getattr(options, key)) is not None}
     chosen = {**PRESETS[options.preset], **given}
-    guided = chosen["cfg_scale"] != 1
-    interval = tuple(options.guidance_interval or (0.0, 1.0))
+    steps, scale, fewest = chosen["steps"], float(chosen["cfg_scale"]), 1 + (chosen["sampler"] == "sde")
+    interval, classes = options.guidance_interval or (0.0, 1.0), options.classes
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    unknown = [label for label in options.classes if not 0 <= label < model.num_classes]
-    for fine, name, value, rule in (
+    for fine, problem in (
+        (steps >= fewest, f"steps = {steps}: must be at least {fewest} for {chosen['sampler']}"),
+        (0 <= scale < float("inf"), f"cfg_scale = {scale}: must be at least 0, and finite; 1 is none"),
+        (0 <= interval[0] < interval[1] <= 1, f"guidance_interval = {interval}: must be 0 <= low < high <= 1"),
         (
-            chosen["steps"] >= 1 + (chosen["sampler"] == "sde"),
-            "steps",
-            chosen["steps"],
-            f"must be at least {1 + (chosen['sampler'] == 'sde')} for {chosen['sampler']}",
+            scale != 1 or options.guidance_interval is None,
+            f"guidance_interval = {interval}: has no effect without guidance; give --cfg-scale, or leave it out",
         ),
         (
-            0 <= chosen["cfg_scale"] < float("inf"),
-            "cfg_scale",
-            chosen["cfg_scale"],
-            "must be at least 0, and finite; 1 is none",
+            scale == 1 or trained.get("class_dropout_prob", 1) > 0,
+            f"cfg_scale = {scale}: {options.checkpoint} was trained without a null class (class_dropout_prob = 0); "
+            "give --cfg-scale 1",
         ),
-        (0 <= interval[0] < interval[1] <= 1, "guidance_interval", interval, "must be 0 <= low < high <= 1"),
+        (options.num_samples >= 1, f"num_samples = {options.num_samples}: must be at least 1"),
+        (options.seed >= 0, f"seed = {options.seed}: must be at least 0"),
         (
-            guided or options.guidance_interval is None,
-            "guidance_interval",
-            interval,
-            "has no effect without guidance; give --cfg-scale, or leave it out",
+            all(0 <= label < model.num_classes for label in classes),
+            f"classes = {classes}: the model's are 0 to {model.num_classes - 1}",
         ),
-        (
-            not guided or trained.get("class_dropout_prob", 1) > 0,
-            "cfg_scale",
-            chosen["cfg_scale"],
-            f"{options.checkpoint} was trained without a null class (class_dropout_prob = 0); give --cfg-scale 1",
-        ),
-        (options.num_samples >= 1, "num_samples", options.num_samples, "must be at least 1"),
-        (options.seed >= 0, "seed", options.seed, "must be at least 0"),
-        (not unknown, "classes", options.classes, f"the model's are 0 to {model.num_classes - 1}"),
-        (len(set(options.classes)) == len(options.classes), "classes", options.classes, "repeats a label"),
-        (precision != "tf32" or device.type == "cuda", "precision", precision, "needs a GPU; give fp32"),
+        (len(set(classes)) == len(classes), f"classes = {classes}: repeats a label"),
+        (precision != "tf32" or device.type == "cuda", f"precision = {precision!r}: needs a GPU; give fp32"),
     ):
         if not fine:
-            raise ValueError(f"{name} = {value!r}: {rule}")
-    identity = [options.model or trained["model"], *(trained.get(key) for key in ARCHITECTURE)]
-    chosen["cfg_scale"] = float(chosen["cfg_scale"])  # 2 and 2.0 would have two hashes
+            raise ValueError(problem)
+    trained_on = trained.get("classes with images", ())
+    if not classes and 0 < len(trained_on) < model.num_classes:  # of the others the model has seen nothing
+        classes = trained_on
+    identity = json.dumps([options.model or trained["model"], trained.get("arguments")], sort_keys=True)
     return Settings(
-        fingerprint(model, identity),
-        autoencoder.fingerprint,
-        **chosen,
+        weights=fingerprint(model, identity),
+        autoencoder=autoencoder.fingerprint,
+        sampler=chosen["sampler"],
+        steps=steps,
+        cfg_scale=scale,
         guidance_interval=tuple(map(float, interval)),
         path=options.path or trained.get("path", "linear"),
         precision=precision,
         num_samples=options.num_samples,
         seed=options.seed,
-        classes=tuple(options.classes),
+        classes=tuple(classes),
     )
 
 
-def fingerprint(model, identity):
-    """Twelve hexadecimal digits of the weights, and of a list of what else makes the model."""
-    digest = hashlib.sha256(json.dumps(identity).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
-
-
-def labels_of(settings, indices, num_classes):
+def labels_of(settings: Settings, indices, num_classes: int) -> torch.Tensor:
     """Labels (B) int64 of these indices: K of them in a row are the K classes, shuffled by (seed, row).
 
     Any prefix is thus as balanced as can be, and no part of it is of a few classes only.
     """
     classes = np.array(settings.classes or range(num_classes))
-    # The 1 sets these seeds apart from those of the noise.
-    rows = {
-        row: np.random.default_rng([settings.seed, EVALUATION, row, 1]).permutation(classes)
-        for row in {i // len(classes) for i in indices}
-    }
+    seeds = {row: derive_seed(settings.seed, Use.LABELS, row) for row in {i // len(classes) for i in indices}}
+    rows = {row: np.random.default_rng(seed).permutation(classes) for row, seed in seeds.items()}
     return torch.tensor([int(rows[i // len(classes)][i % len(classes)]) for i in indices])
 
 
-@torch.no_grad()
-def sample_images(model, autoencoder, settings, indices, device):
+def sample_images(model, autoencoder, settings: Settings, indices, device: torch.device) -> torch.Tensor:
     """The images with these indices, uint8 (B, 3, H, W) on the device; what `load` returns goes in.
 
     Raises ValueError where a sample is not finite.
     """
     shape = (model.in_channels, model.input_size, model.input_size)  # (C, S, S)
-    noise = IndexedNoise([derive_seed(settings.seed, EVALUATION, i) for i in indices], shape, device)
+    seeds = [derive_seed(settings.seed, Use.SAMPLE, i) for i in indices]
     y = labels_of(settings, indices, model.num_classes).to(device)
-    common = dict(
-        num_steps=settings.steps,
-        cfg_scale=settings.cfg_scale,
-        path=settings.path,
-        guidance_interval=settings.guidance_interval,
-    )
+    options = {name: getattr(settings, name) for name in ("cfg_scale", "guidance_interval", "path")}
     with tf32(settings.precision == "tf32"):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            if settings.sampler == "sde":
-                x = sample_sde(model, noise(), y, step_noise=noise, **common)
-            else:
-                x = sample_ode(model, noise(), y, solver=settings.sampler, **common)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            x = draw(model, seeds, shape, y, settings.sampler, num_steps=settings.steps, **options)
         if not x.isfinite().all():  # as uint8 they would be noise that looks like a bad model
             raise ValueError(
                 f"samples {indices[0]} to {indices[-1]} are not finite with precision = "
@@ -313,23 +284,10 @@ def sample_images(model, autoencoder, settings, indices, device):
         return autoencoder.decode(x)
 
 
-@contextlib.contextmanager
-def tf32(enabled):
-    """Whether float32 products are rounded to TF32 inside the block; convolutions otherwise are, by default."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if enabled else "highest")
-    torch.backends.cudnn.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
 # ---- the folder ----
 
 
-def folder_name(options, settings, origin):
+def folder_name(options: Options, settings: Settings, origin: dict) -> str:
     """The run and step of the checkpoint, the sampler, and a hash of all that moves FID."""
     sampler, interval = options.preset, settings.guidance_interval
     if interval != (0, 1) or any(getattr(settings, key) != value for key, value in PRESETS[sampler].items()):
@@ -340,19 +298,14 @@ def folder_name(options, settings, origin):
     return "-".join([options.checkpoint.resolve().parent.name, str(step), sampler, settings.digits()])
 
 
-def claim(folder, settings):
+def claim(folder: Path, settings: Settings):
     """Lock the folder and return the lock. Raises ValueError where it is in use, foreign, or of other settings."""
-    path = folder / "settings.json"
     ours = {".lock", "settings.json.unfinished"}  # left by one that ended at once
-    if (
-        folder.exists()
-        and not path.is_file()
-        and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - ours)
-    ):
-        raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
+    if folder.exists() and not (folder / "settings.json").is_file():
+        if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - ours:
+            raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
     lock = lock_folder(folder)
-    found = read_settings(path).get("settings", {})
-    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    found, wanted = read_settings(folder)["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))
     changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
     if found and changed:
         lock.close()
@@ -360,136 +313,110 @@ def claim(folder, settings):
     return lock
 
 
-def read_settings(path):
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {"settings": {}}
+def undone(npz: Path, chunks: dict) -> dict:
+    """The chunks {file name: indices} that are still to be drawn."""
+    # A listing, as network file systems remember for a while that a file was not there.
+    found = {path.name for path in (npz.parent / "samples").glob("*.npy")}
+    return {} if npz.is_file() else {name: indices for name, indices in chunks.items() if name not in found}
+
+
+def read_settings(folder: Path) -> dict:
+    """What `record` wrote there; empty where it has not."""
+    path = folder / "settings.json"
+    with contextlib.suppress(ValueError):
+        content = json.loads(path.read_text()) if path.is_file() else {"settings": {}, "starts": []}
         if isinstance(content, dict) and "settings" in content:
             return content
-    except json.JSONDecodeError:
-        pass
     raise ValueError(f"{path} was not made by this program; give another --out")
 
 
-def record(options, settings, origin, folder, ranks):
-    """settings.json: the settings, and one entry more of where the command ran."""
-    path = folder / "settings.json"
-    starts = read_settings(path).get("starts", []) + [
-        {"batch_size": options.batch_size, **origin, **environment(ranks)}
-    ]
+def record(options: Options, settings: Settings, origin: dict, folder: Path, shape: tuple, left: int, ranks: Ranks):
+    """Print what is about to be done, and write settings.json with one entry more of where the command ran.
+
+    left: images still to draw. Raises ValueError where the disk is too small.
+    """
+    needed, free = shape[1] * shape[2] * 3 * (left + options.npz * shape[0]), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{folder} needs {needed / 2**30:.3g} GiB more, the disk has {free / 2**30:.3g}; give another "
+            "--out, a smaller --num-samples, or --no-npz"
+        )
+    low, high = settings.guidance_interval
+    guidance = f"guidance {settings.cfg_scale:g} between times {low:g} and {high:g}"
+    of = "" if origin["step"] is None else f", step {origin['step']}, average {origin['average']}"
+    print(
+        f"samples    {folder}: {left} of {shape[0]} images of {shape[1]} pixels left to draw\n"
+        f"model      {origin['model']} of {origin['checkpoint']}{of}; decoded by {origin['autoencoder']}\n"
+        f"sampler    {settings.sampler}, {settings.steps} steps = {settings.evaluations()} evaluations per image, "
+        f"{'no guidance' if settings.cfg_scale == 1 else guidance}, {settings.path} path\n"
+        f"labels     {origin['classes']}\n"
+        f"device     {ranks.world} x {ranks.device.type}, {settings.precision}",
+        flush=True,
+    )
+    starts = read_settings(folder).get("starts", [])
     content = {
         "settings": dataclasses.asdict(settings),
         "hash": settings.digits(),
         "preset": options.preset,
         "function_evaluations": settings.evaluations(),
         "uint8": CONVERSION,
-        "starts": starts,
+        "starts": [*starts, {"batch_size": options.batch_size, **origin, **environment(ranks)}],
     }
-    with replaced(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / "settings.json", content)  # first, as it says whose the folder is
     (folder / "samples").mkdir(exist_ok=True)
 
 
-def describe(options, settings, origin, folder, shape, count, ranks):
-    """Print what is about to be done. Raises ValueError where the disk is too small for it."""
-    size = shape[1] * shape[2] * 3
-    needed, free = size * (count + options.npz * shape[0]), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"{folder} needs {needed / 2**30:.3g} GiB more, the disk has {free / 2**30:.3g}; give another "
-            "--out, a smaller --num-samples, or --no-npz"
-        )
-    guidance = (
-        "no guidance"
-        if settings.cfg_scale == 1
-        else (
-            f"guidance {settings.cfg_scale:g} between times {settings.guidance_interval[0]:g} and "
-            f"{settings.guidance_interval[1]:g}"
-        )
-    )
-    of = "" if origin["step"] is None else f", step {origin['step']}, average {origin['average']}"
-    print(
-        f"samples    {folder}: {count} of {shape[0]} images of {shape[1]} pixels left to draw\n"
-        f"model      {origin['model']} of {origin['checkpoint']}{of}; decoded by {origin['autoencoder']}\n"
-        f"sampler    {settings.sampler}, {settings.steps} steps = {settings.evaluations()} evaluations per image, "
-        f"{guidance}, {settings.path} path\n"
-        f"device     {ranks.world} x {ranks.device.type}, {settings.precision}",
-        flush=True,
-    )
-
-
-def draw(missing, mine, model, autoencoder, settings, options, ranks):
-    """Write this process's part of the missing chunks."""
-    mine = {path: missing[path] for path in mine if path in missing}
-    with tqdm(
-        total=sum(map(len, mine.values())),
-        desc=f"process 1 of {ranks.world}",
-        unit="img",
-        disable=not ranks.main or not mine,
-    ) as bar:
-        for path, indices in mine.items():
+def write_chunks(folder: Path, chunks: dict, model, autoencoder, settings: Settings, batch_size: int, ranks: Ranks):
+    """Draw and write this process's part of the missing chunks, {file name: indices}."""
+    total, silent = sum(map(len, chunks.values())), not ranks.main or not chunks
+    with tqdm(total=total, desc=f"process 1 of {ranks.world}", unit="img", disable=silent) as bar:
+        for name, indices in chunks.items():
             parts = []
-            for first in range(0, len(indices), options.batch_size):
-                part = indices[first : first + options.batch_size]
+            for first in range(0, len(indices), batch_size):
+                part = indices[first : first + batch_size]
                 images = sample_images(model, autoencoder, settings, part, ranks.device)
                 parts.append(images.permute(0, 2, 3, 1).cpu().numpy())  # (B, H, W, 3)
                 bar.update(len(part))
-            with replaced(path) as file:
-                np.save(file, np.concatenate(parts))
+            whole = io.BytesIO()  # numpy does not say why a write to a file fails
+            np.save(whole, np.concatenate(parts))
+            with replaced(folder / name) as file:
+                file.write(whole.getvalue())
 
 
-def finish(chunks, npz, shape, labels, options):
-    """The grid and the npz of all chunks, if they are not there yet."""
-
-    def read(path):
-        images = np.load(path)
-        if images.shape != (len(chunks[path]), *shape[1:]) or images.dtype != np.uint8:
-            raise ValueError(
-                f"{path} holds {images.dtype} {images.shape} in place of uint8 "
-                f"{(len(chunks[path]), *shape[1:])}; delete it and give the same command again"
-            )
-        return images
-
-    grid = npz.with_name("grid.png")
-    first = next(iter(chunks))
+def finish(chunks: dict, npz: Path, shape: tuple, labels: torch.Tensor, wanted: bool):
+    """The grid and, where it is wanted, the npz of all chunks, {file: images}, if they are not there yet."""
+    grid, first = npz.with_name("grid.png"), next(iter(chunks))
     if not grid.is_file() and first.is_file():
-        picture = grid_of(torch.from_numpy(read(first)[:GRID]).permute(0, 3, 1, 2), labels)
+        images = torch.from_numpy(read_chunk(first, (chunks[first], *shape[1:])))[:GRID]
+        picture = grid_of(images.permute(0, 3, 1, 2), labels)
         with replaced(grid) as file:
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
-    if options.npz and not npz.is_file():
+    if wanted and not npz.is_file():
         with replaced(npz) as file, zipfile.ZipFile(file, "w") as archive:
             with member(archive, "arr_0.npy") as array:  # a chunk at a time, for the memory
                 np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for path in chunks:
-                    array.write(read(path).tobytes())
+                for path, count in chunks.items():
+                    array.write(read_chunk(path, (count, *shape[1:])).tobytes())
             with member(archive, "arr_1.npy") as array:
                 np.lib.format.write_array(array, labels.numpy())
     print(f"{npz if npz.is_file() else npz.parent}: {shape[0]} images, complete", flush=True)
 
 
-def member(archive, name):
+def read_chunk(path: Path, shape: tuple) -> np.ndarray:
+    """Images (B, H, W, 3) of one file. Raises ValueError where it does not hold them."""
+    try:
+        images = np.load(path, allow_pickle=False)
+        found = f"{images.dtype} {images.shape}"
+    except Exception as error:  # damaged files raise many kinds
+        images, found = None, f"no array ({error})"
+    if found != f"uint8 {shape}":
+        raise ValueError(f"{path} holds {found} in place of uint8 {shape}; delete it and give the same command again")
+    return images
+
+
+def member(archive: zipfile.ZipFile, name: str):
     """A file to write inside the archive; with one fixed date, so that equal images make equal bytes."""
     return archive.open(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
-
-
-@contextlib.contextmanager
-def told_to_stop(ranks):
-    """SIGINT and SIGTERM end the block at once: whole chunks are kept, and nothing else has to be saved."""
-
-    def stop(number, frame):
-        for each in previous:  # torchrun repeats what it is sent
-            signal.signal(each, signal.SIG_IGN)
-        if ranks.main:
-            os.write(2, b"\nstopped; the same command again goes on from here\n")
-        raise SystemExit(128 + number)
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

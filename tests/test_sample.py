@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -19,12 +21,13 @@ import torch
 from PIL import Image
 
 import train_repa_dar
+from checkpoint import load_file, load_trained
 from eval import sample as sampling
-from checkpoint import load_trained
+from eval import samplers
 from eval.samplers import IndexedNoise, sample_ode, sample_sde
 from models.autoencoder import Pixels
 from models.sit import SIT_MODELS
-from runtime import EVALUATION, Ranks, derive_seed, load_file, lock_folder
+from runtime import Ranks, Use, derive_seed, lock_folder
 from tests.conftest import ROOT
 from tests.test_autoencoder import save_kl
 
@@ -37,31 +40,10 @@ CPU = torch.device("cpu")
 def checkpoint(digits, encoder_folder, tmp_path_factory):
     """A step of the trainer, and then weights that make images depend on noise, label and time."""
     path = tmp_path_factory.mktemp("runs") / "tiny" / "last.pt"
-    values = {
-        "data": digits,
-        "out": path.parent,
-        "encoder": encoder_folder,
-        "depth": 2,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "align_depth": 1,
-        "projector_dim": 16,
-        "batch_size": 8,
-        "max_steps": 1,
-        "eval_every": 0,
-        "tensorboard": False,
-        "routing": "dar",
-        "alignment": "repa",
-        "query": "dynamic",
-        "ema_decays": 0.99,
-    }
-    train_repa_dar.main(
-        [
-            "--config",
-            "digits",
-            *(word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))),
-        ]
-    )
+    words = f"--data {digits} --out {path.parent} --encoder {encoder_folder} --alignment repa --routing dar"
+    words += " --query dynamic --depth 2 --hidden-size 32 --num-heads 2 --align-depth 1 --projector-dim 16"
+    words += " --batch-size 8 --max-steps 1 --eval-every 0 --tensorboard False --ema-decays 0.99"
+    train_repa_dar.main(["--config", "digits", *words.split()])
     content = load_file(path)
     generator = torch.Generator().manual_seed(0)
     for name, value in content["emas"]["0.99"].items():
@@ -87,49 +69,39 @@ def npz(folder):
     return np.load(folder / f"{folder.name}.npz")
 
 
-def torchrun(words):
-    """The command in two processes of its own."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval.sample"]
-    done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+def forked(*commands, patches=()):
+    """Exit statuses of commands that run together, one process each, in children that begin with `patches`."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
 
-
-def killed(words, name, patched):
-    """The command in a child that `patched`, in the place of sampling's `name`, kills. Returns the exit status."""
-
-    def run():
-        setattr(sampling, name, functools.partial(patched, getattr(sampling, name)))
+    def run(rank, words):
+        if len(commands) > 1:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(commands)), LOCAL_RANK=str(rank))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for name, patched in patches:
+            setattr(sampling, name, functools.partial(patched, getattr(sampling, name)))
         sampling.main(words)
 
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    child.join(120)
-    return child.exitcode
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=run, args=each) for each in enumerate(commands)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    return [child.exitcode for child in children]
 
 
 def settings(**changes):
-    values = {
-        "weights": "w",
-        "autoencoder": "pixels",
-        "sampler": "euler",
-        "steps": 3,
-        "cfg_scale": 1.0,
-        "guidance_interval": (0.0, 1.0),
-        "path": "linear",
-        "precision": "fp32",
-        "num_samples": 20,
-        "seed": 5,
-        "classes": (),
-    }
+    values = {"weights": "w", "autoencoder": "pixels", "sampler": "euler", "steps": 3, "cfg_scale": 1.0, "seed": 5}
+    values |= {"guidance_interval": (0.0, 1.0), "path": "linear", "precision": "fp32", "num_samples": 20, "classes": ()}
     return sampling.Settings(**{**values, **changes})
 
 
 @functools.cache
 def small_model():
     torch.manual_seed(0)
-    model = SIT_MODELS["SiT-S/2"](
-        input_size=8, in_channels=3, hidden_size=32, num_heads=2, depth=1, num_classes=4, align_dims=()
-    )
+    sizes = dict(input_size=8, in_channels=3, hidden_size=32, num_heads=2, depth=1, num_classes=4, align_dims=())
+    model = SIT_MODELS["SiT-S/2"](**sizes)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval().requires_grad_(False)
@@ -140,7 +112,9 @@ def small_model():
 
 def test_two_processes_and_another_batch_change_only_rounding(checkpoint, whole, tmp_path):
     words = arguments(checkpoint, tmp_path / "two", "--batch-size", 23)
-    torchrun(words)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval.sample"]
+    done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = npz(whole), npz(tmp_path / "two")
     assert np.array_equal(one["arr_1"], two["arr_1"])
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
@@ -164,7 +138,7 @@ def test_noise_and_labels_of_an_index_do_not_depend_on_the_batch(monkeypatch, sa
         return solve
 
     for name, solver in (("sample_ode", sample_ode), ("sample_sde", sample_sde)):
-        monkeypatch.setattr(sampling, name, recorded(solver))
+        monkeypatch.setattr(samplers, name, recorded(solver))
     drawn = {}
     for size in (20, 7, 1):
         seen["drawn"] = drawn[size] = {}
@@ -201,34 +175,28 @@ def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
 
     folder = tmp_path / "killed" / whole.name
     words = arguments(checkpoint, folder)
-    for name, patched, chunks in (
-        ("sample_images", in_second_chunk, 1),
-        ("replaced", in_third_write, 2),
-        ("member", in_npz, 3),
-    ):
-        assert killed(words, name, patched) == -signal.SIGKILL
+    patches = [("sample_images", in_second_chunk), ("replaced", in_third_write), ("member", in_npz)]
+    for chunks, patch in enumerate(patches, start=1):
+        assert forked(words, patches=[patch]) == [-signal.SIGKILL]
         assert len(list((folder / "samples").glob("*.npy"))) == chunks and not list(folder.glob("*.npz"))
     (folder / "samples" / "00001.npy").unlink()
-    torchrun(words)
+    assert forked(words, words) == [0, 0]
     for name in ("drawn.npz", "grid.png"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert len(json.loads((folder / "settings.json").read_text())["starts"]) == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_say_that_the_same_command_goes_on(checkpoint, whole, tmp_path, number, capfd, monkeypatch):
+def test_ctrl_c_says_that_the_same_command_goes_on(checkpoint, whole, tmp_path, capfd, monkeypatch):
     folder = tmp_path / whole.name
 
-    def draw(model, autoencoder, settings, indices, device, original=sampling.sample_images):
+    def interrupted(model, autoencoder, settings, indices, device, original=sampling.sample_images):
         if indices[0] >= 64:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
         return original(model, autoencoder, settings, indices, device)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sampling, "sample_images", draw)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command again goes on from here"):
+        patch.setattr(sampling, "sample_images", interrupted)
         sampling.main(arguments(checkpoint, folder))
-    assert stop.value.code == 128 + number and "the same command again goes on from here" in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # and the test process has its own again
     sampling.main(arguments(checkpoint, folder))
     assert f"{COUNT - 64} of {COUNT} images" in capfd.readouterr().out
     assert (folder / "drawn.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
@@ -237,7 +205,7 @@ def test_signals_say_that_the_same_command_goes_on(checkpoint, whole, tmp_path, 
 def test_images_are_those_of_the_samplers():
     """By hand, from the noise of each index: ODE, SDE, guidance with its interval, path."""
     model, indices = small_model(), [3, 17, 4]
-    seeds = [derive_seed(5, EVALUATION, i) for i in indices]
+    seeds = [derive_seed(5, Use.SAMPLE, i) for i in indices]
     y = sampling.labels_of(settings(), indices, 4)
     for chosen in (
         settings(),
@@ -246,14 +214,12 @@ def test_images_are_those_of_the_samplers():
         settings(sampler="sde", cfg_scale=2.0, guidance_interval=(0.3, 0.8)),
     ):
         noise = IndexedNoise(seeds, (3, 8, 8), "cpu")
-        common = dict(
-            num_steps=3, cfg_scale=chosen.cfg_scale, guidance_interval=chosen.guidance_interval, path=chosen.path
-        )
-        x = (
-            sample_sde(model, noise(), y, step_noise=noise, **common)
-            if chosen.sampler == "sde"
-            else sample_ode(model, noise(), y, solver=chosen.sampler, **common)
-        )
+        common = dict(num_steps=3, cfg_scale=chosen.cfg_scale, path=chosen.path)
+        common["guidance_interval"] = chosen.guidance_interval
+        if chosen.sampler == "sde":
+            x = sample_sde(model, noise(), y, step_noise=noise, **common)
+        else:
+            x = sample_ode(model, noise(), y, solver=chosen.sampler, **common)
         got = sampling.sample_images(model, Pixels(), chosen, indices, CPU)
         assert got.dtype == torch.uint8 and torch.equal(got, Pixels().decode(x))
 
@@ -300,9 +266,10 @@ def test_chosen_classes():
 # ---- settings ----
 
 
-def resolved(**changes):
+def resolved(trained=(), **changes):
     options = sampling.Options(**{"checkpoint": Path("runs/x/last.pt"), **changes})
-    return sampling.resolve(options, {"model": "SiT-S/2", "path": "cosine"}, small_model(), Pixels(), CPU)
+    known = {"model": "SiT-S/2", "path": "cosine", **dict(trained)}
+    return sampling.resolve(options, known, small_model(), Pixels(), CPU)
 
 
 @pytest.mark.parametrize(
@@ -315,26 +282,16 @@ def resolved(**changes):
     ],
 )
 def test_presets_and_what_wins_over_them(preset, sampler, steps, scale, evaluations):
-    got = resolved(preset=preset)
-    assert (got.sampler, got.steps, got.cfg_scale, got.guidance_interval) == (sampler, steps, scale, (0.0, 1.0))
-    assert got.evaluations() == evaluations and got.path == "cosine" and got.precision == "fp32"
-    got = resolved(preset=preset, sampler="euler", steps=7, cfg_scale=3, guidance_interval=(0.0, 0.7), path="linear")
-    assert (got.sampler, got.steps, got.cfg_scale, got.guidance_interval, got.path) == (
-        "euler",
-        7,
-        3.0,
-        (0.0, 0.7),
-        "linear",
+    preset_alone, calls, model = resolved(preset=preset), [], small_model()
+    assert dataclasses.replace(preset_alone, weights="") == settings(
+        weights="", sampler=sampler, steps=steps, cfg_scale=scale, path="cosine", num_samples=50_000, seed=0
     )
-
-
-@pytest.mark.parametrize("preset", sampling.PRESETS)
-def test_the_evaluations_that_are_stated_are_those_that_happen(preset):
-    calls, model = [], small_model()
     with model.register_forward_hook(lambda module, inputs, out: calls.append(len(inputs[0]))):
-        sampling.sample_images(model, Pixels(), resolved(preset=preset), [0], CPU)
-    assert len(calls) == resolved(preset=preset).evaluations()
-    assert set(calls) == {2 if preset == "paper-cfg-1.5" else 1}
+        sampling.sample_images(model, Pixels(), preset_alone, [0], CPU)
+    assert len(calls) == preset_alone.evaluations() == evaluations and set(calls) == {2 if scale != 1 else 1}
+    given = dict(sampler="euler", steps=7, cfg_scale=3, guidance_interval=(0.0, 0.7), path="linear")
+    got = resolved(preset=preset, **given)
+    assert {name: getattr(got, name) for name in given} == given
 
 
 def test_every_setting_changes_the_hash():
@@ -362,15 +319,13 @@ def test_every_setting_changes_the_hash():
     assert resolved(cfg_scale=2).digits() == resolved(cfg_scale=2.0).digits()
 
 
-def test_the_fingerprint_is_of_weights_and_architecture():
-    model = small_model()
-    before = sampling.fingerprint(model, ["SiT-S/2", 2])
-    assert before == sampling.fingerprint(model, ["SiT-S/2", 2]) != sampling.fingerprint(model, ["SiT-S/2", 4])
-    weight = model.final_layer.linear.bias
-    kept = weight[0].item()
+def test_the_hash_knows_weights_and_architecture():
+    weight, kept = small_model().final_layer.linear.bias, small_model().final_layer.linear.bias[0].item()
+    found = [resolved({"arguments": {"num_heads": heads}}).digits() for heads in (2, 2, 4)]
     weight[0] += 1e-6
-    assert sampling.fingerprint(model, ["SiT-S/2", 2]) != before
+    found.append(resolved({"arguments": {"num_heads": 2}}).digits())
     weight[0] = kept
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 @pytest.mark.parametrize(
@@ -412,22 +367,17 @@ def test_bad_numbers_are_refused(changes, message):
 
 
 def test_guidance_needs_a_null_class_that_was_trained():
-    options = sampling.Options(Path("x.pt"), cfg_scale=1.5)
-    with pytest.raises(ValueError, match="cfg_scale = 1.5: x.pt was trained without a null class"):
-        sampling.resolve(options, {"model": "SiT-S/2", "class_dropout_prob": 0.0}, small_model(), Pixels(), CPU)
+    with pytest.raises(ValueError, match="cfg_scale = 1.5: runs/x/last.pt was trained without a null class"):
+        resolved({"class_dropout_prob": 0.0}, cfg_scale=1.5)
 
 
 # ---- the folder ----
 
 
 def test_the_npz_is_in_the_layout_of_adm(whole, checkpoint):
-    path = whole / "drawn.npz"
-    with zipfile.ZipFile(path) as archive:
-        assert [(entry.filename, entry.date_time[0]) for entry in archive.infolist()] == [
-            ("arr_0.npy", 1980),
-            ("arr_1.npy", 1980),
-        ]
-        assert archive.testzip() is None
+    with zipfile.ZipFile(whole / "drawn.npz") as archive:
+        entries = [(entry.filename, entry.date_time[0]) for entry in archive.infolist()]
+        assert entries == [("arr_0.npy", 1980), ("arr_1.npy", 1980)] and archive.testzip() is None
     images, labels = npz(whole)["arr_0"], npz(whole)["arr_1"]
     assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
     assert labels.shape == (COUNT,) and labels.dtype == np.int64 and (np.bincount(labels) == 15).all()
@@ -436,6 +386,8 @@ def test_the_npz_is_in_the_layout_of_adm(whole, checkpoint):
         model, autoencoder, chosen, _ = sampling.load(options, ranks)
     drawn = sampling.sample_images(model, autoencoder, chosen, range(128, COUNT), CPU)  # (B, 3, H, W)
     assert np.array_equal(images[128:], drawn.numpy().transpose(0, 2, 3, 1))
+    assert model(torch.zeros(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))[1] == []
+    assert load_trained(checkpoint)[0].align_depth == (1,)  # only here nobody reads the projections
     chunks = [np.load(chunk) for chunk in sorted((whole / "samples").iterdir())]
     assert [len(chunk) for chunk in chunks] == [64, 64, 22] and np.array_equal(np.concatenate(chunks), images)
 
@@ -451,8 +403,7 @@ def test_the_grid_shows_the_first_by_label(whole):
 
 def test_settings_say_what_was_drawn_and_where(whole, checkpoint):
     content = json.loads((whole / "settings.json").read_text())
-    fields = {field.name for field in dataclasses.fields(sampling.Settings)}
-    assert content["settings"].keys() == fields
+    assert content["settings"].keys() == {field.name for field in dataclasses.fields(sampling.Settings)}
     assert content["settings"]["cfg_scale"] == 1.5 and content["settings"]["seed"] == 0
     assert content["function_evaluations"] == 4 and content["uint8"] == "round to nearest, (x + 1) * 127.5"
     (start,) = content["starts"]
@@ -461,30 +412,25 @@ def test_settings_say_what_was_drawn_and_where(whole, checkpoint):
     assert {"cpu", "gpu", "torch", "python", "commit", "command"} <= start.keys()
 
 
-def test_a_finished_folder_stays_as_it_is(whole, checkpoint, capsys):
-    def state():
-        return {
-            path: (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in whole.rglob("*")
-            if path.is_file() and path.name != ".lock"
-        }
+def test_a_finished_folder_stays_as_it_is(whole, checkpoint, tmp_path, capsys):
+    def state(folder):
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
-    before = state()
+    chunks = tmp_path / "out"
+    sampling.main(arguments(checkpoint, chunks, "--no-npz"))
+    assert not list(chunks.glob("*.npz")) and (chunks / "grid.png").is_file()
+    before = state(whole), state(chunks)
     sampling.main(arguments(checkpoint, whole))
     sampling.main(arguments(checkpoint, whole, "--no-npz", "--batch-size", 3))
-    assert state() == before and "150 images, complete" in capsys.readouterr().out
-
-
-def test_chunks_may_go_once_the_npz_is_there(whole, checkpoint, tmp_path):
-    folder = tmp_path / "out"
-    sampling.main(arguments(checkpoint, folder, "--no-npz"))
-    assert not list(folder.glob("*.npz")) and (folder / "grid.png").is_file()
-    sampling.main(arguments(checkpoint, folder))  # makes it of the chunks
-    assert (folder / "out.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
-    for chunk in (folder / "samples").iterdir():
+    sampling.main(arguments(checkpoint, chunks, "--no-npz"))
+    assert (state(whole), state(chunks)) == before and "150 images, complete" in capsys.readouterr().out
+    sampling.main(arguments(checkpoint, chunks))  # makes the npz of the chunks, which may then go
+    assert (chunks / "out.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
+    for chunk in (chunks / "samples").iterdir():
         chunk.unlink()
-    sampling.main(arguments(checkpoint, folder))
-    assert not list((folder / "samples").iterdir())
+    sampling.main(arguments(checkpoint, chunks))
+    assert not list((chunks / "samples").iterdir())
 
 
 def test_the_default_folder(checkpoint, tmp_path, monkeypatch):
@@ -493,6 +439,20 @@ def test_the_default_folder(checkpoint, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "samples").iterdir()
     assert folder.name.startswith("tiny-1-fast-ode-50-") and (npz(folder)["arr_1"] == 8).all()
     assert folder.name.endswith(json.loads((folder / "settings.json").read_text())["hash"])
+
+
+def test_classes_without_training_images_are_drawn_on_request_alone(checkpoint, tmp_path, capsys):
+    content = load_file(checkpoint)
+    assert content["config"]["classes with images"] == list(range(10))
+    content["config"]["classes with images"] = [2, 5, 7]
+    torch.save(content, tmp_path / "last.pt")
+    words = arguments(tmp_path / "last.pt", tmp_path / "out", "--num-samples", 6, "--steps", 2)
+    sampling.main(words)
+    assert sorted(npz(tmp_path / "out")["arr_1"]) == [2, 2, 5, 5, 7, 7]
+    assert "3 of 10 classes, those with training images" in capsys.readouterr().out
+    sampling.main([*words, "--out", str(tmp_path / "asked"), "--classes", "2", "3"])
+    assert set(npz(tmp_path / "asked")["arr_1"]) == {2, 3}
+    assert "2 of 10 classes\n" in capsys.readouterr().out
 
 
 def test_folders_that_are_not_ours_are_refused(whole, checkpoint, tmp_path):
@@ -517,47 +477,69 @@ def test_folders_that_are_not_ours_are_refused(whole, checkpoint, tmp_path):
             sampling.main(arguments(checkpoint, foreign))
 
 
-def test_damaged_chunks_and_small_disks_are_named(whole, checkpoint, tmp_path, monkeypatch):
+def test_processes_that_do_not_see_one_folder_are_refused(checkpoint, tmp_path, capfd):
+    """As on two machines without a shared disk, on the second of which an earlier attempt has left files or not."""
+    content = load_file(checkpoint)
+    content["emas"]["0.99"]["final_layer.linear.bias"] += 1
+    torch.save(content, tmp_path / "last.pt")
+    shutil.copytree(checkpoint.parent, tmp_path / "same")
+    seen, apart = arguments(checkpoint, tmp_path / "a" / "out"), arguments(checkpoint, tmp_path / "b" / "out")
+    assert forked(seen, apart) == [1, 1]
+    assert "the processes disagree: " in capfd.readouterr().err and not list(tmp_path.rglob("*.npy"))
+    assert forked(seen, arguments(tmp_path / "last.pt", tmp_path / "a" / "out")) == [1, 1]
+    found = capfd.readouterr().err
+    assert "the hash of the settings is" in found and "an --out that is on a disk they share" in found
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("content", [np.zeros((64, 8, 8, 3)), b"", b"no array", "half"])
+def test_damaged_chunks_are_named(checkpoint, whole, tmp_path, content):
     folder = tmp_path / "out"
-    sampling.main(arguments(checkpoint, folder, "--no-npz"))
-    np.save(folder / "samples" / "00001.npy", np.zeros((64, 8, 8, 3)))
-    with pytest.raises(SystemExit, match="error: .*00001.npy holds float64 .* delete it and give the same command"):
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.npz"))
+    path = folder / "samples" / "00001.npy"
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(path.read_bytes()[:5000] if content == "half" else content)
+    with pytest.raises(SystemExit, match="error: .*00001.npy holds .* delete it and give the same command") as error:
         sampling.main(arguments(checkpoint, folder))
-    (folder / "samples" / "00001.npy").unlink()
-    monkeypatch.setattr(sampling.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
-    with pytest.raises(SystemExit, match="error: .*out needs .* GiB more, the disk has .*--num-samples, or --no-npz"):
-        sampling.main(arguments(checkpoint, folder))
+    assert "\n" not in str(error.value) and not list(folder.glob("out.npz*"))
 
 
-@pytest.mark.parametrize("free, made", [(1 << 40, True), (10_000, False)])
-def test_processes_are_let_go_once_the_folder_is_there(checkpoint, tmp_path, monkeypatch, free, made):
-    """And not at all where the main one refuses to make it."""
-    options = sampling.tyro.cli(sampling.Options, args=arguments(checkpoint, tmp_path / "out"))
-    monkeypatch.setattr(sampling.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
-    events, ranks = [], Ranks()
-    ranks.barrier = lambda: events.append((tmp_path / "out" / "samples").is_dir())
-
-    def draw(missing, *anything):
-        events.append("drawn")
-        for path in missing:
-            path.touch()
-
-    monkeypatch.setattr(sampling, "draw", draw)
-    monkeypatch.setattr(sampling, "finish", lambda *anything: None)
-    with contextlib.nullcontext() if made else pytest.raises(ValueError, match="GiB more"):
-        sampling.sample(options, ranks)
-    assert events == [False, True, "drawn"] if made else events == [False]  # the first: the autoencoder is loaded
-
-
-def test_batch_size_and_checkpoint_are_checked_first(checkpoint, tmp_path):
-    for words, message in (
-        (["--batch-size", 0], "batch_size = 0: must be at least 1"),
-        (["--average", "0.5"], "no average '0.5'; choose one of none, 0.99"),
+def test_a_full_disk_is_named_and_the_next_try_works(checkpoint, whole, tmp_path, monkeypatch):
+    """/dev/full is one."""
+    folder = tmp_path / whole.name
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
+        with pytest.raises(SystemExit, match="error: .*needs .* GiB more, the disk has .*--num-samples, or --no-npz"):
+            sampling.main(arguments(checkpoint, folder))
+    for name, missing in (
+        ("settings.json", []),
+        ("grid.png", ["grid.png"]),
+        ("drawn.npz", ["drawn.npz"]),
+        ("samples/00001.npy", ["drawn.npz", "samples/00001.npy"]),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            sampling.main(arguments(checkpoint, tmp_path / "out", *words))
-    with pytest.raises(SystemExit, match="error: there is no checkpoint"):
-        sampling.main(arguments(tmp_path / "none.pt", tmp_path / "out"))
+        for each in missing:
+            (folder / each).unlink()
+        (folder / f"{name}.unfinished").symlink_to("/dev/full")
+        with pytest.raises(SystemExit, match=f"error: no space left for .*{name}") as error:
+            sampling.main(arguments(checkpoint, folder))
+        assert "\n" not in str(error.value) and not (folder / f"{name}.unfinished").is_symlink()
+        sampling.main(arguments(checkpoint, folder))
+        assert (folder / "drawn.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
+
+
+def test_options_and_checkpoints_are_checked_first(checkpoint, tmp_path):
+    (tmp_path / "text.pt").write_text("a: 1\nb: [2, 3]\n")
+    for path, words, message in (
+        (checkpoint, ["--batch-size", 0], "batch_size = 0: must be at least 1"),
+        (checkpoint, ["--average", "0.5"], "no average '0.5'; choose one of none, 0.99"),
+        (tmp_path / "none.pt", [], "there is no weights file"),
+        (tmp_path / "text.pt", [], "text.pt' is not a weights file"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}") as error:
+            sampling.main(arguments(path, tmp_path / "out", *words))
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -570,19 +552,8 @@ def test_released_weights_with_an_autoencoder(tmp_path):
     model = SIT_MODELS["SiT-S/2"](input_size=4, num_classes=3, align_dims=())
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
     torch.save({"ema": model.state_dict()}, tmp_path / "repa.pt")
-    words = [
-        str(tmp_path / "repa.pt"),
-        "--model",
-        "SiT-S/2",
-        "--preset",
-        "fast-ode-50",
-        "--steps",
-        "2",
-        "--num-samples",
-        "3",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    words = [str(tmp_path / "repa.pt"), "--out", str(tmp_path / "out")]
+    words += "--model SiT-S/2 --preset fast-ode-50 --steps 2 --num-samples 3".split()
     with pytest.raises(SystemExit, match="error: autoencoder = '': say what decodes the samples of .*repa.pt"):
         sampling.main(words)
     with pytest.raises(SystemExit, match="error: autoencoder = 'pixels' has 3 channels and .*repa.pt has 4"):
@@ -602,7 +573,5 @@ def test_another_autoencoder_in_the_place_of_the_runs_is_noticed(checkpoint, tmp
     with Ranks() as ranks:
         with pytest.raises(ValueError, match="trained with another autoencoder than the present 'pixels'"):
             sampling.load(options, ranks)
-        model, autoencoder, _, origin = sampling.load(dataclasses.replace(options, autoencoder="pixels"), ranks)
+        _, autoencoder, _, origin = sampling.load(dataclasses.replace(options, autoencoder="pixels"), ranks)
     assert autoencoder.name == origin["autoencoder"] == "pixels"
-    assert model(torch.zeros(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))[1] == []
-    assert load_trained(checkpoint)[0].align_depth == (1,)  # only here nobody reads the projections
