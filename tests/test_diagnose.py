@@ -1,55 +1,44 @@
-"""The figures of analysis.diagnose: each number against its definition, written out again here, and the whole command."""
+"""The figures of analysis.diagnose: each number against its definition, written out again here, and the command."""
 
 import functools
 import json
 import math
+import os
+import pickle
 import random
 import shutil
-import types
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
 import train_repa_dar
-from dataset.prepared import PreparedImages
 from analysis import diagnose as diagnosis
-from analysis.diagnose import FIGURES, Sample, cknna, diagnose, held_out_score, observed, pooled_states
+from analysis import figures as drawing
+from analysis.diagnose import FIGURES, Look, Sample, cknna, diagnose, entropy_and_largest, held_out_score, pooled_states
+from dataset.prepared import PreparedImages
 from kernels import route
-from loss import interpolant
 from models import sit
 from models.autoencoder import Pixels
 from models.encoders import FrozenEncoder
 from models.sit import SiT
+from models.streams import RoutedStream
 
 TIMES = (0.2, 0.7)
 DAR = {"routing": "dar", "query": "dynamic", "chunk_size": 2}
+SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10, "hidden_size": 16, "depth": 2, "num_heads": 2}
 
 
-def small_model(dtype=torch.float64, depth=2, random=True, **settings):
+def small_model(dtype=torch.float64, random=True, **settings):
     """Every parameter random, so that no gate is zero and no weight uniform."""
     torch.manual_seed(0)
-    model = (
-        SiT(
-            input_size=8,
-            patch_size=2,
-            in_channels=3,
-            hidden_size=16,
-            depth=depth,
-            num_heads=2,
-            num_classes=10,
-            align_dims=(),
-            **settings,
-        )
-        .to(dtype)
-        .eval()
-    )
-    if random:
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = SiT(**{**SMALL, "align_dims": (), **settings}).to(dtype).eval()
+    for parameter in model.parameters() if random else ():
+        torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -58,129 +47,120 @@ def images(digits):
     return PreparedImages(digits)
 
 
-def sample_of(model, images, num_images=6, batch_size=4, seed=0):
-    return Sample(model, images, Pixels(), num_images, batch_size, seed, "linear")
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves the PNGs empty, which would take seconds."""
+    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)
+
+
+def sample_of(model, images, num_images=6, batch_size=4, seed=0, path="linear"):
+    return Sample(model, images, Pixels(), num_images, batch_size, seed, path)
 
 
 def whole(sample, t, null_label=False):
-    """All images as one batch: x_t, t, target, y."""
-    return [torch.cat(parts) for parts in zip(*sample.batches(t, null_label))]
+    """All images as one batch: x_t, t, target, y. By formulas of its own."""
+    batches = list(sample.batches(t, null_label))
+    x, noise, t = (torch.cat(parts) for parts in zip(*((x, draws.noise, draws.t) for x, _, draws in batches)))
+    angle, y = t.view(-1, 1, 1, 1) * math.pi / 2, torch.cat([y for _, y, _ in batches])
+    if sample.loss.path == "cosine":
+        cos, sin = angle.cos(), angle.sin()
+        return cos * x + sin * noise, t, math.pi / 2 * (cos * noise - sin * x), y
+    return x + t.view(-1, 1, 1, 1) * (noise - x), t, noise - x, y
 
 
-def plain_forward(model, x, t, y, gates):
-    """Residual SiT with h_l = sum_{i<l} g_{l,i} v_i. Returns the velocity, all h and all v."""
-    e = model.t_embedder(t)
-    c = e + model.y_embedder.embedding_table(y)
+def modulated(h, shift, scale):
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+def plain_forward(model, x, t, y, gates=None):
+    """Residual SiT by h <- h + v, or with gates by h_l = sum_{i<l} g_{l,i} v_i. Returns velocity, all h and all v."""
+    c = model.t_embedder(t) + model.y_embedder.embedding_table(y)
     v, h = [model.x_embedder(x) + model.pos_embed], []
 
     def read(shift, scale):
-        h.append(sum(gates[len(v)][i] * v[i] for i in range(len(v))))
-        return F.layer_norm(h[-1], h[-1].shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+        if gates:
+            h.append(sum(gates[len(v)][i] * v[i] for i in range(len(v))))
+        else:
+            h.append(h[-1] + v[-1] if h else v[0])
+        return modulated(h[-1], shift, scale)
 
     for block in model.blocks:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.adaLN_modulation(c).chunk(6, dim=-1)
         v.append(gate_1[:, None] * block.attn(read(shift_1, scale_1)))
         v.append(gate_2[:, None] * block.mlp(read(shift_2, scale_2)))
-    shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=-1)
-    return model.unpatchify(model.final_layer.linear(read(shift, scale))), h, v
-
-
-def ones(model):
-    return {reader: [1.0] * reader for reader in range(1, 2 * len(model.blocks) + 2)}
+    last = read(*model.final_layer.adaLN_modulation(c).chunk(2, dim=-1))
+    return model.unpatchify(model.final_layer.linear(last)), h, v
 
 
 # ---- looking ----
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, DAR, {**DAR, "query": "timestep", "chunk_size": 1}, {"checkpoint_activations": True}]
+    "settings",
+    [
+        {},
+        DAR,
+        {**DAR, "query": "timestep", "chunk_size": 1},
+        {"routing": "attnres", "chunk_size": 2},
+        {"routing": "unet"},
+        {"checkpoint_activations": True},
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_looking_leaves_the_forward_pass_bit_identical(images, settings, dtype):
-    model = small_model(dtype, **settings)
+    """Also with a compiled model, under autocast and another backend; the states are those that projectors see."""
+    model, seen = small_model(dtype, align_depth=(1, 2), align_dims=(4,), projector_dim=8, **settings), []
     x_t, t, _, y = whole(sample_of(model, images), 0.4)
-    assert x_t.dtype == dtype
+    for projector in model.projectors:
+        projector.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     expected, _ = model(x_t, t, y)
-    for of in ("states", "reads"):
-        with observed(model, weights=True) as look:
-            trace, _ = diagnosis.loss_gradients(look, x_t, t, expected + 1, y, of)
-        assert torch.equal(trace.velocity, expected)
-    assert len(trace.states) == len(trace.reads) == len(trace.outputs) == 5
-    assert all(torch.equal(a, b) for a, b in zip(trace.states, trace.reads))
+    states, seen = seen[:], []
+    if model.router:
+        model.router.backend = "triton"
+    model._compiled_call_impl = None if dtype == torch.float32 else pytest.fail
+    look = Look(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity, projected = look(x_t.requires_grad_(), t, y)
+    assert velocity.dtype == dtype and torch.equal(velocity, expected) and projected == []
+    assert all(map(torch.equal, look.states[2::2], states)) and len(states) == 2
+    assert len(look.states) == len(look.reads) == len(look.outputs) == 5
+    assert all(map(torch.equal, look.states, look.reads)) and all(state.requires_grad for state in look.states)
 
 
-def test_what_is_seen_of_a_residual_model(images):
-    model = small_model()
-    x_t, t, _, y = whole(sample_of(model, images), 0.4)
-    _, states, outputs = plain_forward(model, x_t, t, y, ones(model))
-    with observed(model) as look:
-        trace = look(x_t, t, y)
-    for seen, expected in ((trace.states, states), (trace.outputs, outputs)):
-        for a, b in zip(seen, expected, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_what_is_seen_of_a_routed_model(images):
-    model = small_model(**DAR)
-    x_t, t, _, y = whole(sample_of(model, images), 0.4)
-    with observed(model, weights=True) as look:
-        trace = look(x_t, t, y)
-    v, router = trace.outputs, model.router
-    for reader in range(1, 6):
-        aggregator = router.aggregators[reader - 1]
-        query = F.linear(v[reader - 1], aggregator.query)
-        state, weights = route(
-            [v[i] for i in router.plan[reader - 1]], query, aggregator.norm_weight, return_weights=True
-        )
-        torch.testing.assert_close(trace.states[reader - 1], state)
-        torch.testing.assert_close(trace.weights[reader - 1], weights)
-
-
-def test_looking_is_in_float32_with_plain_routing_whatever_the_caller_has_set(images):
-    model = small_model(torch.float32, **DAR)
-    x_t, t, _, y = whole(sample_of(model, images), 0.4)
-    expected, _ = model(x_t, t, y)
-    model.router.backend = "triton"
-    with torch.autocast("cpu", torch.bfloat16), observed(model, weights=True) as look:
-        assert model.router.backend == "torch"
-        trace = look(x_t, t, y)
-    assert model.router.backend == "triton"
-    assert trace.velocity.dtype == torch.float32 and torch.equal(trace.velocity, expected)
-
-
-@pytest.mark.parametrize("settings", [{}, DAR])
-def test_model_and_random_state_are_left_as_found(images, encoder_folder, tmp_path, settings):
-    model = small_model(torch.float32, **settings).train()
+@pytest.mark.parametrize("settings", [{}, DAR], ids=str)
+def test_model_and_surroundings_are_left_as_found(images, encoder_folder, tmp_path, settings, monkeypatch, undrawn):
+    model, within = small_model(torch.float32, **settings).train(), []
+    encoder = FrozenEncoder(str(encoder_folder), 4)
     model.blocks[1].eval()
     model.blocks[0].attn.qkv.weight.requires_grad_(False)
-    if model.router:
-        model.router.backend = "auto"
     model.final_layer.linear.weight.grad = torch.ones_like(model.final_layer.linear.weight)
+    precision = torch.get_float32_matmul_precision
+    model.blocks[0].attn.register_forward_hook(lambda module, *_: within.append((module.training, precision())))
 
     def state():
         return (
             [value.clone() for value in (*model.state_dict().values(), torch.get_rng_state())],
             [module.training for module in model.modules()],
             [(parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()],
-            model.router and model.router.backend,
-            sit.ResidualStream,
-            sit.RoutedStream,
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
+            (model.router and model.router.backend, precision()),
+            (random.getstate(), np.random.get_state()[1].tolist()),
         )
-
-    encoder = FrozenEncoder(str(encoder_folder), 4)
 
     def same(a, b):
         return all(map(torch.equal, a[0], b[0])) and a[1:] == b[1:]
 
-    before = state()
-    diagnose(model, images, Pixels(), encoder, tmp_path, num_images=24, times=(0.5,))
-    assert same(state(), before)
-    with pytest.raises(RuntimeError), observed(model):
-        assert not same(state(), before)
-        raise RuntimeError
-    assert same(state(), before)
+    torch.set_float32_matmul_precision("high")  # as the trainer does
+    try:
+        before = state()
+        diagnose(model, images, Pixels(), encoder, tmp_path, num_images=24, times=(0.5,))
+        assert same(state(), before) and set(within) == {(False, "highest")}
+        monkeypatch.setitem(FIGURES, "states", lambda look, *_: look.model.nothing)
+        with pytest.raises(AttributeError, match="nothing"):
+            diagnose(model, images, Pixels(), None, tmp_path, num_images=24)
+        assert same(state(), before)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_sample_follows_from_the_seed_and_not_from_the_batches(images):
@@ -188,43 +168,38 @@ def test_sample_follows_from_the_seed_and_not_from_the_batches(images):
     one, other = sample_of(model, images, 7, 3), sample_of(model, images, 7, 7)
     for a, b in zip(whole(one, one.times), whole(other, other.times), strict=True):
         assert torch.equal(a, b)
-    assert len(set(one.items)) == 7 and not np.array_equal(one.items, sample_of(model, images, 7, 7, seed=1).items)
+    items, again = one.items.tolist(), sample_of(model, images, 7, 7, seed=1)
+    assert len(set(items)) == 7 and items != again.items.tolist() and not torch.equal(again.times, one.times)
+    both = sorted(set(items) & set(sample_of(model, images, 1797, 600, seed=1).items.tolist()))
+    assert both == sorted(items) and not torch.isin(one.noise, again.noise).any()
     x_t, t, target, y = whole(one, one.times)
-    expected = interpolant(one.x, one.noise, one.times.float())
-    assert torch.equal(x_t, expected[0]) and torch.equal(target, expected[1]) and torch.equal(t, one.times.float())
-    assert torch.equal(one.x, Pixels().encode(images.__getitems__(one.items)["images"]))
-    assert torch.equal(y, images.labels[one.items]) and set(whole(one, 0.5, True)[3].tolist()) == {10}
+    assert torch.equal(one.x, Pixels().encode(images.__getitems__(items)["images"]))
+    assert torch.equal(t, one.times.float()) and torch.equal(y, images.labels[items])
+    torch.testing.assert_close(x_t, one.x + t.view(-1, 1, 1, 1) * (one.noise - one.x))
+    assert set(whole(one, 0.5, True)[3].tolist()) == {10}
 
 
-def test_images_are_noised_on_the_path_of_the_run(images):
-    sample = Sample(small_model(), images, Pixels(), 5, 3, 0, "cosine")
-    x_t, _, target, _ = whole(sample, 0.3)
-    cos, sin, x, noise = math.cos(0.15 * math.pi), math.sin(0.15 * math.pi), sample.x.double(), sample.noise.double()
-    torch.testing.assert_close(x_t, cos * x + sin * noise)
-    torch.testing.assert_close(target, math.pi / 2 * (cos * noise - sin * x))
+class FakeLatents:
+    """Ten images whose posterior has the image's number as mean; its own autoencoder of half the resolution."""
 
+    resolution, num_classes, labels, folder = 16, 10, torch.arange(10), "folder"
+    channels, downsampling, name = 4, 2, "latents"
 
-def test_sample_of_latents_is_a_draw_from_the_posterior():
-    """Latents of 4 channels and half the size; a second image of the same moments has another draw."""
+    def __len__(self):
+        return 10
 
-    class Data(types.SimpleNamespace):
-        resolution, num_classes, labels, folder = 16, 10, torch.arange(10), "folder"
+    def __getitems__(self, items):
+        mean = torch.as_tensor(items, dtype=torch.float16).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
+        return {"moments": torch.cat([mean, torch.full_like(mean, 0.25)], dim=1)}
 
-        def __len__(self):
-            return 10
-
-        def __getitems__(self, items):
-            mean = torch.as_tensor(items, dtype=torch.float16).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
-            return {"moments": torch.cat([mean, torch.full_like(mean, 0.25)], dim=1)}
-
-    def draw(moments, noise):
+    def sample(self, moments, noise):
         mean, std = moments.float().chunk(2, dim=1)
         return mean + std * noise
 
-    model = SiT(input_size=8, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=10, align_dims=())
-    autoencoder = types.SimpleNamespace(channels=4, downsampling=2, name="latents", sample=draw)
-    sample = Sample(model, Data(), autoencoder, 5, 3, 0, "linear")
-    draws = (sample.x - torch.from_numpy(sample.items).view(-1, 1, 1, 1)) / 0.25
+
+def test_sample_of_latents_is_a_draw_from_the_posterior():
+    sample = Sample(small_model(torch.float32, in_channels=4), FakeLatents(), FakeLatents(), 5, 3, 0, "linear")
+    draws = (sample.x - sample.items.view(-1, 1, 1, 1)) / 0.25
     assert draws.std().item() == pytest.approx(1, abs=0.1) and abs(draws.mean()) < 0.1
     assert abs((draws * sample.noise).mean()) < 0.1, "the posterior's noise is not the diffusion's"
 
@@ -232,59 +207,49 @@ def test_sample_of_latents_is_a_draw_from_the_posterior():
 # ---- (a) states ----
 
 
-def test_states_of_a_residual_model(images):
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_states_of_a_residual_model(images, path):
     """Values and gradients of the stream by a plain recursion h <- h + v."""
     model = small_model()
-    sample = sample_of(model, images)
-    with observed(model) as look:
-        data = diagnosis.states(look, model, sample, TIMES)
+    sample, look = sample_of(model, images, path=path), Look(model)
+    data = diagnosis.states(look, sample, TIMES)
     for row, t in enumerate(TIMES):
         x_t, t, target, y = whole(sample, t)
-        c = model.t_embedder(t) + model.y_embedder.embedding_table(y)
-        stream = [model.x_embedder(x_t) + model.pos_embed]
-
-        def read(h, shift, scale):
-            return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-        for block in model.blocks:
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.adaLN_modulation(c).chunk(6, dim=-1)
-            h = stream[-1] + gate_1[:, None] * block.attn(read(stream[-1], shift_1, scale_1))
-            stream.append(h + gate_2[:, None] * block.mlp(read(h, shift_2, scale_2)))
-        shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=-1)
-        velocity = model.unpatchify(model.final_layer.linear(read(stream[-1], shift, scale)))
-        loss = (velocity - target).square().mean((1, 2, 3)).sum()
-        gradients = torch.autograd.grad(loss, stream)
+        velocity, states, outputs = plain_forward(model, x_t, t, y)
+        stream = states[::2]
+        gradients = torch.autograd.grad((velocity - target).square().mean((1, 2, 3)).sum(), stream)
         assert data["rms"][row] == pytest.approx([h.square().mean().sqrt().item() for h in stream])
         assert data["gradient_rms"][row] == pytest.approx([g.square().mean().sqrt().item() for g in gradients])
-        assert data["cosine"][row] == pytest.approx(
-            [
-                (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1).mean().item()
-                for a, b in zip(stream, stream[1:])
-            ]
-        )
+        angles = [(F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1).mean() for a, b in zip(stream, stream[1:])]
+        assert data["cosine"][row] == pytest.approx([cosine.item() for cosine in angles])
+        look(x_t, t, y)
+        for seen, expected in ((look.states, states), (look.outputs, outputs)):
+            for a, b in zip(seen, expected, strict=True):
+                torch.testing.assert_close(a, b)
     assert data["blocks"] == [0, 1, 2]
 
 
-def test_state_gradient_of_a_routed_model_is_a_finite_difference(images, monkeypatch):
+def test_state_gradient_of_a_routed_model_is_a_finite_difference(images):
     model = small_model(**DAR)
     sample = sample_of(model, images, 1)
+    (batch,) = sample.batches(0.4)
+    gradients, values = Look(model).gradients(sample.loss, *batch, of="states"), []
     x_t, t, target, y = whole(sample, 0.4)
-    with observed(model) as look:
-        _, gradients = diagnosis.loss_gradients(look, x_t, t, target, y, "states")
-    direction, reader, values = torch.randn_like(gradients[2]), 2, []
-    original = sit.RoutedStream.read
+    direction, reader = torch.randn_like(gradients[2]), 2
 
     for step in (1e-5, -1e-5):
 
-        def read(self, shift, scale):
-            x, h = original(self, shift, scale)
-            if len(self.v) - 1 == reader:
-                h = h + step * direction
-                x = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-            return x, h
+        class Pushed(RoutedStream):
+            def read(self, shift, scale):
+                x, h = super().read(shift, scale)
+                if len(self.v) - 1 == reader:
+                    h = h + self.step * direction
+                    x = modulated(h, shift, scale)
+                return x, h
 
-        monkeypatch.setattr(sit.RoutedStream, "read", read)
-        values.append((model(x_t, t, y)[0] - target).square().mean().item())
+        Pushed.step = step
+        velocity, _ = model(x_t, t, y, make_stream=functools.partial(Pushed, model.router))
+        values.append((velocity - target).square().mean().item())
     assert (gradients[2] * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
 
 
@@ -294,8 +259,7 @@ def test_state_gradient_of_a_routed_model_is_a_finite_difference(images, monkeyp
 def test_importance_is_the_finite_difference_of_explicit_gates(images):
     model = small_model()
     sample = sample_of(model, images)
-    with observed(model) as look:
-        data = diagnosis.routing(look, model, sample, TIMES)
+    data = diagnosis.routing(Look(model), sample, TIMES)
     assert data["sources"] == [list(range(reader)) for reader in range(1, 6)]
     for row, t in enumerate(TIMES):
         x_t, t, target, y = whole(sample, t)
@@ -304,7 +268,7 @@ def test_importance_is_the_finite_difference_of_explicit_gates(images):
             for i in range(reader):
                 losses = []
                 for step in (1e-5, -1e-5):
-                    gates = ones(model)
+                    gates = {number: [1.0] * number for number in range(1, 6)}
                     gates[reader][i] += step
                     with torch.no_grad():
                         velocity, _, _ = plain_forward(model, x_t, t, y, gates)
@@ -319,37 +283,33 @@ def test_importance_is_the_finite_difference_of_explicit_gates(images):
 
 @pytest.mark.parametrize("query", ["static", "timestep", "dynamic"])
 def test_weights_of_routed_models(images, query):
+    """States and weights by the public operator from the outputs, and what the figure makes of the weights."""
     model = small_model(**{**DAR, "query": query})
-    sample = sample_of(model, images)
-    with observed(model, weights=True) as look:
-        data = diagnosis.routing(look, model, sample, TIMES)
-        traces = [look(*(whole(sample, t)[i] for i in (0, 1, 3))) for t in TIMES]
+    sample, look = sample_of(model, images), Look(model)
+    data = diagnosis.routing(look, sample, TIMES)
     assert data["sources"] == [list(read) for read in model.router.plan] and "importance" not in data
-    for row, trace in enumerate(traces):
-        for reader, alpha in enumerate(trace.weights):
-            assert sum(data["weights"][row][reader]) == pytest.approx(1)
-            assert data["weights"][row][reader] == pytest.approx(alpha.mean((1, 2)).tolist())
+    for row, t in enumerate(TIMES):
+        x_t, t, _, y = whole(sample, t)
+        look(x_t, t, y)
+        for reader in range(1, 6):
+            aggregator, v = model.router.aggregators[reader - 1], look.outputs
+            q = F.linear(v[reader - 1], aggregator.query) if query == "dynamic" else aggregator.query
+            q = q + model.t_embedder(t) if query == "timestep" else q
+            sources = [v[i] for i in model.router.plan[reader - 1]]
+            state, alpha = route(sources, q, aggregator.norm_weight, return_weights=True)
+            torch.testing.assert_close(look.states[reader - 1], state)
+            torch.testing.assert_close(look.weights[reader - 1], alpha)
+            assert data["weights"][row][reader - 1] == pytest.approx(alpha.mean((1, 2)).tolist())
             entropy = -(alpha * alpha.log()).sum(0).mean().item()
-            assert data["entropy"][row][reader] == pytest.approx(entropy, abs=1e-12)
-            assert data["largest"][row][reader] == pytest.approx(alpha.max(0).values.mean().item())
-            count = len(alpha)
-            share = data["entropy_share"][row][reader]
-            assert share is None if count == 1 else share == pytest.approx(entropy / math.log(count))
+            assert data["entropy"][row][reader - 1] == pytest.approx(entropy, abs=1e-12)
+            assert data["largest"][row][reader - 1] == pytest.approx(alpha.max(0).values.mean().item())
+            share = data["entropy_share"][row][reader - 1]
+            assert share is None if len(alpha) == 1 else share == pytest.approx(entropy / math.log(len(alpha)))
 
 
-def test_untrained_weights_are_uniform(images):
-    model = small_model(random=False, **{**DAR, "chunk_size": 1})
-    with observed(model, weights=True) as look:
-        data = diagnosis.routing(look, model, sample_of(model, images), TIMES)
-    for entropy, largest, share in zip(data["entropy"], data["largest"], data["entropy_share"]):
-        assert entropy == pytest.approx([math.log(n) for n in range(1, 6)])
-        assert largest == pytest.approx([1 / n for n in range(1, 6)])
-        assert share == [None, *[pytest.approx(1)] * 4]
-
-
-def test_entropy_of_a_certain_choice_is_zero():
-    entropy, largest = diagnosis.entropy_and_largest(torch.eye(4)[:, :1].expand(4, 3))
-    assert (entropy.item(), largest.item()) == (0, 1)
+def test_certain_and_uniform_choices():
+    entropy, largest = entropy_and_largest([torch.eye(4)[:, :1].expand(4, 3), torch.full((4, 3, 2), 0.25)])
+    assert entropy.tolist() == pytest.approx([0, math.log(4)]) and largest.tolist() == [1, 0.25]
 
 
 # ---- (c), (d) probes ----
@@ -357,50 +317,25 @@ def test_entropy_of_a_certain_choice_is_zero():
 
 def test_pooled_states_are_in_order_and_under_the_null_label(images):
     model = small_model()
-    sample = sample_of(model, images)
+    sample, look = sample_of(model, images), Look(model)
     x_t, t, _, y = whole(sample, sample.times)
-    with observed(model) as look:
-        pooled = pooled_states(look, sample, sample.times)
-        expected = [h.mean(1) for h in look(x_t, t, torch.full_like(y, 10)).states]
-    assert pooled == pytest.approx(torch.stack(expected).detach().numpy())
+    _, states, _ = plain_forward(model, x_t, t, torch.full_like(y, 10))
+    expected = torch.stack([h.mean(1) for h in states]).detach().numpy()
+    assert pooled_states(look, sample, sample.times) == pytest.approx(expected)
 
 
 def test_time_is_read_from_states_that_hold_it(images, monkeypatch):
     """The states are replaced: the first hold t linearly beside noise, the second noise alone."""
-    rng = np.random.default_rng(0)
-    model = small_model(torch.float32)
-    sample = sample_of(model, images, 400, 400)
+    rng, sample = np.random.default_rng(0), sample_of(small_model(torch.float32), images, 400, 400)
     t, noise = sample.times.numpy(), rng.normal(size=(400, 16))
-    informed = noise + 30 * t[:, None] * rng.normal(size=16)
-    monkeypatch.setattr(diagnosis, "pooled_states", lambda look, sample, t: [informed, noise])
-    known, unknown = diagnosis.time(None, model, sample)["r2"]
-    assert known > 0.95 and -0.3 < unknown < 0.1
-
-
-def test_a_real_forward_pass_knows_t(images):
-    model = small_model(torch.float32, **DAR)
-    sample = sample_of(model, images, 200, 100)
-    with observed(model) as look:
-        data = diagnosis.time(look, model, sample)
-    assert data["readers"] == [1, 2, 3, 4, 5]
-    assert max(data["r2"]) > 0.8
+    states = {id(sample.times): [noise + 30 * t[:, None] * rng.normal(size=16), noise]}
+    monkeypatch.setattr(diagnosis, "pooled_states", lambda look, sample, t: states[id(t)])
+    data = diagnosis.time(None, sample)
+    known, unknown = data["r2"]
+    assert known > 0.95 and -0.3 < unknown < 0.1 and data["readers"] == [1, 2]
 
 
 def test_probe_is_fitted_on_three_quarters_and_scored_on_the_rest():
-    """With scales that standardisation has to undo, and held-out targets that the fitted ones contradict."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(80, 3)) * [1e-6, 1, 1e6] + 5
-    y = x @ [1e6, 1, 1e-6]
-    assert held_out_score(RidgeCV(np.logspace(-3, 5, 9)), x, y) > 0.999
-    y[60:] *= -1
-    assert held_out_score(RidgeCV(np.logspace(-3, 5, 9)), x, y) < -1
-    labels = (x[:, 0] > 5).astype(int)
-    assert held_out_score(LogisticRegression(max_iter=500), x, labels) > 0.9
-    labels[60:] = 1 - labels[60:]
-    assert held_out_score(LogisticRegression(max_iter=500), x, labels) < 0.1
-
-
-def test_probe_is_standardised_by_the_fitted_images_alone():
     """Against ridge regression in closed form; the held-out images lie elsewhere, which may not move the scale."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 3)) * [1, 5, 20]
@@ -415,24 +350,18 @@ def test_probe_is_standardised_by_the_fitted_images_alone():
 
 
 def cknna_by_loops(a, b, k):
-    count = len(a)
+    numbers = range(len(a))
     unit = [[row / math.sqrt(sum(row * row)) for row in features] for features in (a, b)]
     kernel = [[[float(sum(u * w)) for w in rows] for u in rows] for rows in unit]
-    near = [
-        [set(sorted((j for j in range(count) if j != i), key=lambda j: -one[i][j])[:k]) for i in range(count)]
-        for one in kernel
-    ]
+    near = [[sorted((j for j in numbers if j != i), key=lambda j: -rows[i][j])[:k] for i in numbers] for rows in kernel]
 
     def similarity(p, q):
-        left, right = (
-            [[one[i][j] if j in near[p][i] and j in near[q][i] else 0 for j in range(count)] for i in range(count)]
-            for one in (kernel[p], kernel[q])
-        )
-        numbers = range(count)
+        mutual = [[j in near[p][i] and j in near[q][i] for j in numbers] for i in numbers]
+        left, right = ([[kernel[r][i][j] * mutual[i][j] for j in numbers] for i in numbers] for r in (p, q))
         trace = sum(left[i][j] * right[j][i] for i in numbers for j in numbers)
         sums = sum(map(sum, left)) * sum(map(sum, right))
         chain = sum(left[i][j] * right[j][l] for i in numbers for j in numbers for l in numbers)
-        return trace + sums / ((count - 1) * (count - 2)) - 2 * chain / (count - 2)
+        return trace + sums / ((len(a) - 1) * (len(a) - 2)) - 2 * chain / (len(a) - 2)
 
     return similarity(0, 1) / math.sqrt(similarity(0, 0) * similarity(1, 1))
 
@@ -456,100 +385,69 @@ def test_cknna_of_identical_and_of_unrelated_representations():
 
 
 def test_alignment_with_itself_is_complete(images, encoder_folder, monkeypatch):
-    """Where the states are the encoder's own tokens, CKNNA is 1 and the accuracy the encoder's."""
+    """Where the states after block 1 at t = 0.7 are the encoder's tokens, CKNNA is 1 and the accuracy the encoder's."""
     model = small_model(torch.float32)
     sample, encoder = sample_of(model, images, 80, 40), FrozenEncoder(str(encoder_folder), 4)
     tokens = encoder(images.__getitems__(sample.items)["images"]).mean(1).double().numpy()
     noise = np.random.default_rng(0).normal(size=tokens.shape)
-    states = np.stack([noise, noise, tokens, noise, noise])
-    monkeypatch.setattr(diagnosis, "pooled_states", lambda look, sample, t: states)
-    data = diagnosis.alignment(None, model, sample, (0.5,), encoder)
-    assert data["cknna"] == [[pytest.approx(score) for score in (cknna(noise, tokens), 1, cknna(noise, tokens))]]
-    assert data["accuracy"][0][1] == data["encoder_accuracy"] > data["accuracy"][0][0]
-
-
-def test_alignment_looks_at_every_time_that_is_asked_for(images, encoder_folder, monkeypatch):
-    """Where the states at t = 0.7 alone are the encoder's tokens."""
-    model = small_model(torch.float32)
-    sample, encoder = sample_of(model, images, 80, 40), FrozenEncoder(str(encoder_folder), 4)
-    tokens, noise = sample.encoded(encoder), np.random.default_rng(0).normal(size=(80, 24))
-    monkeypatch.setattr(
-        diagnosis, "pooled_states", lambda look, sample, t: np.stack([tokens if t == 0.7 else noise] * 5)
-    )
-    data = diagnosis.alignment(None, model, sample, TIMES, encoder)
-    assert data["cknna"] == [[pytest.approx(cknna(noise, tokens))] * 3, [pytest.approx(1)] * 3]
-    assert data["accuracy"][1] == [data["encoder_accuracy"]] * 3
+    states = {0.2: np.stack([noise] * 5), 0.7: np.stack([noise, noise, tokens, noise, noise])}
+    monkeypatch.setattr(diagnosis, "pooled_states", lambda look, sample, t: states[t])
+    data, other = diagnosis.alignment(Look(model), sample, TIMES, encoder), pytest.approx(cknna(noise, tokens))
+    assert data["cknna"] == [[other, other, other], [other, pytest.approx(1), other]]
+    assert data["accuracy"][1][1] == data["encoder_accuracy"] > data["accuracy"][1][0] == data["accuracy"][0][1]
 
 
 # ---- the pictures ----
 
 
+def lines(figure):
+    """{title: {label: values}} of the curves in each panel, without what has no number."""
+    panels = {panel.get_title(): panel.lines for panel in figure.axes if panel.lines}
+    return {title: {line.get_label(): kept(line.get_ydata()) for line in rows} for title, rows in panels.items()}
+
+
+def kept(values):
+    return [value for value in values if not math.isnan(value)]
+
+
 def test_picture_of_routing_puts_each_weight_at_its_source():
     """Readers of four sublayers in chunks of two; columns that a reader does not see stay empty."""
-    sources, times = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]], [0.2, 0.7]
-    rng = np.random.default_rng(0)
+    sources, times, rng = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]], [0.2, 0.7], np.random.default_rng(0)
     weights = [[rng.dirichlet(np.ones(len(read))).tolist() for read in sources] for _ in times]
     shares, largest = rng.random((2, 2, 5)).tolist()
-    figure = diagnosis.plot_routing(
-        {
-            "sources": sources,
-            "times": times,
-            "weights": weights,
-            "largest": largest,
-            "entropy_share": [[None, *row[1:]] for row in shares],
-        }
-    )
+    data = {"sources": sources, "times": times, "weights": weights, "largest": largest}
+    figure = drawing.routing({**data, "entropy_share": [[None, *row[1:]] for row in shares]})
     maps = [panel for panel in figure.axes if panel.images]
     assert [panel.get_title() for panel in maps] == ["t = 0.2", "t = 0.7"]
     for panel, rows in zip(maps, weights):
         expected = np.full((5, 5), np.nan)
         for reader, (read, values) in enumerate(zip(sources, rows)):
-            for i, value in zip(read, values):
-                expected[reader, i] = value
+            expected[reader, read] = values
         np.testing.assert_array_equal(np.ma.filled(panel.images[0].get_array(), np.nan), expected)
-    panels = {panel.get_title(): panel.lines for panel in figure.axes if panel.lines}
-    for reader in (1, 3, 5):
-        drawn = {line.get_label(): list(line.get_ydata()) for line in panels[f"reader {reader}"]}
-        assert drawn == {
-            f"v{i}": [rows[reader - 1][place] for rows in weights] for place, i in enumerate(sources[reader - 1])
-        }
-    for title, rows in (("entropy / log n", shares), ("largest weight", largest)):
-        for line, row in zip(panels[title], rows, strict=True):
-            np.testing.assert_array_equal(line.get_ydata()[1:], row[1:])
-            assert line.get_xdata().tolist() == [1, 2, 3, 4, 5]
+    expected = {
+        f"reader {l}": {f"v{i}": [rows[l - 1][n] for rows in weights] for n, i in enumerate(sources[l - 1])}
+        for l in (1, 3, 5)
+    }
+    expected["entropy / log n"] = {f"t = {t:g}": row[1:] for t, row in zip(times, shares)}
+    expected["largest weight"] = {f"t = {t:g}": row for t, row in zip(times, largest)}
+    assert lines(figure) == expected
 
 
 def test_pictures_of_curves_show_their_own_numbers():
-    times, blocks = [0.2, 0.7], [0, 1, 2]
-    rms, gradient, cosine, cknna_rows, accuracy = np.random.default_rng(0).uniform(0.1, 1, size=(5, 2, 3)).tolist()
-    cosine = [row[:2] for row in cosine]
-    states = diagnosis.plot_states(
-        {"times": times, "blocks": blocks, "rms": rms, "gradient_rms": gradient, "cosine": cosine}
-    )
-    alignment = diagnosis.plot_alignment(
-        {
-            "times": times,
-            "blocks": blocks,
-            "cknna": cknna_rows,
-            "accuracy": accuracy,
-            "neighbours": 10,
-            "encoder_accuracy": 0.55,
-        }
-    )
-    time = diagnosis.plot_time({"readers": [1, 2, 3], "r2": [0.1, 0.9, 0.4]})
-    for figure, kinds in (
-        (states, {"RMS of the state": rms, "RMS of the loss gradient": gradient, "cosine with the next state": cosine}),
-        (alignment, {"CKNNA, k = 10": cknna_rows, "accuracy of a linear probe": accuracy}),
-    ):
-        panels = {
-            panel.get_title(): {line.get_label(): list(line.get_ydata()) for line in panel.lines}
-            for panel in figure.axes
-        }
-        assert panels.keys() == kinds.keys()
-        for title, rows in kinds.items():
-            assert [panels[title][f"t = {t:g}"] for t in times] == rows
-    assert panels["accuracy of a linear probe"]["encoder"] == [0.55, 0.55]
-    assert time.axes[0].lines[0].get_ydata().tolist() == [0.1, 0.9, 0.4]
+    names = {"rms": "RMS of the state", "gradient_rms": "RMS of the loss gradient"}
+    names |= {
+        "cosine": "cosine with the next state",
+        "cknna": "CKNNA, k = 10",
+        "accuracy": "accuracy of a linear probe",
+    }
+    rows = dict(zip(names, np.random.default_rng(0).random((5, 2, 3)).tolist()))
+    rows["cosine"] = [row[:2] for row in rows["cosine"]]
+    data = {**rows, "times": [0.2, 0.7], "blocks": [0, 1, 2], "neighbours": 10, "encoder_accuracy": 0.55}
+    drawn = lines(drawing.states(data)) | lines(drawing.alignment(data))
+    assert drawn[names["accuracy"]].pop("encoder") == [0.55, 0.55]
+    assert drawn == {title: dict(zip(("t = 0.2", "t = 0.7"), rows[name])) for name, title in names.items()}
+    (line,) = drawing.time({"readers": [1, 2, 3], "r2": [0.1, 0.9, 0.4]}).axes[0].lines
+    assert line.get_ydata().tolist() == [0.1, 0.9, 0.4]
 
 
 # ---- the command ----
@@ -559,40 +457,10 @@ def test_pictures_of_curves_show_their_own_numbers():
 def checkpoints(digits, encoder_folder, tmp_path_factory):
     """Runs of three steps: {name: last.pt}."""
     folder, paths = tmp_path_factory.mktemp("runs"), {}
-    for name, extra in (("residual", ("--alignment", "none")), ("dar", ("--alignment", "repa", "--path", "cosine"))):
-        train_repa_dar.main(
-            [
-                "--config",
-                "digits",
-                "--data",
-                str(digits),
-                "--encoder",
-                str(encoder_folder),
-                "--out",
-                str(folder / name),
-                "--routing",
-                name,
-                "--depth",
-                "2",
-                "--hidden-size",
-                "32",
-                "--num-heads",
-                "2",
-                "--align-depth",
-                "1",
-                "--projector-dim",
-                "16",
-                "--batch-size",
-                "8",
-                "--max-steps",
-                "3",
-                "--eval-every",
-                "0",
-                "--tensorboard",
-                "False",
-                *extra,
-            ]
-        )
+    settings = f"--config digits --data {digits} --encoder {encoder_folder} --depth 2 --hidden-size 32 --num-heads 2"
+    settings += " --align-depth 1 --projector-dim 16 --batch-size 8 --max-steps 3 --eval-every 0 --tensorboard False"
+    for name, extra in (("residual", "--alignment none"), ("dar", "--alignment repa --path cosine")):
+        train_repa_dar.main(f"{settings} --out {folder / name} --routing {name} {extra}".split())
         paths[name] = str(folder / name / "last.pt")
     return paths
 
@@ -602,55 +470,40 @@ def command(checkpoint, out, *extra):
 
 
 def read(folder, name):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads((folder / f"{name}.json").read_text(), parse_constant=refuse)
+    return json.loads((folder / f"{name}.json").read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("name", ["residual", "dar"])
 def test_command_writes_every_figure(checkpoints, digits, encoder_folder, tmp_path, capsys, name):
-    command(checkpoints[name], tmp_path / "new" / "a", "--figures", "states")
-    command(checkpoints[name], tmp_path / "b", "--average", "none")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
-        f"{figure}.{kind}" for figure in FIGURES for kind in ("json", "png")
-    )
+    command(checkpoints[name], tmp_path / "new" / "a", "--average", "none")
+    written = {f"{figure}.{kind}" for figure in FIGURES for kind in ("json", "png")}
+    assert {path.name for path in (tmp_path / "new" / "a").iterdir()} == written
+    assert str(tmp_path / "new" / "a" / "states.png") in capsys.readouterr().out
+    said = {"step": 3, "average": "none", "checkpoint": checkpoints[name]}
+    settings = {"seed": 0, "num_images": 24, "batch_size": 16, "data": str(digits), "routing": name}
+    settings |= {"path": "linear" if name == "residual" else "cosine", "encoder": str(encoder_folder)}
+    data = {}
     for figure in FIGURES:
-        content = read(tmp_path / "b", figure)
-        assert {
-            "figure": figure,
-            "step": 3,
-            "average": "none",
-            "checkpoint": checkpoints[name],
-        }.items() <= content.items()
-        assert {
-            "seed": 0,
-            "num_images": 24,
-            "batch_size": 16,
-            "data": str(digits),
-            "routing": name,
-            "path": "linear" if name == "residual" else "cosine",
-        }.items() <= content["settings"].items()
+        content = read(tmp_path / "new" / "a", figure)
+        assert {"figure": figure, **said}.items() <= content.items() and settings.items() <= content["settings"].items()
         assert {"torch", "python", "command", "gpu"} <= content.keys()
-        with Image.open(tmp_path / "b" / f"{figure}.png") as image:
+        with Image.open(tmp_path / "new" / "a" / f"{figure}.png") as image:
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10, "an empty page"
-    assert read(tmp_path / "b", "alignment")["settings"]["encoder"] == str(encoder_folder)
-    data = {figure: read(tmp_path / "b", figure)["data"] for figure in FIGURES}
+        data[figure] = content["data"]
     assert data["states"]["times"] == data["routing"]["times"] == [0.1, 1]
     assert [len(data["states"][key][0]) for key in ("rms", "gradient_rms", "cosine")] == [3, 3, 2]
     assert len(data["time"]["r2"]) == 5
     assert np.shape(data["alignment"]["cknna"]) == np.shape(data["alignment"]["accuracy"]) == (2, 3)
-    assert str(tmp_path / "b" / "states.png") in capsys.readouterr().out
-    # Three steps have not moved the average (decay 0.9999) far from the initial weights.
-    assert read(tmp_path / "new" / "a", "states")["data"]["rms"] != data["states"]["rms"]
 
 
-def test_command_is_deterministic_and_seeded(checkpoints, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        command(checkpoints["dar"], tmp_path / name, "--figures", "states", "time", "--seed", seed)
+def test_command_is_deterministic_and_seeded(checkpoints, tmp_path, undrawn):
+    """And looks at the average that it is told to; three steps have not moved it far from the initial weights."""
+    options = {"a": "--average none", "b": "--average none", "c": "--seed 1 --average none", "d": "--average 0.99"}
+    for name, extra in options.items():
+        command(checkpoints["dar"], tmp_path / name, *f"--figures states time {extra}".split())
     for figure in ("states", "time"):
-        a, b, c = (read(tmp_path / name, figure)["data"] for name in "abc")
-        assert a == b != c
+        a, b, c, d = (read(tmp_path / name, figure)["data"] for name in options)
+        assert a == b != c and a != d
     assert not (tmp_path / "a" / "routing.json").exists()
 
 
@@ -663,132 +516,121 @@ def test_untrained_residual_model_has_no_importance_and_still_makes_a_figure(ima
     assert "checkpoint" not in read(tmp_path, "states")
 
 
+ALL = "states, routing, time, alignment"
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--figures", "states", "weights"], r"figures = \('weights',\): choose from states, routing, time, alignment"),
-        (["--times", "0.5", "1.5"], r"times = \(0.5, 1.5\): give times in \[0, 1\]"),
-        (["--times", "nan"], "times"),
-        (["--num-images", "0"], "num_images = 0: must be at least 1"),
-        (["--batch-size", "0"], "batch_size = 0"),
-        (["--seed", "-1"], "seed = -1"),
-        (["--num-images", "19", "--figures", "time"], "figure 'time' needs at least 20 images, not 19"),
-        (["--num-images", "19", "--figures", "alignment"], "figure 'alignment' needs at least 20 images"),
-        (["--data", "nowhere"], "not a prepared folder"),
-        (["--encoder", "nobody"], "encoder 'nobody' is neither"),
-        (["--average", "0.5"], "no average '0.5'"),
+        ("--figures states weights", rf"figures = \('states', 'weights'\): choose from {ALL}"),
+        ("--times 0.5 1.5", r"times = \(0.5, 1.5\): give times in \[0, 1\]"),
+        ("--times nan", "times"),
+        ("--num-images 0", "num_images = 0: must be at least 1"),
+        ("--batch-size 0", "batch_size = 0"),
+        ("--seed -1", "seed = -1"),
+        ("--num-images 19 --figures time", "figure 'time' needs at least 20 images, not 19"),
+        ("--num-images 19 --figures alignment", "figure 'alignment' needs at least 20 images"),
+        ("--data nowhere", "not a prepared folder"),
+        ("--encoder nobody", "encoder 'nobody' is neither"),
+        ("--average 0.5", "no average '0.5'"),
     ],
 )
 def test_command_ends_in_a_clear_error(checkpoints, tmp_path, extra, message):
     with pytest.raises(SystemExit, match="error: .*" + message):
-        command(checkpoints["residual"], tmp_path / "out", *extra)
+        command(checkpoints["residual"], tmp_path / "out", *extra.split())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "extra, expected",
-    [
-        ((), ("{own}", "own.pt")),
-        (("--encoder", "other"), ("other", "")),
-        (("--encoder-weights", "b.pt"), ("{own}", "b.pt")),
-        (("--encoder", "other", "--encoder-weights", "b.pt"), ("other", "b.pt")),
-    ],
-    ids=str,
-)
-def test_weights_of_the_run_are_for_its_own_encoder(
-    checkpoints, encoder_folder, tmp_path, monkeypatch, extra, expected
-):
-    def refuse(name, grid, weights):
-        raise ValueError(f"asked for {name!r} with {weights!r}")
+class Program:
+    """Its pickle makes a folder where it is read."""
 
-    content = torch.load(checkpoints["dar"], weights_only=False)
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize(
+    "kind", ["none", "folder", "yaml", "pickle", "program", "tensor", "picture", "strange weights"]
+)
+def test_what_is_no_checkpoint_is_a_clear_error(tmp_path, kind):
+    """One line, and nothing that the file holds is executed."""
+    path, ran = tmp_path / "file.pt", tmp_path / "ran"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "yaml":
+        path.write_text("model: SiT-S/2\nseed: 0\n")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"ema": [1, 2]}, protocol=2))
+    elif kind == "picture":
+        Image.new("RGB", (8, 8)).save(path, format="png")
+    elif kind != "none":
+        contents = {"program": Program(str(ran)), "tensor": torch.zeros(3)}
+        torch.save(contents.get(kind, {"pos_embed": torch.zeros(1, 16, 24)}), path)
+    with pytest.raises(SystemExit) as stop:
+        command(str(path), tmp_path / "out", "--model", "SiT-S/2")
+    assert str(stop.value.code).startswith("error: ") and str(path) in stop.value.code
+    assert "\n" not in stop.value.code and not ran.exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoder, weights", [("", ""), ("other", ""), ("", "b.pt"), ("other", "b.pt")])
+def test_weights_of_the_run_are_for_its_own_encoder(
+    checkpoints, encoder_folder, tmp_path, monkeypatch, encoder, weights
+):
+    content, asked = torch.load(checkpoints["dar"], weights_only=False), []
     content["config"]["encoder_weights"] = ["own.pt"]
     torch.save(content, tmp_path / "last.pt")
-    monkeypatch.setattr(diagnosis, "FrozenEncoder", refuse)
-    name, weights = expected
-    with pytest.raises(SystemExit) as stop:
-        command(str(tmp_path / "last.pt"), tmp_path / "out", *extra)
-    assert str(stop.value.code) == f"error: asked for {name.format(own=encoder_folder)!r} with {weights!r}"
+    monkeypatch.setattr(diagnosis, "FrozenEncoder", lambda name, grid, weights: asked.append((name, grid, weights)))
+    with pytest.raises(AttributeError):  # no encoder came
+        command(str(tmp_path / "last.pt"), tmp_path, "--encoder", encoder, "--encoder-weights", weights)
+    assert asked == [(encoder or str(encoder_folder), 4, weights or ("" if encoder else "own.pt"))]
 
 
-def test_missing_checkpoint_is_a_clear_error(tmp_path):
-    with pytest.raises(SystemExit, match="error: there is no checkpoint 'nowhere.pt'"):
-        command("nowhere.pt", tmp_path)
-
-
-@pytest.fixture
-def released(tmp_path, monkeypatch):
-    """Weights of a model that the table of sizes knows, without any options: arguments of the command."""
+@pytest.mark.parametrize("missing", ["", "data", "autoencoder", "encoder"])
+def test_released_weights_are_told_what_they_do_not_say(
+    digits, encoder_folder, tmp_path, monkeypatch, missing, undrawn
+):
+    """Weights of a model that the table of sizes knows, without any options."""
     tiny = functools.partial(SiT, patch_size=2, hidden_size=16, depth=2, num_heads=2)
     monkeypatch.setitem(sit.SIT_MODELS, "SiT-tiny/2", tiny)
     torch.save({"ema": small_model(torch.float32).state_dict()}, tmp_path / "released.pt")
-    return [str(tmp_path / "released.pt"), tmp_path / "out", "--model", "SiT-tiny/2"]
-
-
-def test_released_weights_with_all_that_they_do_not_say(released, digits, encoder_folder, tmp_path):
-    command(
-        *released,
-        "--data",
-        digits,
-        "--autoencoder",
-        "pixels",
-        "--encoder",
-        encoder_folder,
-        "--figures",
-        "time",
-        "alignment",
-    )
-    assert read(tmp_path / "out", "alignment")["step"] is None
-    assert read(tmp_path / "out", "time")["settings"]["path"] == "linear"
-
-
-@pytest.mark.parametrize("missing", ["data", "autoencoder", "encoder"])
-def test_released_weights_have_to_be_told_what_they_do_not_say(released, digits, encoder_folder, missing):
-    given = {"data": digits, "autoencoder": "pixels", "encoder": encoder_folder}
+    given = {"data": digits, "autoencoder": "pixels", "encoder": encoder_folder, "model": "SiT-tiny/2"}
     arguments = [word for key, value in given.items() if key != missing for word in (f"--{key}", value)]
-    with pytest.raises(SystemExit, match=f"{missing}: .*released.pt does not say it; give --{missing}"):
-        command(*released, *arguments)
+    run = functools.partial(command, str(tmp_path / "released.pt"), tmp_path / "out", *arguments)
+    if missing:
+        with pytest.raises(SystemExit, match=f"{missing}: .*released.pt does not say it; give --{missing}"):
+            run()
+    else:
+        run("--figures", "time", "alignment")
+        assert read(tmp_path / "out", "alignment")["step"] is None
+        assert read(tmp_path / "out", "time")["settings"]["path"] == "linear"
 
 
-@pytest.mark.parametrize("settings", [{"input_size": 16}, {"in_channels": 4}, {"num_classes": 9}])
+@pytest.mark.parametrize("settings", [{"input_size": 16}, {"in_channels": 4}, {"num_classes": 9}], ids=str)
 def test_data_that_do_not_fit_the_model_are_refused(images, tmp_path, settings):
-    model = SiT(
-        **{
-            "input_size": 8,
-            "in_channels": 3,
-            "num_classes": 10,
-            "hidden_size": 16,
-            "depth": 1,
-            "num_heads": 2,
-            "align_dims": (),
-            **settings,
-        }
-    )
-    given = [settings.get(key, value) for key, value in (("in_channels", 3), ("input_size", 8), ("num_classes", 10))]
-    with pytest.raises(
-        ValueError, match="has 3 channels of size 8 and 10 classes, the model %d of size %d and %d" % tuple(given)
-    ):
+    model = small_model(torch.float32, **settings)
+    given = "{in_channels} channels of size {input_size} and {num_classes} classes".format_map({**SMALL, **settings})
+    with pytest.raises(ValueError, match=f"has 3 channels of size 8 and 10 classes, the model {given}"):
         diagnose(model, images, Pixels(), None, tmp_path / "out", ("states",))
 
 
-def test_alignment_without_encoder_is_refused(images, tmp_path):
-    with pytest.raises(ValueError, match="'alignment' needs an encoder"):
-        diagnose(small_model(torch.float32), images, Pixels(), None, tmp_path / "out", ("alignment",))
-
-
-def test_images_of_one_class_have_no_alignment_and_still_make_the_other_figures(digits, encoder_folder, tmp_path):
-    """As from a folder of unsorted photographs: a run on them must not end at its first diagnosis."""
-    folder = tmp_path / "data"
+def test_figures_that_cannot_be_drawn_are_left_out_or_refused(images, digits, encoder_folder, tmp_path, undrawn):
+    """One class, as from a folder of unsorted photographs: a run on them must not end at its first diagnosis."""
+    folder, encoder = tmp_path / "data", FrozenEncoder(str(encoder_folder), 4)
     shutil.copytree(digits, folder)
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, "class_names": ["all"]}))
     np.save(folder / "labels.npy", np.zeros_like(np.load(folder / "labels.npy")))
-    torch.manual_seed(0)
-    model = SiT(
-        input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=1, align_dims=()
+    cases = (
+        (PreparedImages(folder), encoder, {"num_classes": 1}, "alignment", "images of two classes"),
+        (images, None, {}, "alignment", "an encoder"),
+        (images, encoder, {"routing": "unet"}, "routing", "long skips"),
     )
-    encoder = FrozenEncoder(str(encoder_folder), 4)
-    done = diagnose(model, PreparedImages(folder), Pixels(), encoder, tmp_path / "out", times=(0.5,), num_images=20)
-    assert sorted(done) == ["routing", "states", "time"]
-    with pytest.raises(ValueError, match="'alignment' needs images of two classes"):
-        diagnose(model, PreparedImages(folder), Pixels(), encoder, tmp_path / "out", ("alignment",), (0.5,), 20)
+    for data, encoder, settings, name, reason in cases:
+        look_at = functools.partial(diagnose, small_model(torch.float32, **settings), data, Pixels(), encoder)
+        others = [figure for figure in FIGURES if figure != name]
+        with pytest.raises(ValueError, match=f"'{name}': .*{reason}.*; choose from {', '.join(others)}"):
+            look_at(tmp_path / "out", (name,), (0.5,), 20)
+        assert not (tmp_path / "out").exists()
+        assert list(look_at(tmp_path / reason, times=(0.5,), num_images=20)) == others
