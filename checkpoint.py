@@ -1,4 +1,4 @@
-"""Checkpoints: averaged weights, the folder of a run, its saving and resuming, and models from ours or published files."""
+"""Checkpoints: averaged weights, the folder of a run and its resuming, and models from ours or published files."""
 
 import argparse
 import copy
@@ -64,9 +64,9 @@ class RunFolder:
         """
         self.identity = {**configuration.plain(asdict(self.config)), **contents}
         checkpoint = self._found()
-        facts = {key: value for key, value in self.identity.items() if key not in ("out", "num_workers")}
-        facts["the step to resume at"] = checkpoint and checkpoint["step"]
+        facts = {"the step to resume at": checkpoint and checkpoint["step"]}
         facts["the checkpoint's seconds of training"] = checkpoint and checkpoint["seconds"]
+        facts |= {key: value for key, value in self.identity.items() if key not in ("out", "num_workers")}
         self.ranks.agree(
             facts,
             "give all machines the same command, data and --out, which must be on a shared disk "

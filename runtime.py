@@ -106,14 +106,17 @@ class Ranks:
             dist.barrier(group=self.host_group)
 
     def agree(self, facts: dict, remedy: str):
-        """Raises ValueError in every process unless all have the same `facts`, which decide what they do together."""
+        """Raises ValueError in every process unless all have the same `facts`, which decide what they do together.
+
+        Names the first fact that differs, in the order given.
+        """
         if self.world == 1:
             return
         found = [None] * self.world
         dist.all_gather_object(found, (platform.node(), facts), group=self.host_group)
         host, expected = found[0]
         for rank, (other, theirs) in enumerate(found):
-            for key in sorted(expected.keys() | theirs.keys()):
+            for key in dict.fromkeys([*expected, *theirs]):
                 if theirs.get(key) != expected.get(key):
                     raise ValueError(
                         f"the processes disagree: {key} is {expected.get(key)!r} in process 0 on {host}, and "

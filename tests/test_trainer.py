@@ -1,59 +1,53 @@
-"""The trainer end to end, on digits and a tiny random encoder: one run, whatever its processes and whatever kills it."""
+"""The trainer end to end, on digits and a tiny encoder: one run, whatever its processes and whatever kills it."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import loss
 import runtime
 import train_repa_dar
-from runtime import load_file
-from tests.conftest import read_lines
+from checkpoint import load_file
+from dataset import inputs, prepare
+from eval.online import OnlineEvaluation
+from tests.conftest import ROOT, read_lines
 
-ROOT = train_repa_dar.__file__.rpartition("/")[0]
 TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}  # all that may differ between repeats
 STEPS = 33
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repa_dar.py"]
+QUIET = ("--eval-every", 0)
 
 
-@pytest.fixture
-def command(digits, encoder_folder, small_data):
+@pytest.fixture(scope="module")
+def command(small_data, encoder_folder, judge_folder):
     """Arguments of a run of seconds: 2 blocks, 70 images, so that 33 steps of 8 cross three epoch ends."""
+    sizes = "--depth 2 --hidden-size 32 --num-heads 2 --projector-dim 32 --routing dar --chunk-size 3"
+    steps = f"--lr 1e-3 --batch-size 8 --max-steps {STEPS} --log-every 5 --checkpoint-every 10 --tensorboard False"
+    aligned = f"--alignment repa --align-depth 1 --encoder={encoder_folder}"
+    judged = f"--eval-encoder={judge_folder} --eval-every 15 --eval-samples 6 --eval-batch-size 4 --sample-steps 2"
 
     def build(out, *extra, data=small_data):
-        values = {
-            "data": data,
-            "out": out,
-            "encoder": encoder_folder,
-            "depth": 2,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "align_depth": 1,
-            "projector_dim": 32,
-            "lr": 1e-3,
-            "batch_size": 8,
-            "max_steps": STEPS,
-            "log_every": 5,
-            "checkpoint_every": 10,
-            "eval_every": 15,
-            "eval_samples": 6,
-            "eval_batch_size": 4,
-            "sample_steps": 2,
-            "routing": "dar",
-            "chunk_size": 3,
-            "alignment": "repa",
-            "tensorboard": False,
-        }
-        arguments = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        return ["--config", "digits", *arguments, *map(str, extra)]
+        words = f"--data={data} --out={out} {sizes} {steps} {aligned} {judged}".split()
+        return [*words, *map(str, extra)]
 
     return build
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(command(folder))
+    return folder
 
 
 def records(folder, without=TIMING):
@@ -70,7 +64,7 @@ def assert_same_run(folder, reference):
     for key in a:
         if isinstance(a[key], torch.Tensor):
             assert torch.equal(a[key], b[key]), key
-        elif not key.startswith(("seconds", "logged.seconds", "config.")):
+        elif not key.startswith(("seconds", "logged_seconds", "config.")):
             assert a[key] == b[key], key
     assert records(folder) == records(reference)
 
@@ -97,14 +91,21 @@ def run(arguments):
 
 
 def run_patched(arguments, patch):
-    """A run in a process of its own, with a piece of code that sabotages it. Returns the exit status."""
-    code = f"import os, sys, torch; import train_repa_dar as trainer, runtime\n{patch}\ntrainer.main(sys.argv[1:])"
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True).returncode
+    """A run in a forked process, with a piece of code that sabotages it. Returns the exit status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        exec(patch, {"os": os, "torch": torch, "trainer": train_repa_dar, "runtime": runtime})
+        run(arguments)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 KILL_AT_STEP = """
 def step(self, batch, original=trainer.Trainer.train_step):
-    if self.step == {step}: os.kill(os.getpid(), 9)
+    if self.progress["step"] == {step}: os.kill(os.getpid(), 9)
     original(self, batch)
 trainer.Trainer.train_step = step
 """
@@ -134,10 +135,9 @@ runtime.MetricsLog.write = write
 """
 
 
-def test_killed_anywhere_and_restarted_is_the_same_run(command, tmp_path):
+def test_killed_anywhere_and_restarted_is_the_same_run(command, tmp_path, whole):
     """Killed before the first checkpoint, between two, in the writing of one, in a log line, in an evaluation."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_patched(command(whole), "") == 0
+    killed = tmp_path / "killed"
     for patch in (
         KILL_AT_STEP.format(step=7),
         KILL_AT_STEP.format(step=18),
@@ -152,34 +152,37 @@ def test_killed_anywhere_and_restarted_is_the_same_run(command, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_leaves_and_resumes(command, tmp_path, monkeypatch, number):
-    """The step is finished and saved although no checkpoint was due, and the exit status names the signal."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(command(whole))
+@contextlib.contextmanager
+def sending(number, after):
+    """Within the block, the process gets this signal at the end of this step."""
     original = train_repa_dar.Trainer.train_step
 
     def step(self, batch):
         original(self, batch)
-        if self.step == 12:
+        if self.progress["step"] + 1 == after:
             os.kill(os.getpid(), number)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_repa_dar.Trainer, "train_step", step)
         with pytest.raises(SystemExit) as stop:
-            run(command(stopped))
+            yield
     assert stop.value.code == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_leaves_and_resumes(command, tmp_path, whole, number):
+    """The step is finished and saved although no checkpoint was due, and the exit status names the signal."""
+    stopped = tmp_path / "stopped"
+    with sending(number, after=13):
+        run(command(stopped))
     assert load_file(stopped / "last.pt")["step"] == 13
     run(command(stopped))
     assert_same_run(stopped, whole)
 
 
-def test_signal_during_an_evaluation_saves_and_makes_up_for_it(command, tmp_path, monkeypatch):
+def test_signal_during_an_evaluation_saves_and_makes_up_for_it(command, tmp_path, whole, monkeypatch):
     """Evaluations can take minutes: one is cut short, and made first thing when the run goes on."""
-    from eval.online import OnlineEvaluation
-
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(command(whole))
-    original = OnlineEvaluation.sample
+    stopped, original = tmp_path / "stopped", OnlineEvaluation.sample
 
     def sample(self, model, indices):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -198,23 +201,9 @@ def test_signal_during_an_evaluation_saves_and_makes_up_for_it(command, tmp_path
 
 def test_signal_to_the_whole_process_group_saves_too(command, tmp_path):
     """As a job scheduler sends it: readers get SIGTERM too, and must not die before the trainer has saved."""
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "train_repa_dar.py",
-            *command(tmp_path / "run", "--num-workers", 2),
-            "--max-steps",
-            "100000",
-            "--eval-every",
-            "0",
-            "--checkpoint-every",
-            "100000",
-        ],
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    endless = ("--max-steps", 100_000, "--checkpoint-every", 100_000, "--num-workers", 2, *QUIET)
+    words = [sys.executable, "train_repa_dar.py", *command(tmp_path / "run", *endless)]
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stdout=-3, stderr=-3)
     wait_for(lambda: records(tmp_path / "run"))
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
@@ -252,77 +241,93 @@ def test_snapshot_survives_a_kill_before_the_checkpoint(command, tmp_path, monke
     assert [path.name for path in sorted((tmp_path / "run").glob("*.pt"))] == ["step-0000005.pt"]
 
 
-@pytest.mark.parametrize("content", [{"ema": {}}, {}, [1]])
-def test_foreign_checkpoint_is_refused(command, tmp_path, content):
+@pytest.mark.parametrize("content", [{"ema": {}}, [1], {"config": {}, "step": 5, "log_lines": 2}])
+def test_checkpoint_of_another_program_or_version_is_refused(command, tmp_path, content):
     (tmp_path / "run").mkdir()
     torch.save(content, tmp_path / "run" / "last.pt")
-    with pytest.raises(SystemExit, match="last.pt is no checkpoint of this trainer"):
+    with pytest.raises(SystemExit, match="last.pt is no checkpoint of this version of the trainer.*--init-from"):
         run(command(tmp_path / "run"))
 
 
-def test_processes_and_accumulation_do_not_change_the_run(command, tmp_path, small_data):
+def test_processes_and_accumulation_do_not_change_the_run(command, tmp_path, whole):
     """Two processes, and one that takes the batch in parts, follow one process that takes it whole."""
-    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
-    run(command(one))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repa_dar.py"]
-    finished = subprocess.run(
-        [*launch, *command(two, "--micro-batch-size", 2)], cwd=ROOT, capture_output=True, text=True
-    )
+    two, parts = tmp_path / "two", tmp_path / "parts"
+    words = [*TORCHRUN, *command(two, "--micro-batch-size", 2)]
+    finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "8 global = 2 processes x 4 local, in 2 accumulated parts of 2" in finished.stdout
     run(command(parts, "--micro-batch-size", 2, "--num-workers", 1))
-    assert_same_curves(two, one)
-    assert_same_curves(parts, one)
+    assert_same_curves(two, whole)
+    assert_same_curves(parts, whole)
 
 
 def test_each_image_meets_the_same_noise_whatever_the_processes(command, tmp_path, monkeypatch):
-    """What the model is given at every step: put together from two ranks, it equals what one process is given."""
-    arguments = command(tmp_path / "run", "--eval-every", 0, "--max-steps", 20)
-    config = train_repa_dar.configuration.parse(arguments)
+    """What the loss is given at every step: put together from two ranks, it equals what one process is given."""
+    config = train_repa_dar.configuration.parse(command(tmp_path / "run", *QUIET, "--max-steps", 20))
 
     def given(rank, world):
         seen = {}
 
-        def losses(self, inputs, draws):
-            for key, value in {**inputs, **draws}.items():
+        def take(self, model, x, labels, draws, tokens):
+            values = {"x": x, "labels": labels, "tokens": tokens[0], **vars(draws)}
+            for key, value in values.items():
                 seen.setdefault(key, []).append(value.clone())
-            return (self.model.x_embedder.proj.weight.sum(),) * 3
+            total = model.x_embedder.proj.weight.sum()
+            return total, {"denoising_loss": total, "alignment_loss": total}
 
-        monkeypatch.setattr(train_repa_dar.Trainer, "losses", losses)
+        monkeypatch.setattr(loss.Loss, "__call__", take)
         with train_repa_dar.Ranks() as ranks:
             trainer = train_repa_dar.Trainer(config, ranks)
             ranks.rank, ranks.world = rank, world
             batches = list(trainer.batches())
             ranks.world = 1  # there is nobody to exchange gradients with
             trainer.share = trainer.micro = config.batch_size // world
-            for trainer.step, batch in enumerate(batches):
+            for step, batch in enumerate(batches):
+                trainer.progress["step"] = step
                 trainer.train_step(batch)
         return {key: torch.stack(values) for key, values in seen.items()}
 
-    whole, first, second = given(0, 1), given(0, 2), given(1, 2)
-    assert whole.keys() == {"images", "labels", "tokens_0", "noise", "time_normal", "time_uniform", "label"}
-    for key, value in whole.items():
+    one, first, second = given(0, 1), given(0, 2), given(1, 2)
+    assert one.keys() == {"x", "labels", "tokens", "noise", "t", "label"}
+    for key, value in one.items():
         assert torch.equal(value, torch.cat([first[key], second[key]], dim=1)), key
-    assert len(whole["noise"].unique()) > 0.99 * whole["noise"].numel()  # new in each step and for each image
+    assert len(one["noise"].unique()) > 0.99 * one["noise"].numel()  # new in each step and for each image
+
+
+def spoiling(monkeypatch, spoil):
+    """Let `spoil(total, step, model)` change the loss of every step. Returns the list of trainers so made."""
+    original, trainers = loss.Loss.__call__, []
+    build = train_repa_dar.Trainer.open_folder
+
+    def open_folder(self):
+        trainers.append(self)
+        build(self)
+
+    def call(self, model, *arguments):
+        total, parts = original(self, model, *arguments)
+        return spoil(total, trainers[-1].progress["step"], model), parts
+
+    monkeypatch.setattr(train_repa_dar.Trainer, "open_folder", open_folder)
+    monkeypatch.setattr(loss.Loss, "__call__", call)
+    return trainers
 
 
 def test_non_finite_steps_are_skipped_and_counted(command, tmp_path, monkeypatch):
     """A step with a NaN loss, and one with an infinite gradient, leave weights and moments as they were."""
-    original = train_repa_dar.Trainer.losses
     states = {}
 
-    def losses(self, inputs, draws):
-        states[self.step] = flat({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]})
-        states[self.step] = {key: value.clone() for key, value in states[self.step].items()}
-        total, *rest = original(self, inputs, draws)
-        if self.step == 4:
+    def spoil(total, step, model):
+        optimizer = trainers[-1].optimizer.state_dict()["state"]
+        now = flat({"model": model.state_dict(), "optimizer": optimizer})
+        states[step] = {key: value.clone() for key, value in now.items()}
+        if step == 4:
             total = total * float("nan")
-        if self.step == 6:
-            total = total + (self.model.x_embedder.proj.weight.sum() * 0).sqrt()  # finite, its gradient is not
-        return (total, *rest)
+        if step == 6:
+            total = total + (model.x_embedder.proj.weight.sum() * 0).sqrt()  # finite, its gradient is not
+        return total
 
-    monkeypatch.setattr(train_repa_dar.Trainer, "losses", losses)
-    run(command(tmp_path / "run", "--max-steps", 10, "--eval-every", 0))
+    trainers = spoiling(monkeypatch, spoil)
+    run(command(tmp_path / "run", "--max-steps", 10, *QUIET))
     for step, taken in ((3, True), (4, False), (5, True), (6, False), (7, True)):
         same = [torch.equal(states[step][key], states[step + 1][key]) for key in states[step]]
         assert (not all(same)) if taken else all(same), step
@@ -331,16 +336,9 @@ def test_non_finite_steps_are_skipped_and_counted(command, tmp_path, monkeypatch
 
 
 def test_persistent_non_finite_steps_stop_the_run(command, tmp_path, monkeypatch):
-    original = train_repa_dar.Trainer.losses
-
-    def losses(self, inputs, draws):
-        total, *rest = original(self, inputs, draws)
-        return (total * (float("nan") if self.step >= 12 else 1), *rest)
-
-    monkeypatch.setattr(train_repa_dar.Trainer, "losses", losses)
-    arguments = command(tmp_path / "run", "--max-skipped-steps", 4, "--eval-every", 0)
+    spoiling(monkeypatch, lambda total, step, model: total * (float("nan") if step >= 12 else 1))
     with pytest.raises(SystemExit, match=r"8 steps in a row .* 8 of 20 in all.*--lr"):
-        run(arguments)
+        run(command(tmp_path / "run", "--max-skipped-steps", 4, *QUIET))
     good = load_file(tmp_path / "run" / "last.pt")
     assert good["step"] == 10 and all(value.isfinite().all() for value in good["model"].values())
 
@@ -358,23 +356,19 @@ def test_another_configuration_is_refused_and_nothing_touched(command, tmp_path,
 
 
 def test_changed_images_are_refused(command, tmp_path, digits):
-    run(command(tmp_path / "run", "--max-steps", 2, "--eval-every", 0))
-    moved = tmp_path / "data"
+    moved, out = tmp_path / "data", tmp_path / "run"
     moved.symlink_to(digits)  # the same option, other images behind it
-    first = tmp_path / "other"
-    run(command(first, "--max-steps", 2, "--eval-every", 0, data=moved))
+    settings = ("--max-steps", 2, "--encoder-features", "online", *QUIET)
+    run(command(out, *settings, data=moved))
     moved.unlink()
-    from dataset import prepare
-
     prepare.main(["digits", "--out", str(moved), "--limit", "50"])
     with pytest.raises(SystemExit, match="content of data"):
-        run(command(first, "--max-steps", 2, "--eval-every", 0, "--encoder-features", "online", data=moved))
+        run(command(out, *settings, data=moved))
 
 
-def test_a_longer_run_goes_on_where_a_shorter_ended(command, tmp_path):
+def test_a_longer_run_goes_on_where_a_shorter_ended(command, tmp_path, whole):
     """max_steps is free to change: 10 steps and then 23 more are 33 steps."""
-    whole, grown = tmp_path / "whole", tmp_path / "grown"
-    run(command(whole))
+    grown = tmp_path / "grown"
     run(command(grown, "--max-steps", 10, "--snapshot-every", 5))
     run(command(grown))
     assert sorted(path.name for path in grown.glob("*.pt")) == ["last.pt", "step-0000005.pt", "step-0000010.pt"]
@@ -385,13 +379,9 @@ def test_a_longer_run_goes_on_where_a_shorter_ended(command, tmp_path):
 
 
 def test_two_runs_cannot_share_a_folder(command, tmp_path):
-    config = train_repa_dar.configuration.parse(command(tmp_path / "run"))
-    with train_repa_dar.Ranks() as ranks:
-        trainer = train_repa_dar.Trainer(config, ranks)
-        trainer.open_folder()
-        with pytest.raises(SystemExit, match="in use by another run"):
-            run(command(tmp_path / "run"))
-        trainer.lock.close()
+    lock = runtime.lock_folder(tmp_path / "run")
+    with lock, pytest.raises(SystemExit, match="in use by another run"):
+        run(command(tmp_path / "run"))
 
 
 def test_records_and_grids_of_a_run(command, tmp_path):
@@ -470,27 +460,13 @@ def test_stored_and_computed_tokens_train_alike(command, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_tokens_are_normalised_wherever_they_come_from(command, tmp_path, monkeypatch, features, precision):
     """In float32, whatever they are stored or computed in: less their whole mean, they have mean 0 and spread 1."""
-    seen = []
-    original = train_repa_dar.alignment_loss
+    seen, original = [], loss.alignment_loss
     monkeypatch.setattr(
-        train_repa_dar, "alignment_loss", lambda aligned, tokens: (seen.extend(tokens), original(aligned, tokens))[1]
+        loss, "alignment_loss", lambda aligned, tokens: seen.extend(tokens) or original(aligned, tokens)
     )
+    settings = ("--encoder-features", features, "--precision", precision, "--max-steps", 1, *QUIET)
     for norm in (1, None):
-        run(
-            command(
-                tmp_path / str(norm),
-                "--encoder-features",
-                features,
-                "--precision",
-                precision,
-                "--eval-every",
-                0,
-                "--max-steps",
-                1,
-                "--spatial-norm",
-                norm,
-            )
-        )
+        run(command(tmp_path / str(norm), *settings, "--spatial-norm", norm))
     normalised, plain = (tokens.double() for tokens in seen)
     assert seen[0].dtype == torch.float32
     torch.testing.assert_close(normalised.mean(1), torch.zeros(8, 24).double(), rtol=0, atol=1e-5)
@@ -503,236 +479,179 @@ def test_tokens_are_normalised_wherever_they_come_from(command, tmp_path, monkey
 ALIGNED = 12  # steps; falls between two lines of the log and two checkpoints
 
 
-def state_of(folder):
-    """Weights, averages and moments at the end of a run."""
-    return flat({key: load_file(folder / "last.pt")[key] for key in ("model", "emas", "optimizer")})
-
-
-@pytest.mark.parametrize("features, routing", [("prepared", "dar"), ("online", "dar"), ("online", "residual")])
+@pytest.mark.parametrize("features, routing", [("prepared", "dar"), ("online", "residual")])
 def test_alignment_ends(command, tmp_path, monkeypatch, capsys, features, routing):
     """Bit for bit the run that just drops the term from its loss; without reading, computing or projecting for it."""
-    original_losses, original_step = train_repa_dar.Trainer.losses, train_repa_dar.Trainer.train_step
-    original_encoder = train_repa_dar.FrozenEncoder.forward
-    settings = (
-        "--encoder-features",
-        features,
-        "--routing",
-        routing,
-        "--eval-every",
-        0,
-        "--weight-decay",
-        0.1,
-        "--ema-decays",
-        0.5,
-    )
+    step_of, encode = train_repa_dar.Trainer.train_step, inputs.FrozenEncoder.forward
+    settings = ("--encoder-features", features, "--routing", routing, "--weight-decay", 0.1, "--ema-decays", 0.5)
     read, encoded, projections, projecting, weights = [], [], [], [], []
 
-    def losses(self, inputs, draws):
-        total, denoising, alignment = original_losses(self, inputs, draws)
-        return (total, denoising, alignment) if self.step < ALIGNED else (denoising, denoising, 0 * denoising)
+    def drop(total, step, model):
+        return total if step < ALIGNED else dropped[-1]
 
     def step(self, batch):
         if not projections:
-            self.model.projectors[0].register_forward_hook(lambda *_: projections.append(self.step))
+            self.model.projectors[0].register_forward_hook(lambda *_: projections.append(len(read) - 1))
             projections.append("hooked")
         read.append(set(batch))
-        original_step(self, batch)
+        step_of(self, batch)
         weights.append({name: value.clone() for name, value in self.model.state_dict().items()})
         projecting.append([bool(model.align_depth) for model in (self.model, *self.ema.models.values())])
 
     def encoder(self, images):
         encoded.append(len(read))
-        return original_encoder(self, images)
+        return encode(self, images)
 
+    dropped, denoise = [], loss.denoising_loss
     with monkeypatch.context() as patch:
-        patch.setattr(train_repa_dar.Trainer, "losses", losses)
-        run(command(tmp_path / "dropped", *settings))
-    run(command(tmp_path / "whole", *settings, "--align-steps", STEPS + 7))
+        patch.setattr(loss, "denoising_loss", lambda *arguments: dropped.append(denoise(*arguments)) or dropped[-1])
+        spoiling(patch, drop)
+        run(command(tmp_path / "dropped", *settings, *QUIET))
+    run(command(tmp_path / "whole", *settings, *QUIET, "--align-steps", STEPS + 7))
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(train_repa_dar.Trainer, "train_step", step)
-        patch.setattr(train_repa_dar.FrozenEncoder, "forward", encoder)
-        run(command(tmp_path / "ended", *settings, "--align-steps", ALIGNED))
-    assert f"alignment repa for {ALIGNED} steps\n" in capsys.readouterr().out
+        patch.setattr(inputs.FrozenEncoder, "forward", encoder)
+        run(command(tmp_path / "ended", *settings, *QUIET, "--align-steps", ALIGNED))
+    assert f"alignment  repa for {ALIGNED} steps, " in capsys.readouterr().out
 
     target = {"tokens_0"} if features == "prepared" else set()
     assert read == [{"images", "labels"} | target] * ALIGNED + [{"images", "labels"}] * (STEPS - ALIGNED)
     assert encoded == ([] if features == "prepared" else list(range(1, ALIGNED + 1)))
     assert projections == ["hooked", *range(ALIGNED)]
     assert projecting == [[True, True]] * ALIGNED + [[False, False]] * (STEPS - ALIGNED)  # samples neither
-    for i, (before, after) in enumerate(zip(weights, weights[1:]), 1):  # after[i]: taken by step i, from 0
+    for i, (before, after) in enumerate(zip(weights, weights[1:]), 1):  # after: taken by step i, from 0
         moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
         assert ("projectors" in moved) == (i < ALIGNED), i
         assert "blocks" in moved
 
-    ended, dropped = state_of(tmp_path / "ended"), state_of(tmp_path / "dropped")
-    assert ended.keys() == dropped.keys()
+    states = (load_file(tmp_path / name / "last.pt") for name in ("ended", "dropped"))
+    ended, expected = (flat({key: state[key] for key in ("model", "emas", "optimizer")}) for state in states)
+    assert ended.keys() == expected.keys()
     for key, value in ended.items():
-        assert torch.equal(value, dropped[key]) if isinstance(value, torch.Tensor) else value == dropped[key], key
+        assert torch.equal(value, expected[key]) if isinstance(value, torch.Tensor) else value == expected[key], key
 
-    lines, whole = records(tmp_path / "ended"), records(tmp_path / "whole")
+    lines, others = records(tmp_path / "ended"), records(tmp_path / "whole")
     assert [line["step"] for line in lines] == [5, 10, 12, 15, 20, 25, 30, 33]
-    assert [line["step"] for line in whole] == [5, 10, 15, 20, 25, 30, 33]
-    assert all("alignment_loss" in line for line in whole) and lines[:2] == whole[:2]
+    assert [line["step"] for line in others] == [5, 10, 15, 20, 25, 30, 33]
+    assert all("alignment_loss" in line for line in others) and lines[:2] == others[:2]
     for line in lines:
         aligned = line["step"] <= ALIGNED
         assert ("alignment_loss" in line) == aligned
-        expected = line["denoising_loss"] + (0.5 * line["alignment_loss"] if aligned else 0)
-        assert line["loss"] == pytest.approx(expected, rel=1e-6)
+        total = line["denoising_loss"] + (0.5 * line["alignment_loss"] if aligned else 0)
+        assert line["loss"] == pytest.approx(total, rel=1e-6)
 
 
-def test_a_run_stopped_at_the_end_of_its_alignment_goes_on_as_if_it_had_not_been(command, tmp_path, monkeypatch):
+def test_a_run_stopped_at_the_end_of_its_alignment_goes_on_as_if_it_had_not_been(command, tmp_path):
     """One step before it, exactly there, one step after; with readers that look ahead, and without."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    settings = ("--align-steps", ALIGNED, "--projector", "conv", "--spatial-norm", 0.7)
-    run(command(whole, *settings))
-    original = train_repa_dar.Trainer.train_step
+    complete, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = ("--align-steps", ALIGNED, "--projector", "conv", "--spatial-norm", 0.7, *QUIET)
+    run(command(complete, *settings))
     for last in (ALIGNED - 1, ALIGNED, ALIGNED + 1):
-
-        def step(self, batch):
-            original(self, batch)
-            if self.step + 1 == last:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train_repa_dar.Trainer, "train_step", step)
-            with pytest.raises(SystemExit):
-                run(command(stopped, *settings, "--num-workers", last % 2))
+        with sending(signal.SIGTERM, after=last):
+            run(command(stopped, *settings, "--num-workers", last % 2))
         assert load_file(stopped / "last.pt")["step"] == last
     run(command(stopped, *settings, "--num-workers", 2))
-    assert_same_run(stopped, whole)
+    assert_same_run(stopped, complete)
 
 
 def test_alignment_ends_in_all_processes(command, tmp_path):
     """Two processes follow one over the end of the alignment: none waits for gradients that no longer come."""
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = ("--align-steps", ALIGNED, "--eval-every", 0, "--log-every", 3)
+    settings = ("--align-steps", ALIGNED, *QUIET, "--log-every", 3)
     run(command(one, *settings))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repa_dar.py"]
-    finished = subprocess.run(
-        [*launch, *command(two, *settings, "--micro-batch-size", 2)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = [*TORCHRUN, *command(two, *settings, "--micro-batch-size", 2)]
+    finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert_same_curves(two, one)
     moments = load_file(two / "last.pt")["optimizer"]["state"]
     assert sorted({int(state["step"]) for state in moments.values()}) == [ALIGNED, STEPS]
 
 
-@pytest.mark.parametrize(
-    "name, tera",
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("Some other card", 0),
-    ],
-)
-def test_peak_of_known_gpus(monkeypatch, name, tera):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert train_repa_dar.peak_flops(torch.device("cuda")) == tera * 1e12
-    assert train_repa_dar.peak_flops(torch.device("cpu")) == 0
+# ---- starting from weights ----
 
 
-def test_a_residual_checkpoint_starts_a_dar_run(command, tmp_path, capsys):
-    """Everything but the routers, which is said."""
-    train_repa_dar.main(command(tmp_path / "residual", "--eval-every", 0, "--max-steps", 2, "--routing", "residual"))
+def test_a_residual_checkpoint_starts_a_dar_run_for_other_classes(command, tmp_path, capsys, encoder_folder):
+    """Everything but the routers and, on request, the label table, which is said; without the request it is refused."""
+    few = tmp_path / "few"
+    prepare.main(["digits", "--out", str(few), "--limit", "40", "--encoder", str(encoder_folder)])
+    meta = json.loads((few / "meta.json").read_text())
+    (few / "meta.json").write_text(json.dumps(meta | {"class_names": [*meta["class_names"], "eleventh"]}))
+    run(command(tmp_path / "residual", *QUIET, "--max-steps", 2, "--routing", "residual"))
     capsys.readouterr()
-    train_repa_dar.main(
-        command(
-            tmp_path / "dar",
-            "--eval-every",
-            0,
-            "--max-steps",
-            1,
-            "--routing",
-            "dar",
-            "--init-from",
-            tmp_path / "residual" / "last.pt",
-            "--lr",
-            "1e-12",
-        )
-    )
+    settings = (*QUIET, "--max-steps", 1, "--lr", 1e-12, "--init-from", tmp_path / "residual" / "last.pt")
+    with pytest.raises(SystemExit, match=r"init_from = .*embedding_table.* is \(11, 32\).*\(12, 32\).*--new-labels"):
+        run(command(tmp_path / "dar", *settings, data=few))
+    run(command(tmp_path / "dar", *settings, "--new-labels", data=few))
     printed = capsys.readouterr().out
     assert "not in it: router.aggregators.0.norm_weight, " in printed and " more; not used: none" in printed
+    assert "label table: anew" in printed
     before, after = (load_file(tmp_path / arm / "last.pt") for arm in ("residual", "dar"))
-    torch.testing.assert_close(after["model"]["blocks.0.mlp.fc1.weight"], before["ema"]["blocks.0.mlp.fc1.weight"])
+    for name, rows in (
+        ("blocks.0.mlp.fc1.weight", slice(None)),
+        ("y_embedder.embedding_table.weight", slice(-1, None)),
+    ):
+        torch.testing.assert_close(after["model"][name][rows], before["ema"][name][rows])
+    table = "y_embedder.embedding_table.weight"
+    assert not torch.allclose(after["model"][table][:10], before["ema"][table][:10], atol=1e-3)
 
 
-class FlatFeatures(torch.nn.Module):
-    """In place of Inception: the mean of each channel."""
-
-    dim, fingerprint, sha256, file = 3, "flat", "flat", "flat.pth"
-
-    def __init__(self, weights):
-        super().__init__()
-
-    def forward(self, images):
-        return {"pool3": images.float().mean((2, 3))}
+# ---- machines, disks and logs that fail ----
 
 
-def test_fid_beside_the_distance(command, tmp_path, monkeypatch):
-    """It is logged with the other, which it leaves as it is, and against the training images or the file."""
-    from eval import features
-
-    run(command(tmp_path / "without"))
-    monkeypatch.chdir(tmp_path)
-    np.savez("some.npz", np.zeros(1))
-    monkeypatch.setattr(features, "InceptionFeatures", FlatFeatures)
-    mean, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 255.0, dtype=torch.float64)
-    for name, center in (("near", mean), ("far", far)):
-        monkeypatch.setattr(
-            train_repa_dar, "npz_statistics", lambda path: {"pool3": (center, torch.eye(3, dtype=torch.float64))}
-        )
-        run(command(tmp_path / name, "--eval-metric", "fid", "--fid-reference", "some.npz"))
-    run(command(tmp_path / "images", "--eval-metric", "fid"))
-    evaluations = {
-        name: [line for line in records(tmp_path / name) if "frechet_distance" in line]
-        for name in ("without", "near", "far", "images")
-    }
-    assert len({line.pop("fid") for name in ("near", "far", "images") for line in evaluations[name]}) == 9
-    assert all(lines == evaluations["without"] for lines in evaluations.values())
-    # A uniform grey of 255 is as far from white as it can be, and the digits' background is black.
-    first = {name: [line["fid"] for line in records(tmp_path / name) if "fid" in line] for name in ("images", "far")}
-    assert all(a < b for a, b in zip(first["images"], first["far"]))
+def two_machines(folders, words):
+    """Status and errors of two processes, each in a folder of its own, as on machines without a shared disk."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, folder in enumerate(folders):
+        launcher = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {key: str(value) for key, value in launcher.items()}
+        script = [sys.executable, f"{ROOT}/train_repa_dar.py", *words]
+        processes.append(subprocess.Popen(script, cwd=folder, env=environment, stderr=-1, stdout=-3, text=True))
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    return [process.returncode for process in processes], errors
 
 
-@pytest.mark.parametrize(
-    "extra, message",
-    [
-        (("--inception", "nowhere.pth"), "nowhere.pth"),
-        (("--fid-reference", "nowhere.npz"), "nowhere.npz"),
-        (("--fid-reference", "images.npz"), "images.npz.*holds no statistics.*--save-reference"),
-    ],
-)
-def test_fid_without_what_it_needs_is_refused_at_once(command, tmp_path, monkeypatch, extra, message):
-    from eval import features
-
-    monkeypatch.chdir(tmp_path)
-    np.savez("images.npz", np.zeros((4, 8, 8, 3), np.uint8))
-    if "--inception" not in extra:
-        monkeypatch.setattr(features, "InceptionFeatures", FlatFeatures)
-    with pytest.raises(SystemExit, match=message):
-        train_repa_dar.main(command(tmp_path / "run", "--eval-metric", "fid", *extra))
-    assert not (tmp_path / "run").exists()
+def test_machines_without_a_shared_disk_refuse_to_resume(command, tmp_path, monkeypatch):
+    """Only the first one has a checkpoint: the other would begin anew, and they would train something between."""
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.chdir(folders[0])
+    run(command("run", *QUIET, "--max-steps", 4))
+    status, errors = two_machines(folders, command("run", *QUIET, "--max-steps", 8))
+    assert status == [1, 1]
+    for error in errors:
+        assert "error: the processes disagree: the step to resume at is 4 in process 0" in error
+        assert "None in process 1" in error and "--out, which must be on a shared disk" in error
+    assert load_file(folders[0] / "run" / "last.pt")["step"] == 4
 
 
-def test_statistics_of_other_inception_weights_are_refused(command, tmp_path, monkeypatch):
-    from eval import features
+def test_a_full_disk_is_named_and_leaves_no_debris(command, tmp_path):
+    folder = tmp_path / "run"
+    run(command(folder, "--max-steps", 5, *QUIET))
+    (folder / "last.pt.unfinished").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="error: no space left for .*last.pt; make room"):
+        run(command(folder, "--max-steps", 10, *QUIET))
+    assert not os.path.lexists(folder / "last.pt.unfinished") and load_file(folder / "last.pt")["step"] == 5
+    run(command(folder, "--max-steps", 10, *QUIET))
+    assert load_file(folder / "last.pt")["step"] == 10
 
-    monkeypatch.setattr(features, "InceptionFeatures", FlatFeatures)
-    monkeypatch.setattr(train_repa_dar, "npz_statistics", lambda path: {"pool3": (torch.zeros(3), torch.eye(3))})
-    np.savez(tmp_path / "kept.npz", inception_sha256="sharp")
-    with pytest.raises(SystemExit, match="kept.npz' was made with the Inception weights sharp, not flat"):
-        train_repa_dar.main(command(tmp_path / "run", "--eval-metric", "fid", "--fid-reference", tmp_path / "kept.npz"))
-    assert not (tmp_path / "run").exists()
+
+def test_a_log_that_lost_lines_repeats_none(command, tmp_path):
+    """What is beyond the checkpoint is cut by step: the log was cut to two lines, resumed, and killed again."""
+    folder, settings = tmp_path / "run", (*QUIET, "--max-steps", 20)
+    assert run_patched(command(folder, *settings), KILL_AT_STEP.format(step=12)) == -signal.SIGKILL
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:1]) + "[]\n" + '{"step": 1')
+    assert run_patched(command(folder, *settings), KILL_AT_STEP.format(step=17)) == -signal.SIGKILL
+    run(command(folder, *settings))
+    assert [line["step"] for line in records(folder)] == [5, 15, 20]
+
+
+# ---- diagnosis ----
 
 
 def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
@@ -769,19 +688,6 @@ def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
         for step in ("0000006", "0000012")
     )
     assert first != second
-
-
-def test_processes_wait_longer_than_half_an_hour(monkeypatch):
-    """Gloo's own limit, which the diagnosis of a large model may well exceed while the others wait."""
-    groups = []
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runtime.dist, "init_process_group", lambda backend: None)
-    monkeypatch.setattr(runtime.dist, "new_group", lambda **options: groups.append(options) or "group")
-    waited = []
-    monkeypatch.setattr(runtime.dist, "barrier", lambda group: waited.append(group))
-    runtime.Ranks().barrier()
-    assert waited == ["group"] and groups[0]["backend"] == "gloo" and groups[0]["timeout"].total_seconds() >= 86400
 
 
 def test_a_diagnosis_that_fails_can_be_done_without(command, tmp_path, monkeypatch):
