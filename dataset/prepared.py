@@ -6,30 +6,44 @@ Shapes: B batch, C channels, H = W pixels, h = w latents, T tokens.
 import functools
 import io
 import json
+import multiprocessing.queues
+import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
+
+RASTER = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none of them runs a program, as Pillow does for EPS
+
+
+def open_image(file) -> Image.Image:
+    """A PIL image from a path or a binary file. Raises an exception, of nearly any kind, on what is no raster image."""
+    if not hasattr(file, "read") and not os.path.isfile(file):  # opening a pipe would wait for ever
+        raise FileNotFoundError("there is no such file")
+    return Image.open(file, formats=RASTER)
 
 
 class EncodedImages:
     """The images of a prepared folder: `images[row]` is uint8 (3, H, W), zeros where none could be read."""
 
-    def __init__(self, folder):
-        meta = json.loads((Path(folder) / "meta.json").read_text())
-        self.folder, self.resolution, self.chunk = Path(folder) / "images", meta["resolution"], meta["chunk"]
-        self.sizes = np.load(Path(folder) / "sizes.npy")
+    def __init__(self, folder: Path):
+        meta = json.loads((folder / "meta.json").read_text())
+        self.folder, self.resolution, self.per_file = folder / "images", meta["resolution"], meta["chunk"]
+        self.sizes = np.load(folder / "sizes.npy")
         ends = self.sizes.cumsum()
-        first = np.arange(len(self.sizes)) // self.chunk * self.chunk  # of the file in which a row is
+        first = np.arange(len(self.sizes)) // self.per_file * self.per_file  # of the file in which a row is
         self.starts = ends - self.sizes - (ends - self.sizes)[first]
 
     def __getitem__(self, row):
         if not self.sizes[row]:
             return torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8)
-        with open(self.folder / f"{row // self.chunk:05}.bin", "rb") as file:
+        with open(self.folder / f"{row // self.per_file:05}.bin", "rb") as file:
             file.seek(self.starts[row])
-            image = Image.open(io.BytesIO(file.read(self.sizes[row])))
+            image = open_image(io.BytesIO(file.read(self.sizes[row])))
         return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
@@ -40,12 +54,12 @@ class PreparedImages:
     latents:  ID of the autoencoder whose stored moments are served; empty for none.
     features: IDs of the encoders whose stored tokens are served.
     mirror:   the mirrored images follow the others as further items.
-    Items are counted without the damaged files. Attributes: resolution, num_classes, labels, and content, a
-    fingerprint of its images and labels.
+    Items are counted without the damaged files. Attributes: resolution, num_classes (classes without an image
+    included), labels (N), and content, a fingerprint of images and labels.
     Raises ValueError where the folder is missing, unfinished, or lacks what is asked for.
     """
 
-    def __init__(self, folder, images=True, latents="", features=(), mirror=False):
+    def __init__(self, folder: str | Path, images: bool = True, latents: str = "", features=(), mirror: bool = False):
         self.folder, self.mirror = Path(folder), mirror
         if not (self.folder / "meta.json").is_file():
             state = "is not finished" if (self.folder / "settings.json").is_file() else "is not a prepared folder"
@@ -59,10 +73,9 @@ class PreparedImages:
         if latents:
             self.files["moments"] = self._finished("latents", latents, "moments.npy", "--autoencoder")
         for i, encoder in enumerate(features):
-            self.files[f"tokens_{i}"] = self._finished(
-                "features", encoder, "tokens.npy", "--encoder", ", or use --encoder-features online"
-            )
-        self.images = EncodedImages(folder) if images else None
+            otherwise = ", or use --encoder-features online"
+            self.files[f"tokens_{i}"] = self._finished("features", encoder, "tokens.npy", "--encoder", otherwise)
+        self.images = EncodedImages(self.folder) if images else None
         labels = np.load(self.folder / "labels.npy")
         self.count = len(labels)
         rows = np.flatnonzero(labels >= 0)  # prepare marks damaged images by -1
@@ -92,19 +105,16 @@ class PreparedImages:
     def _maps(self):
         return {name: np.load(path, mmap_mode="r") for name, path in self.files.items()}
 
-    def __getitems__(self, items):
+    def __getitems__(self, items) -> dict:
         """Returns a dict of what was asked for: "labels" (B), "images" uint8 (B, 3, H, W), "moments" float16
         (B, 2C, h, w) and, for encoder i, "tokens_i" float16 (B, T, dim)."""
         items = np.asarray(items)
         rows = self.rows[items]
-        batch = {
-            "labels": self.labels[items],
-            **{name: torch.from_numpy(array[rows]) for name, array in self._maps.items()},
-        }
+        batch = {"labels": self.labels[items]}
+        batch |= {name: torch.from_numpy(array[rows]) for name, array in self._maps.items()}
         if self.images:
-            batch["images"] = torch.stack(
-                [self.images[row % self.count].flip(-1) if row >= self.count else self.images[row] for row in rows]
-            )
+            found = [self.images[row % self.count] for row in rows]
+            batch["images"] = torch.stack([x.flip(-1) if row >= self.count else x for x, row in zip(found, rows)])
         return batch
 
 
@@ -116,7 +126,9 @@ class ShuffledBatches:
     number: nothing has to be replayed on resuming, a batch may reach into the next epoch, no item is dropped.
     """
 
-    def __init__(self, num_items, batch_size, seed, start, stop, rank=0, world=1):
+    def __init__(
+        self, num_items: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1
+    ):
         self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
         self.steps, self.rank, self.share = range(start, stop), rank, batch_size // world
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
@@ -131,3 +143,43 @@ class ShuffledBatches:
 
     def _shuffle(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_items)
+
+
+def load_batches(data, batch_sampler, num_workers: int = 0, pin_memory: bool = False):
+    """Yields data.__getitems__(items) for each list of items in `batch_sampler`, which has a length.
+
+    num_workers: processes that read ahead; with 0, this one reads. pin_memory: they hand over page-locked tensors.
+    Raises OSError where such a process cannot be started, or ends.
+    """
+    if not num_workers or not len(batch_sampler):
+        yield from map(data.__getitems__, batch_sampler)
+        return
+    settings = dict(collate_fn=_whole, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=_begin_reader)
+    try:
+        batches = iter(DataLoader(data, batch_sampler=batch_sampler, **settings))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise wherever the program happens to be
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        if str(error).startswith("Caught"):  # an exception within a reader, which torch repeats here
+            raise
+        raise OSError(
+            f"a reader process has ended or could not start ({error}); see that memory and /dev/shm have room, or use "
+            f"fewer than --num-workers {num_workers}; 0 needs neither"
+        ) from None
+
+
+def _whole(batch):
+    return batch
+
+
+def _begin_reader(worker):
+    """In a reader process: signals are left to the process that reads from it, which finishes its step first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_reader)
+
+
+def _end_reader(error, batch):
+    """A batch cannot be handed over, say for a full /dev/shm. Python would drop it, and its reader wait for ever."""
+    print(f"reader process {os.getpid()}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
