@@ -238,7 +238,7 @@ class Look:
         outputs   v_0 .. v_L, each (B, T, D)
         weights   with DAR and AttnRes, those of each aggregator, (n, B, T)
 
-    It has its own copy of the model: in eval mode, frozen, and routed by PyTorch.
+    It has its own copy of the model: not compiled, in eval mode, frozen, and routed by PyTorch.
     """
 
     def __init__(self, model: SiT):
@@ -249,7 +249,7 @@ class Look:
     def __call__(self, x, t, y, label_draw=None):
         """The velocity, and no projections, so that the loss is the denoising loss alone."""
         with torch.autocast(x.device.type, enabled=False):
-            velocity, _ = self.model.forward(x, t, y, label_draw, self.begin)  # not model(), which may be compiled
+            velocity, _ = self.model(x, t, y, label_draw, self.begin)
         return velocity, []
 
     def begin(self, tokens, e):

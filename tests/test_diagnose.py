@@ -3,10 +3,10 @@
 import functools
 import json
 import math
-import os
 import pickle
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -95,18 +95,10 @@ def plain_forward(model, x, t, y, gates=None):
 # ---- looking ----
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        DAR,
-        {**DAR, "query": "timestep", "chunk_size": 1},
-        {"routing": "attnres", "chunk_size": 2},
-        {"routing": "unet"},
-        {"checkpoint_activations": True},
-    ],
-    ids=str,
-)
+ROUTINGS = [{}, DAR, {**DAR, "query": "timestep", "chunk_size": 1}, {"routing": "attnres", "chunk_size": 2}]
+
+
+@pytest.mark.parametrize("settings", [*ROUTINGS, {"routing": "unet"}, {"checkpoint_activations": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_looking_leaves_the_forward_pass_bit_identical(images, settings, dtype):
     """Also with a compiled model, under autocast and another backend; the states are those that projectors see."""
@@ -118,7 +110,7 @@ def test_looking_leaves_the_forward_pass_bit_identical(images, settings, dtype):
     states, seen = seen[:], []
     if model.router:
         model.router.backend = "triton"
-    model._compiled_call_impl = None if dtype == torch.float32 else pytest.fail
+    model._compiled_call_impl = pytest.fail  # what `compile` puts in the place of the call
     look = Look(model)
     with torch.autocast("cpu", torch.bfloat16):
         velocity, projected = look(x_t.requires_grad_(), t, y)
@@ -170,8 +162,7 @@ def test_sample_follows_from_the_seed_and_not_from_the_batches(images):
         assert torch.equal(a, b)
     items, again = one.items.tolist(), sample_of(model, images, 7, 7, seed=1)
     assert len(set(items)) == 7 and items != again.items.tolist() and not torch.equal(again.times, one.times)
-    both = sorted(set(items) & set(sample_of(model, images, 1797, 600, seed=1).items.tolist()))
-    assert both == sorted(items) and not torch.isin(one.noise, again.noise).any()
+    assert not torch.isin(one.noise, again.noise).any()
     x_t, t, target, y = whole(one, one.times)
     assert torch.equal(one.x, Pixels().encode(images.__getitems__(items)["images"]))
     assert torch.equal(t, one.times.float()) and torch.equal(y, images.labels[items])
@@ -222,6 +213,9 @@ def test_states_of_a_residual_model(images, path):
         assert data["gradient_rms"][row] == pytest.approx([g.square().mean().sqrt().item() for g in gradients])
         angles = [(F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1).mean() for a, b in zip(stream, stream[1:])]
         assert data["cosine"][row] == pytest.approx([cosine.item() for cosine in angles])
+        _, null_states, _ = plain_forward(model, x_t, t, torch.full_like(y, 10))
+        pooled = torch.stack([h.mean(1) for h in null_states]).detach().numpy()
+        assert pooled_states(look, sample, TIMES[row]) == pytest.approx(pooled)
         look(x_t, t, y)
         for seen, expected in ((look.states, states), (look.outputs, outputs)):
             for a, b in zip(seen, expected, strict=True):
@@ -235,19 +229,16 @@ def test_state_gradient_of_a_routed_model_is_a_finite_difference(images):
     (batch,) = sample.batches(0.4)
     gradients, values = Look(model).gradients(sample.loss, *batch, of="states"), []
     x_t, t, target, y = whole(sample, 0.4)
-    direction, reader = torch.randn_like(gradients[2]), 2
+    direction = torch.randn_like(gradients[2])
 
-    for step in (1e-5, -1e-5):
-
-        class Pushed(RoutedStream):
-            def read(self, shift, scale):
-                x, h = super().read(shift, scale)
-                if len(self.v) - 1 == reader:
-                    h = h + self.step * direction
-                    x = modulated(h, shift, scale)
+    class Pushed(RoutedStream):
+        def read(self, shift, scale):
+            x, h = super().read(shift, scale)
+            if len(self.v) != 3:
                 return x, h
+            return modulated(h + self.step * direction, shift, scale), h + self.step * direction
 
-        Pushed.step = step
+    for Pushed.step in (1e-5, -1e-5):
         velocity, _ = model(x_t, t, y, make_stream=functools.partial(Pushed, model.router))
         values.append((velocity - target).square().mean().item())
     assert (gradients[2] * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
@@ -261,24 +252,24 @@ def test_importance_is_the_finite_difference_of_explicit_gates(images):
     sample = sample_of(model, images)
     data = diagnosis.routing(Look(model), sample, TIMES)
     assert data["sources"] == [list(range(reader)) for reader in range(1, 6)]
+
+    @torch.no_grad()
+    def losses(inputs, reader, i, step):
+        gates = {l: [1.0 + step * (i == j and l == reader) for j in range(l)] for l in range(1, 6)}
+        x_t, t, target, y = inputs
+        return (plain_forward(model, x_t, t, y, gates)[0] - target).square().mean((1, 2, 3))
+
     for row, t in enumerate(TIMES):
-        x_t, t, target, y = whole(sample, t)
         for reader in range(1, 6):
-            expected = []
-            for i in range(reader):
-                losses = []
-                for step in (1e-5, -1e-5):
-                    gates = {number: [1.0] * number for number in range(1, 6)}
-                    gates[reader][i] += step
-                    with torch.no_grad():
-                        velocity, _, _ = plain_forward(model, x_t, t, y, gates)
-                    losses.append((velocity - target).square().mean((1, 2, 3)))
-                expected.append(((losses[0] - losses[1]) / 2e-5).abs().mean().item())
-            assert data["importance"][row][reader - 1] == pytest.approx(expected, rel=1e-4, abs=1e-8)
-            shares = np.array(data["importance"][row][reader - 1]) / sum(data["importance"][row][reader - 1])
-            assert data["weights"][row][reader - 1] == pytest.approx(shares.tolist())
-            assert data["largest"][row][reader - 1] == pytest.approx(shares.max())
-            assert data["entropy"][row][reader - 1] == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-9)
+            found, weights, largest, entropy = (
+                data[name][row][reader - 1] for name in ("importance", "weights", "largest", "entropy")
+            )
+            pushed = [[losses(whole(sample, t), reader, i, step) for step in (1e-5, -1e-5)] for i in range(reader)]
+            expected = [((up - down) / 2e-5).abs().mean().item() for up, down in pushed]
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-8)
+            shares = np.array(found) / sum(found)
+            assert weights == pytest.approx(shares.tolist()) and largest == pytest.approx(shares.max())
+            assert entropy == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-9)
 
 
 @pytest.mark.parametrize("query", ["static", "timestep", "dynamic"])
@@ -313,15 +304,6 @@ def test_certain_and_uniform_choices():
 
 
 # ---- (c), (d) probes ----
-
-
-def test_pooled_states_are_in_order_and_under_the_null_label(images):
-    model = small_model()
-    sample, look = sample_of(model, images), Look(model)
-    x_t, t, _, y = whole(sample, sample.times)
-    _, states, _ = plain_forward(model, x_t, t, torch.full_like(y, 10))
-    expected = torch.stack([h.mean(1) for h in states]).detach().numpy()
-    assert pooled_states(look, sample, sample.times) == pytest.approx(expected)
 
 
 def test_time_is_read_from_states_that_hold_it(images, monkeypatch):
@@ -434,12 +416,8 @@ def test_picture_of_routing_puts_each_weight_at_its_source():
 
 
 def test_pictures_of_curves_show_their_own_numbers():
-    names = {"rms": "RMS of the state", "gradient_rms": "RMS of the loss gradient"}
-    names |= {
-        "cosine": "cosine with the next state",
-        "cknna": "CKNNA, k = 10",
-        "accuracy": "accuracy of a linear probe",
-    }
+    names = {"rms": "RMS of the state", "gradient_rms": "RMS of the loss gradient", "cknna": "CKNNA, k = 10"}
+    names |= {"cosine": "cosine with the next state", "accuracy": "accuracy of a linear probe"}
     rows = dict(zip(names, np.random.default_rng(0).random((5, 2, 3)).tolist()))
     rows["cosine"] = [row[:2] for row in rows["cosine"]]
     data = {**rows, "times": [0.2, 0.7], "blocks": [0, 1, 2], "neighbours": 10, "encoder_accuracy": 0.55}
@@ -516,13 +494,10 @@ def test_untrained_residual_model_has_no_importance_and_still_makes_a_figure(ima
     assert "checkpoint" not in read(tmp_path, "states")
 
 
-ALL = "states, routing, time, alignment"
-
-
 @pytest.mark.parametrize(
     "extra, message",
     [
-        ("--figures states weights", rf"figures = \('states', 'weights'\): choose from {ALL}"),
+        ("--figures states weights", r"figures = \('states', 'weights'\): choose from states, routing, time, align"),
         ("--times 0.5 1.5", r"times = \(0.5, 1.5\): give times in \[0, 1\]"),
         ("--times nan", "times"),
         ("--num-images 0", "num_images = 0: must be at least 1"),
@@ -531,8 +506,6 @@ ALL = "states, routing, time, alignment"
         ("--num-images 19 --figures time", "figure 'time' needs at least 20 images, not 19"),
         ("--num-images 19 --figures alignment", "figure 'alignment' needs at least 20 images"),
         ("--data nowhere", "not a prepared folder"),
-        ("--encoder nobody", "encoder 'nobody' is neither"),
-        ("--average 0.5", "no average '0.5'"),
     ],
 )
 def test_command_ends_in_a_clear_error(checkpoints, tmp_path, extra, message):
@@ -542,36 +515,24 @@ def test_command_ends_in_a_clear_error(checkpoints, tmp_path, extra, message):
 
 
 class Program:
-    """Its pickle makes a folder where it is read."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
     def __reduce__(self):
-        return os.mkdir, (self.folder,)
+        return sys.exit, ("the program in the file was run",)
 
 
-@pytest.mark.parametrize(
-    "kind", ["none", "folder", "yaml", "pickle", "program", "tensor", "picture", "strange weights"]
-)
-def test_what_is_no_checkpoint_is_a_clear_error(tmp_path, kind):
+def test_what_is_no_checkpoint_is_a_clear_error(tmp_path):
     """One line, and nothing that the file holds is executed."""
-    path, ran = tmp_path / "file.pt", tmp_path / "ran"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "yaml":
-        path.write_text("model: SiT-S/2\nseed: 0\n")
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps({"ema": [1, 2]}, protocol=2))
-    elif kind == "picture":
-        Image.new("RGB", (8, 8)).save(path, format="png")
-    elif kind != "none":
-        contents = {"program": Program(str(ran)), "tensor": torch.zeros(3)}
-        torch.save(contents.get(kind, {"pos_embed": torch.zeros(1, 16, 24)}), path)
-    with pytest.raises(SystemExit) as stop:
-        command(str(path), tmp_path / "out", "--model", "SiT-S/2")
-    assert str(stop.value.code).startswith("error: ") and str(path) in stop.value.code
-    assert "\n" not in stop.value.code and not ran.exists() and not (tmp_path / "out").exists()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "yaml.pt").write_text("model: SiT-S/2\nseed: 0\n")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"ema": [1, 2]}, protocol=2))
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    torch.save(Program(), tmp_path / "program.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    torch.save({"pos_embed": torch.zeros(1, 16, 24)}, tmp_path / "strange.pt")
+    for path in (*tmp_path.iterdir(), tmp_path / "nowhere.pt"):
+        with pytest.raises(SystemExit) as stop:
+            command(str(path), tmp_path / "out", "--model", "SiT-S/2")
+        assert stop.value.code.startswith("error: ") and str(path) in stop.value.code and "\n" not in stop.value.code
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("encoder, weights", [("", ""), ("other", ""), ("", "b.pt"), ("other", "b.pt")])
