@@ -7,47 +7,26 @@ import pytest
 import torch
 
 import train_repa_dar
-from checkpoint import load_trained
+from checkpoint import load_file, load_trained
 from models.sit import SIT_MODELS
-from runtime import load_file
-
-SIZES = {"depth": 2, "hidden_size": 32, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def train(digits, encoder_folder, tmp_path_factory):
-    """Two steps of the trainer, once for the same options. Returns the path of the checkpoint."""
+    """Two steps of the trainer, once for the same options. Returns the trainer at its end and its checkpoint."""
 
     @functools.lru_cache
-    def run(*extra):
+    def run(words=""):
         out = tmp_path_factory.mktemp("run") / "tiny"
-        values = {
-            "data": digits,
-            "out": out,
-            "encoder": encoder_folder,
-            **SIZES,
-            "align_depth": 1,
-            "projector_dim": 16,
-            "lr": 0.05,
-            "batch_size": 8,
-            "max_steps": 2,
-            "eval_every": 0,
-            "tensorboard": False,
-        }
-        train_repa_dar.main(
-            [
-                "--config",
-                "digits",
-                *extra,
-                *(
-                    word
-                    for key, value in values.items()
-                    if f"--{key.replace('_', '-')}" not in extra
-                    for word in (f"--{key.replace('_', '-')}", str(value))
-                ),
-            ]
-        )
-        return out / "last.pt"
+        sizes = "--depth 2 --hidden-size 32 --num-heads 2 --align-depth 1 --projector-dim 16"
+        rest = "--lr 0.05 --batch-size 8 --max-steps 2 --eval-every 0 --tensorboard False"
+        line = f"--data={digits} --out={out} --encoder={encoder_folder} {rest}"
+        trainers, close = [], train_repa_dar.Trainer.__exit__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_repa_dar.Trainer, "__exit__", lambda self, *_: trainers.append(self) or close(self))
+            model = [] if "--model" in words else ["--model=SiT-S/2"]
+            train_repa_dar.main([*line.split(), *model, *sizes.split(), *words.split()])
+        return trainers[0], out / "last.pt"
 
     return run
 
@@ -75,64 +54,38 @@ def inputs(channels=3, size=8):
 # ---- ours ----
 
 ARMS = {
-    "residual": [],
-    "residual, aligned": ["--alignment", "repa", "--align-depth", "2", "1"],
-    "static": ["--routing", "dar", "--query", "static"],
-    "timestep, shared": [
-        "--routing",
-        "dar",
-        "--query",
-        "timestep",
-        "--chunk-size",
-        "3",
-        "--final-aggregator",
-        "shared",
-    ],
-    "timestep, aligned": ["--routing", "dar", "--query", "timestep", "--alignment", "repa"],
-    "dynamic, dedicated, aligned": [
-        "--routing",
-        "dar",
-        "--query",
-        "dynamic",
-        "--chunk-size",
-        "1",
-        "--alignment",
-        "repa",
-        "--final-aggregator",
-        "dedicated",
-    ],
-    "convolved": ["--alignment", "repa", "--align-depth", "2", "1", "--projector", "conv", "--routing", "dar"],
-    "attnres": ["--routing", "attnres", "--chunk-size", "3"],
-    "unet, aligned": ["--routing", "unet", "--alignment", "repa"],
-    "qk norm, four heads": ["--qk-norm", "--num-heads", "4"],
-    "patches of 4": ["--model", "SiT-S/4", "--encoder-features", "online"],
+    "residual": "",
+    "residual, aligned": "--alignment repa --align-depth 2 1",
+    "static": "--routing dar --query static",
+    "timestep, shared": "--routing dar --query timestep --chunk-size 3 --final-aggregator shared",
+    "timestep, aligned": "--routing dar --query timestep --alignment repa",
+    "dynamic, aligned": "--routing dar --query dynamic --chunk-size 1 --alignment repa --final-aggregator dedicated",
+    "convolved": "--alignment repa --align-depth 2 1 --projector conv --routing dar",
+    "attnres": "--routing attnres --chunk-size 3",
+    "unet, aligned": "--routing unet --alignment repa",
+    "qk norm, four heads": "--qk-norm --num-heads 4",
+    "patches of 4": "--model SiT-S/4",
 }
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_model_of_a_run_computes_what_the_trained_one_did(train, monkeypatch, arm):
+def test_the_model_of_a_run_computes_what_the_trained_one_did(train, arm):
     """Against the average that the trainer itself held at the end, tokens of the alignment included."""
-    trainers = []
-    monkeypatch.setattr(
-        train_repa_dar.Trainer,
-        "close",
-        lambda self, close=train_repa_dar.Trainer.close: (trainers.append(self), close(self)),
-    )
-    path = train(*ARMS[arm])
+    trainer, path = train(ARMS[arm])
     model, options = load_trained(path)
     assert options["step"] == 2 and options["average"] == "0.99" and options["depth"] == 2
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
-    average = trainers[0].ema.models[0.99]
+    average = trainer.ema.models[0.99]
     assert model.num_classes == average.num_classes == 10
-    velocity, aligned = model(*inputs())
-    expected, expected_aligned = average(*inputs())
+    velocity, projected = model(*inputs())
+    expected, expected_tokens = average(*inputs())
     assert velocity.abs().max() > 1e-3  # two steps have left the initial zero
-    assert torch.equal(velocity, expected) and len(aligned) == len(expected_aligned)
-    assert all(torch.equal(a, b) for a, b in zip(aligned, expected_aligned))
+    assert torch.equal(velocity, expected) and len(projected) == len(expected_tokens)
+    assert all(torch.equal(a, b) for a, b in zip(projected, expected_tokens))
 
 
 def test_the_choice_of_an_average(train):
-    path = train("--ema-decays", "0.9", "0.5")
+    _, path = train("--ema-decays 0.9 0.5")
     content = load_file(path)
     for average, weights in (
         ("", content["emas"]["0.9"]),
@@ -150,7 +103,7 @@ def test_the_choice_of_an_average(train):
 
 def test_a_wrong_name_for_ours_is_refused(train):
     with pytest.raises(ValueError, match="model = 'SiT-S/4': .* is of SiT-S/2"):
-        load_trained(train(), name="SiT-S/4")
+        load_trained(train()[1], name="SiT-S/4")
 
 
 # ---- released ones ----
@@ -196,7 +149,7 @@ def test_sit_predicts_a_variance_and_counts_time_from_noise_to_data(tmp_path, ke
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
     path = tmp_path / "weights.pt"
-    with pytest.raises(ValueError, match="there is no checkpoint '.*weights.pt'"):
+    with pytest.raises(ValueError, match="there is no weights file '.*weights.pt'"):
         load_trained(path, name="SiT-S/2")
     weights = released().state_dict()
     torch.save(weights, path)
