@@ -5,8 +5,8 @@
 # make study-pilots short runs before it, from which to choose its LR= and DEPTH=
 # make study-cpu    the small one that RESULTS.md reports: digits, and CIFAR-10 at a small width
 #
-# Without a network, they take CIFAR10=path/to/train.parquet, and the first two ENCODER=FOLDER in place of DINOv2. STEPS
-# says how long each run of the first is.
+# Without a network, they take CIFAR10=path/to/train.parquet, and the first two ENCODER=FOLDER in place of DINOv2 and
+# JUDGE=FOLDER in place of Inception. STEPS says how long each run of the first is.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,6 +16,7 @@ RUNS := runs/quickstart
 CIFAR10 ?= uoft-cs/cifar10
 CIFAR := data/cifar10
 ENCODER ?= dinov2-vit-b
+JUDGE ?= inception
 STEPS ?= 20000
 LR ?= 1e-4
 DEPTH ?= 12
@@ -34,6 +35,7 @@ $(VENV)/.installed: requirements.txt
 digits: setup
 	$(RUN) -m dataset.prepare digits --out $(DIGITS)
 	$(RUN) -m dataset.standin_encoder $(DIGITS) --out $(DIGITS)/encoder
+	$(RUN) -m dataset.standin_encoder $(DIGITS) --kind convnet --out $(DIGITS)/judge
 	$(RUN) -m dataset.prepare digits --out $(DIGITS) --encoder $(DIGITS)/encoder
 
 quickstart: digits
@@ -47,20 +49,21 @@ cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32
 
 study-pilots: cifar10
-	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --max-steps 2000 --out $(STUDY)/cifar10-pilots \
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --max-steps 2000 --out $(STUDY)/cifar10-pilots \
 		--routing residual dar --depth 12 28 --lr 1e-4 3e-4 1e-3 --seeds 0
 
 study: cifar10
-	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
 		--eval-every 1000 --out $(STUDY)/cifar10 \
 		--routing residual dar --query timestep dynamic --alignment none repa --seeds 0 1 2
-	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
 		--eval-every 1000 --out $(STUDY)/cifar10-depth-chunk \
 		--routing dar --alignment repa --align-depth 2 4 6 8 --chunk-size 1 2 4 8 --seeds 0 1
 	$(RUN) -m analysis.convergence $(STUDY)/cifar10/*/ --reference residual --out $(STUDY)/cifar10
 
 study-cpu: digits cifar10
 	$(RUN) -m dataset.standin_encoder $(CIFAR) --out $(CIFAR)/encoder --patch-size 4 --epochs 5 --batch-size 128
+	$(RUN) -m dataset.standin_encoder $(CIFAR) --kind convnet --out $(CIFAR)/judge --epochs 5 --batch-size 128
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32 --encoder $(CIFAR)/encoder --token-grid 8
 	$(RUN) sweep.py --config digits --out $(STUDY)/digits \
 		--routing residual dar attnres unet --query timestep static dynamic --alignment none repa --seeds 0 1
@@ -73,4 +76,4 @@ study-cpu: digits cifar10
 		--out $(STUDY)/cifar10-cpu
 
 test: setup
-	$(RUN) -m pytest -q --durations=15 tests
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --durations 15 tests
