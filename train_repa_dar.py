@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import time
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -28,14 +29,14 @@ from kernels import resolve_backend
 from loss import Loss
 from models.cost import flops_per_image, parameters_by_part, peak_flops
 from models.sit import SIT_MODELS
-from runtime import Ranks, Stop, Tally, Use, derive_seed, environment, plain_errors
+from runtime import Ranks, Stop, Tally, Use, derive_seed, environment, plain_errors, tf32
 
 KERNELS = {"torch": "plain PyTorch", "triton": "fused Triton kernels"}
 
 
 def main(argv=None):
     config = configuration.parse(argv)
-    with Ranks() as ranks:
+    with Ranks() as ranks, tf32(config.tf32):
         with plain_errors(ValueError, OSError):
             trainer = Trainer(config, ranks)
             trainer.describe()
@@ -54,17 +55,14 @@ class Trainer:
     def __init__(self, config, ranks):
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.share, self.micro = split_batch(config, ranks.world)
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = config.tf32
         bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
         resolve_backend(config.route_backend, self.device)  # refuses one that cannot run here
 
         self.inputs = Inputs(config, ranks)
         self.loss = Loss(config.path, config.time_sampling, config.proj_coeff, config.spatial_norm)
-        self.aligned_steps = (
-            min(config.align_steps or config.max_steps, config.max_steps) if self.inputs.encoders else 0
-        )
+        last = min(config.align_steps or config.max_steps, config.max_steps)
+        self.aligned_steps = last if self.inputs.encoders else 0
         self.arguments = config.model_arguments() | {
             "input_size": self.inputs.shape[1],
             "in_channels": self.inputs.shape[0],
@@ -96,16 +94,13 @@ class Trainer:
             route_backend=config.route_backend,
             checkpoint_activations=config.checkpoint_activations,
         )
-        if config.init_from:  # replaced by the checkpoint of a run that goes on
+        if config.init_from and not Path(config.out, "last.pt").is_file():
             try:
                 missing, unused = load_published(model, load_weights(config.init_from), config.new_labels)
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
-            labels = "; label table: anew" if config.new_labels else ""
-            self.say(
-                f"initial weights from {config.init_from}; not in it: {abridged(missing)}; "
-                f"not used: {abridged(unused)}{labels}"
-            )
+            absent = f"not in it: {abridged(missing)}; not used: {abridged(unused)}"
+            self.say(f"initial weights from {config.init_from}; {absent}" + "; label table: anew" * config.new_labels)
         return model
 
     def open_folder(self):
@@ -139,16 +134,10 @@ class Trainer:
         config, progress = self.config, self.progress
         if config.compile:
             self.model.compile()
-        bar = tqdm(
-            desc=self.folder.path.name,
-            initial=progress["step"],
-            total=config.max_steps,
-            unit="step",
-            disable=not self.ranks.main,
-            mininterval=1,
-        )
+        shown = {"desc": self.folder.path.name, "unit": "step", "mininterval": 1, "disable": not self.ranks.main}
+        bar = tqdm(initial=progress["step"], total=config.max_steps, **shown)
         with Stop("stopping: the run is saved first", self.ranks) as stop:
-            stopped_by = self.look_inside(stop, bar)
+            stopped_by = self.evaluate_if_due(stop, bar)
             clock = time.perf_counter()
             for batch in self.batches() if not stopped_by else ():
                 self.train_step(batch)
@@ -170,7 +159,7 @@ class Trainer:
                     bar.set_postfix(self.write_log())
                 if save_due:  # before the evaluation, which may take long
                     self.save(snapshot)
-                stopped_by = stopped_by or self.look_inside(stop, bar)
+                stopped_by = stopped_by or self.evaluate_if_due(stop, bar)
                 if stopped_by:
                     break
                 clock = time.perf_counter()
@@ -274,7 +263,7 @@ class Trainer:
         step, seconds = self.progress["step"], round(self.progress["seconds"], 3)
         return {"step": step, "images": step * self.config.batch_size, "seconds": seconds}
 
-    def look_inside(self, stop, bar):
+    def evaluate_if_due(self, stop, bar):
         """Do what is due of evaluation and diagnosis. Returns the signal that cut it short, after saving, or 0."""
         progress = self.progress
         if not (progress["evaluation_due"] or progress["diagnosis_due"]):
