@@ -1,4 +1,4 @@
-"""The interpolant, the training times and the two losses (loss.py) against calculus and numpy in float64.
+"""The interpolant, the training times and the losses (loss.py) against calculus and numpy in float64.
 
 Shapes: B batch, C channels, H = W size, T tokens.
 """
@@ -12,6 +12,8 @@ import torch
 
 from loss import (
     PATHS,
+    Draws,
+    Loss,
     alignment_loss,
     denoising_loss,
     interpolant,
@@ -24,84 +26,53 @@ DEFINITIONS = {  # alpha(t), sigma(t) of x_t = alpha x + sigma eps
     "linear": (lambda t: 1 - t, lambda t: t),
     "cosine": (lambda t: math.cos(math.pi * t / 2), lambda t: math.sin(math.pi * t / 2)),
 }
+each_path = pytest.mark.parametrize("path", DEFINITIONS)
 
 
 def pair(seed=0, shape=(3, 2, 5, 5)):
     torch.manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    return torch.randn(2, *shape, dtype=torch.float64)
 
 
 # ---- the path ----
 
 
-def test_every_path_is_tested():
+@each_path
+def test_the_path_and_its_derivative(path):
     assert set(PATHS) == set(DEFINITIONS)
-
-
-@pytest.mark.parametrize("path", DEFINITIONS)
-def test_noisy_image_is_the_path_at_t(path):
-    x, noise = pair()
+    (x, noise), (alpha, sigma), step = pair(), DEFINITIONS[path], 1e-5
     t = torch.tensor([0.1, 0.5, 0.85], dtype=torch.float64)
-    x_t, _ = interpolant(x, noise, t, path)
-    alpha, sigma = DEFINITIONS[path]
-    for i, time in enumerate(t.tolist()):  # every image has its own time
-        torch.testing.assert_close(x_t[i], alpha(time) * x[i] + sigma(time) * noise[i])
-
-
-@pytest.mark.parametrize("path", DEFINITIONS)
-def test_velocity_is_the_derivative_of_the_path(path):
-    x, noise = pair()
-    t = torch.tensor([0.1, 0.5, 0.85], dtype=torch.float64)
-    by_autograd = torch.stack(
-        [
-            torch.autograd.functional.jacobian(
-                lambda time: interpolant(x[i : i + 1], noise[i : i + 1], time.view(1), path)[0][0], t[i]
-            )
-            for i in range(3)
-        ]
-    )
     x_t, velocity = interpolant(x, noise, t, path)
-    torch.testing.assert_close(velocity, by_autograd)
-    step = 1e-5
+    for i, time in enumerate(t):  # every image has its own time
+        torch.testing.assert_close(x_t[i], alpha(time) * x[i] + sigma(time) * noise[i])
+        by_autograd = torch.autograd.functional.jacobian(
+            lambda s, i=i: interpolant(x[i, None], noise[i, None], s[None], path)[0][0], time
+        )
+        torch.testing.assert_close(velocity[i], by_autograd)
     by_difference = (interpolant(x, noise, t + step, path)[0] - interpolant(x, noise, t - step, path)[0]) / (2 * step)
     torch.testing.assert_close(velocity, by_difference, atol=1e-8, rtol=1e-8)
     if path == "linear":
         torch.testing.assert_close(velocity, noise - x)
-
-
-@pytest.mark.parametrize("path", DEFINITIONS)
-def test_path_runs_from_data_to_noise(path):
-    x, noise = pair()
-    torch.testing.assert_close(interpolant(x, noise, torch.zeros(3, dtype=torch.float64), path)[0], x)
-    torch.testing.assert_close(interpolant(x, noise, torch.ones(3, dtype=torch.float64), path)[0], noise)
-
-
-@pytest.mark.parametrize("path", DEFINITIONS)
-def test_coefficients_have_the_shape_and_dtype_of_t(path):
+    torch.testing.assert_close(interpolant(x, noise, torch.zeros_like(t), path)[0], x)  # from data
+    torch.testing.assert_close(interpolant(x, noise, torch.ones_like(t), path)[0], noise)  # to noise
     t = torch.rand(2, 3)
-    for coefficient in path_coefficients(t, path):
-        assert coefficient.shape == t.shape and coefficient.dtype == t.dtype
+    assert all(value.shape == t.shape and value.dtype == t.dtype for value in path_coefficients(t, path))
 
 
 # ---- training times ----
 
 
-@pytest.mark.parametrize("path", DEFINITIONS)
-def test_uniform_times_are_the_uniform_draws(path):
-    uniform, normal = torch.rand(5), torch.randn(5)
-    assert torch.equal(sample_times(uniform, normal, "uniform", path), uniform)
-
-
-@pytest.mark.parametrize("path", DEFINITIONS)
+@each_path
 def test_lognormal_times_have_a_lognormal_noise_level(path):
     """sigma / alpha at the returned time is exp(N(0, 1)) itself."""
     normal = torch.tensor([-4.0, -1.0, 0.0, 0.5, 3.0], dtype=torch.float64)
-    t = sample_times(torch.rand(5, dtype=torch.float64), normal, "lognormal", path)
+    uniform, (alpha, sigma) = torch.rand(5, dtype=torch.float64), DEFINITIONS[path]
+    t = sample_times(uniform, normal, "lognormal", path)
     assert ((0 < t) & (t < 1)).all() and (t.diff() > 0).all()
-    alpha, sigma = DEFINITIONS[path]
     levels = torch.tensor([sigma(time) / alpha(time) for time in t.tolist()], dtype=torch.float64)
     torch.testing.assert_close(levels, normal.exp())
     assert t[2].item() == pytest.approx(0.5)
+    assert torch.equal(sample_times(uniform, normal, "uniform", path), uniform)
 
 
 @pytest.mark.parametrize(
@@ -119,23 +90,7 @@ def test_unknown_names_are_refused(call, bad):
         call()
 
 
-# ---- losses ----
-
-
-def test_denoising_loss_is_the_mean_square_error():
-    velocity, target = pair()
-    expected = np.mean((velocity.numpy() - target.numpy()) ** 2)
-    assert denoising_loss(velocity, target).item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("dtype, value", [(torch.float16, 300.0), (torch.bfloat16, 300.0)], ids=str)
-def test_denoising_loss_is_float32(dtype, value):
-    """300^2 overflows float16, and bf16 keeps two or three digits of it."""
-    velocity, target = torch.full((2, 1, 2, 2), value, dtype=dtype), torch.zeros(2, 1, 2, 2)
-    velocity[0] = 1
-    loss = denoising_loss(velocity, target)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx((1 + 300.0**2) / 2, rel=1e-6)
+# ---- the whole loss ----
 
 
 def closed_form(aligned, features):
@@ -147,7 +102,84 @@ def closed_form(aligned, features):
     return -np.mean([cosine.mean() for cosine in cosines])
 
 
-@pytest.mark.parametrize("depths, dims", [(1, (8,)), (1, (8, 5)), (3, (8,)), (2, (8, 5, 3))])
+@each_path
+@pytest.mark.parametrize("sampling", ["uniform", "lognormal"])
+def test_draws_follow_from_the_generator(path, sampling):
+    """The log of the noise level is normal; noise is normal and label draws are uniform, and all are independent."""
+    loss, B = Loss(path, sampling), 8000
+    before = torch.get_rng_state()
+    draws, again, other = (loss.draw((B, 1, 2, 2), torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(before, torch.get_rng_state())
+    for name in ("t", "noise", "label"):
+        value = getattr(draws, name)
+        assert torch.equal(value, getattr(again, name)) and not torch.equal(value, getattr(other, name))
+        assert torch.equal(getattr(draws[2:5], name), value[2:5])
+    assert Draws(draws.t, draws.noise)[2:5].label is None
+    t, label, noise = draws.t.double(), draws.label.double(), draws.noise.double()
+    if sampling == "lognormal":
+        level = (torch.tan(t * math.pi / 2) if path == "cosine" else t / (1 - t)).log()
+        assert abs(level.mean()) < 0.05 and level.std().item() == pytest.approx(1, abs=0.05)
+    uniforms = [label] if sampling == "lognormal" else [label, t]
+    for uniform in uniforms:
+        counts = torch.histc(uniform, 8, 0, 1)
+        assert counts.sum() == B and (counts - B / 8).abs().max() < 5 * math.sqrt(B / 8)
+    assert noise.shape == (B, 1, 2, 2) and abs(noise.mean()) < 0.03 and noise.std().item() == pytest.approx(1, abs=0.03)
+    correlations = torch.corrcoef(torch.stack([t, label, *noise.flatten(1).T])) - torch.eye(6)
+    assert correlations.abs().max() < 0.06
+
+
+@each_path
+@pytest.mark.parametrize("gamma", [None, 0.0, 0.6])
+@pytest.mark.parametrize("depths", [0, 1, 2], ids="{}-aligned".format)
+def test_the_loss_is_the_sum_of_its_parts(path, gamma, depths):
+    """By hand in float64, for a model whose outputs depend on all that it is given; so for parts of a batch."""
+    loss, B, seeded = Loss(path, proj_coeff=0.3, spatial_norm=gamma), 4, torch.Generator().manual_seed(0)
+    x, labels = torch.randn(B, 2, 3, 3, generator=seeded), torch.arange(B)
+    tokens = [torch.randn(B, 5, dim, generator=seeded) for dim in (4, 6)]
+    guesses = [0.5 * y + torch.randn(y.shape, generator=seeded) for y in tokens * depths]
+    draws = loss.draw(x.shape, seeded)
+
+    def model(x_t, t, y, label_draw):
+        return x_t.cos() + (t + y + 2 * label_draw)[:, None, None, None], [guess[y] for guess in guesses]
+
+    total, parts = loss(model, x, labels, draws, tokens if depths else None)
+
+    t, label, x_, noise = (value.double().numpy() for value in (draws.t, draws.label, x, draws.noise))
+    (alpha, sigma), step = DEFINITIONS[path], 1e-6
+    error = 0
+    for i in range(B):
+        d_alpha, d_sigma = ((f(t[i] + step) - f(t[i] - step)) / (2 * step) for f in (alpha, sigma))
+        velocity = np.cos(alpha(t[i]) * x_[i] + sigma(t[i]) * noise[i]) + t[i] + i + 2 * label[i]
+        error += np.mean((velocity - (d_alpha * x_[i] + d_sigma * noise[i])) ** 2) / B
+    y = [encoded.double() for encoded in tokens]
+    if gamma is not None:
+        y = [(v - gamma * v.mean(1, keepdim=True)) / (v.var(1, keepdim=True).sqrt() + 1e-6) for v in y]
+    alignment = closed_form(guesses, y) if depths else 0.0
+    assert parts.keys() == {"denoising_loss", "alignment_loss"} and total.shape == ()
+    assert parts["denoising_loss"].item() == pytest.approx(error, rel=1e-5)
+    assert parts["alignment_loss"].item() == pytest.approx(alignment, abs=1e-6) and (alignment < -0.1 or not depths)
+    assert total.item() == pytest.approx(error + 0.3 * alignment, rel=1e-5)
+
+    def part(rows):
+        return loss(model, x[rows], labels[rows], draws[rows], [value[rows] for value in tokens])[0].item()
+
+    assert (part(slice(0, 2)) + part(slice(2, 4))) / 2 == pytest.approx(total.item(), rel=1e-5)
+
+
+# ---- the losses ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_denoising_loss_is_float32(dtype):
+    """300^2 overflows float16, and bf16 keeps two or three digits of it."""
+    velocity, target = torch.full((2, 1, 2, 2), 300.0, dtype=dtype), torch.zeros(2, 1, 2, 2)
+    velocity[0] = 1
+    loss = denoising_loss(velocity, target)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx((1 + 300.0**2) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("depths, dims", [(1, (8,)), (1, (8, 5)), (3, (8,)), (2, (8, 5, 3)), (2, (6, 6))])
 def test_alignment_loss_equals_the_closed_form(depths, dims):
     torch.manual_seed(0)
     features = [torch.randn(3, 7, dim) for dim in dims]
@@ -160,38 +192,20 @@ def test_alignment_loss_equals_the_closed_form(depths, dims):
     loss.backward()
     count = len(aligned) * 3 * 7
     for i, z in enumerate(aligned):  # d cos / dz = (y/|y| - cos z/|z|) / |z|
-        unit_z = z.detach().double() / z.detach().double().norm(dim=-1, keepdim=True)
-        y = features[i % len(dims)].double()
+        size = z.detach().double().norm(dim=-1, keepdim=True)
+        unit_z, y = z.detach().double() / size, features[i % len(dims)].double()
         unit_y = y / y.norm(dim=-1, keepdim=True)
-        cosine = (unit_z * unit_y).sum(-1, keepdim=True)
-        expected = -(unit_y - cosine * unit_z) / z.detach().double().norm(dim=-1, keepdim=True) / count
+        expected = -(unit_y - (unit_z * unit_y).sum(-1, keepdim=True) * unit_z) / size / count
         torch.testing.assert_close(z.grad.double(), expected, atol=1e-7, rtol=1e-4)
+    for scale in (7, -0.1):
+        scaled = [scale * y for y in features * depths]
+        assert alignment_loss(scaled, features).item() == pytest.approx(-math.copysign(1, scale), abs=1e-6)
 
 
-def test_two_encoders_of_one_width_are_told_apart_by_order():
-    torch.manual_seed(0)
-    first, second = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    assert alignment_loss([first, second] * 2, [first, second]).item() == pytest.approx(-1, abs=1e-6)
-    assert alignment_loss([first, second, second, first], [first, second]).item() > -0.95
+HALF = [(torch.float16, 5e4), (torch.float16, 1e-4), (torch.bfloat16, 1e15), (torch.bfloat16, 1e-6)]
 
 
-def test_scale_and_sign():
-    y = torch.randn(2, 3, 4)
-    assert alignment_loss([7 * y], [y]).item() == pytest.approx(-1, abs=1e-6)
-    assert alignment_loss([-0.1 * y], [y]).item() == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "dtype, size",
-    [
-        (torch.float16, 5e4),
-        (torch.float16, 1e-4),
-        (torch.bfloat16, 1e15),
-        (torch.bfloat16, 1e-6),
-        (torch.float32, 1e15),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype, size", [*HALF, (torch.float32, 1e15)], ids=str)
 def test_half_precision_is_normalised_in_float32(dtype, size):
     """Their squares overflow or vanish in half precision, a known source of NaN late in training."""
     torch.manual_seed(0)
@@ -212,18 +226,13 @@ def test_zero_tokens_stay_finite():
     assert loss.item() == 0 and z.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "projected, target", [((2, 16, 8), (2, 64, 8)), ((2, 16, 8), (2, 16, 5)), ((2, 16, 8), (1, 16, 8))]
-)
-def test_tokens_that_do_not_match_are_both_named(projected, target):
-    with pytest.raises(ValueError, match=f"{re.escape(str(projected))}.*{re.escape(str(target))}"):
-        alignment_loss([torch.randn(projected)], [torch.randn(target)])
-
-
-@pytest.mark.parametrize("projections, encoders", [(3, 2), (1, 2), (1, 0)])
-def test_projections_that_cannot_be_shared_among_encoders_are_refused(projections, encoders):
-    with pytest.raises(ValueError, match=f"{projections} projections .* {encoders} encoders"):
-        alignment_loss([torch.randn(1, 2, 3)] * projections, [torch.randn(1, 2, 3)] * encoders)
+@pytest.mark.parametrize("target", [(2, 64, 8), (2, 16, 5), (1, 16, 8)])
+def test_tokens_that_do_not_match_are_both_named(target):
+    with pytest.raises(ValueError, match=rf"\(2, 16, 8\).*{re.escape(str(target))}"):
+        alignment_loss([torch.randn(2, 16, 8)], [torch.randn(target)])
+    for projections, encoders in ((3, 2), (1, 2), (1, 0)):
+        with pytest.raises(ValueError, match=f"{projections} projections .* {encoders} encoders"):
+            alignment_loss([torch.randn(1, 2, 3)] * projections, [torch.randn(1, 2, 3)] * encoders)
 
 
 # ---- iREPA's normalisation of the encoder's tokens ----
@@ -262,8 +271,5 @@ def test_tokens_without_spread_stay_finite(gamma):
         loss = alignment_loss([z], [spatial_normalisation(same, gamma)])
         loss.backward()
         assert loss.isfinite() and z.grad.isfinite().all()
-
-
-def test_a_single_token_has_no_spread():
-    with pytest.raises(ValueError, match=r"spatial_norm = 0.6: .*\(2, 1, 5\).*at least two"):
-        spatial_normalisation(torch.randn(2, 1, 5), 0.6)
+    with pytest.raises(ValueError, match=rf"spatial_norm = {gamma}: .*\(2, 1, 5\).*at least two"):
+        spatial_normalisation(torch.randn(2, 1, 5), gamma)
