@@ -88,9 +88,10 @@ def run(options: Options, ranks: Ranks):
         raise ValueError(f"save_reference = {kept!r}: must end in .npz")
     with ranks.one_first():
         inception = features.InceptionFeatures(options.inception).to(ranks.device)
-        networks = [inception]
+        networks, dinov2 = [inception], None
         if options.fd_dinov2:
-            networks.append(features.DinoV2Features(options.dinov2, options.dinov2_weights).to(ranks.device))
+            dinov2 = features.DinoV2Features(options.dinov2, options.dinov2_weights).to(ranks.device)
+            networks.append(dinov2)
     known = npz_statistics(options.reference, inception) if options.reference.is_file() else {}
     if kept and known:
         raise ValueError(f"save_reference = {kept!r}: {str(options.reference)!r} has its statistics")
@@ -107,16 +108,12 @@ def run(options: Options, ranks: Ranks):
     metrics, warnings = measure(batches(samples, "samples"), len(samples), reference, *judge, samples.labels)
     if not ranks.main:
         return
-    sizes = {what: f"{source.size[0]} x {source.size[1]}" for what, source in (("own", samples), ("other", images))}
     if samples.size != images.size:
-        warnings.append(
-            f"samples are {sizes['own']} pixels, the reference's images {sizes['other']}: resizing differs too"
-        )
+        own, other = (f"{source.size[0]} x {source.size[1]}" for source in (samples, images))
+        warnings.append(f"samples are {own} pixels, the reference's images {other}: resizing differs too")
     if not inception.is_published:
-        warnings.append(
-            f"{inception.file} is not the published Inception file (by its checksum): numbers compare only "
-            "with others of the same file"
-        )
+        unknown = f"{inception.file} is not the published Inception file (by its checksum)"
+        warnings.append(f"{unknown}: numbers compare only with others of the same file")
     warnings += samples.warnings + [f"reference: {warning}" for warning in images.warnings]
     result = {
         "metrics": metrics,
@@ -135,10 +132,13 @@ def run(options: Options, ranks: Ranks):
             "precision_recall_images": len(reference.chosen),
         },
         "inception": {"file": inception.file.name, "sha256": inception.sha256, "published": inception.is_published},
-        "dinov2": [
-            {"name": dinov2.name, "fingerprint": dinov2.encoder.fingerprint, "positions": dinov2.position_embedding}
-            for dinov2 in networks[1:]
-        ],
+        "dinov2": dinov2
+        and {
+            "name": dinov2.name,
+            "fingerprint": dinov2.encoder.fingerprint,
+            "reference_images": len(images),
+            "position_embedding": dinov2.position_embedding,
+        },
         "precision": "float32 without TF32; statistics in float64",
         "batch_size": options.batch_size,
         "versions": {name: version(name) for name in LIBRARIES},

@@ -14,13 +14,6 @@ moves FID. It holds
     settings.json       the settings, and where each start of the command ran
     samples/CHUNK.npy   64 images each; may be deleted once the npz is there
 
-| preset         | sampler                         | network evaluations per image |
-| -------------- | ------------------------------- | ----------------------------- |
-| repa-sde-250   | Euler-Maruyama                  | 250                           |
-| sit-ode-250    | Heun, 125 steps                 | 249: the last step takes one  |
-| paper-cfg-1.5  | Euler-Maruyama, guidance 1.5    | 250, each for two labels      |
-| fast-ode-50    | Euler, for a quick look         | 50                            |
-
 Shapes: B batch, N all images, C channels of what SiT sees, S its size, H = W pixels.
 """
 
@@ -64,8 +57,9 @@ class Options:
     """Ours (last.pt), or weights that SiT or REPA has released."""
     out: str = ""
     """Folder to write. Empty: samples/{run}-{step}-{sampler}-{hash of the settings}."""
-    preset: Literal["repa-sde-250", "sit-ode-250", "paper-cfg-1.5", "fast-ode-50"] = "repa-sde-250"
-    """Sampler, steps and guidance scale; any of these given by hand wins over it."""
+    preset: Literal["repa-sde-250", "paper-cfg-1.5", "sit-ode-250", "fast-ode-50"] = "repa-sde-250"
+    """Sampler, steps and guidance scale, of which any given by hand wins: Euler-Maruyama with 250 steps, without and
+    with guidance 1.5; Heun with 125 steps, hence 249 evaluations; Euler with 50, for a quick look."""
     sampler: Literal["euler", "heun", "sde"] | None = None
     """ODE by Euler or Heun, or SDE by Euler-Maruyama."""
     steps: int | None = None

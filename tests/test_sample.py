@@ -1,17 +1,11 @@
 """Drawing images from checkpoints: the same ones whatever the processes, the batch and what kills the command."""
 
-import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
-import shlex
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -23,13 +17,12 @@ from PIL import Image
 import train_repa_dar
 from checkpoint import load_file, load_trained
 from eval import sample as sampling
-from eval import samplers
-from eval.samplers import IndexedNoise, sample_ode, sample_sde
+from eval.samplers import draw
 from models.autoencoder import Pixels
 from models.sit import SIT_MODELS
 from runtime import Ranks, Use, derive_seed, lock_folder
-from tests.conftest import ROOT
 from tests.test_autoencoder import save_kl
+from tests.test_online import forked
 
 COUNT = 150  # two whole chunks, and part of a third
 FEW = ["--sampler", "sde", "--steps", "4", "--cfg-scale", "1.5"]
@@ -69,26 +62,16 @@ def npz(folder):
     return np.load(folder / f"{folder.name}.npz")
 
 
-def forked(*commands, patches=()):
-    """Exit statuses of commands that run together, one process each, in children that begin with `patches`."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+def sending(number, where, name, when):
+    """The function `where.name`, which first sends its process a signal where `when` says so of its arguments."""
+    original = getattr(where, name)
 
-    def run(rank, words):
-        if len(commands) > 1:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(commands)), LOCAL_RANK=str(rank))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        for name, patched in patches:
-            setattr(sampling, name, functools.partial(patched, getattr(sampling, name)))
-        sampling.main(words)
+    def patched(*arguments, **options):
+        if when(*arguments):
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
 
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=run, args=each) for each in enumerate(commands)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-    return [child.exitcode for child in children]
+    return patched
 
 
 def settings(**changes):
@@ -112,75 +95,40 @@ def small_model():
 
 def test_two_processes_and_another_batch_change_only_rounding(checkpoint, whole, tmp_path):
     words = arguments(checkpoint, tmp_path / "two", "--batch-size", 23)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval.sample"]
-    done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked(*2 * [functools.partial(sampling.main, words)]) == [0, 0]
     one, two = npz(whole), npz(tmp_path / "two")
     assert np.array_equal(one["arr_1"], two["arr_1"])
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
     assert one["arr_0"].std(0).mean() > 20  # the images do differ from each other
     starts = json.loads((tmp_path / "two" / "settings.json").read_text())["starts"]
     assert [(start["processes"], start["batch_size"]) for start in starts] == [(2, 23)]
-    assert starts[0]["command"] == shlex.join(["python", "-m", "eval.sample", *words])
 
 
-@pytest.mark.parametrize("sampler", ["sde", "euler"])
-def test_noise_and_labels_of_an_index_do_not_depend_on_the_batch(monkeypatch, sampler):
-    seen = {}
-
-    def recorded(solver):
-        def solve(model, noise, y, step_noise=None, **options):
-            draws = [noise] + [step_noise() for _ in range(2) if step_noise]
-            for row, index in enumerate(seen["indices"]):
-                seen["drawn"][index] = torch.stack([draw[row] for draw in draws]), y[row]
-            return solver(model, noise, y, **options)
-
-        return solve
-
-    for name, solver in (("sample_ode", sample_ode), ("sample_sde", sample_sde)):
-        monkeypatch.setattr(samplers, name, recorded(solver))
-    drawn = {}
-    for size in (20, 7, 1):
-        seen["drawn"] = drawn[size] = {}
-        for first in range(0, 20, size):
-            seen["indices"] = range(first, min(first + size, 20))
-            sampling.sample_images(small_model(), Pixels(), settings(sampler=sampler), seen["indices"], CPU)
-    for size in (7, 1):
-        for index, (noise, label) in drawn[20].items():
-            assert torch.equal(drawn[size][index][0], noise) and drawn[size][index][1] == label
-            assert noise.dtype == torch.float32
-    assert len({noise[0, 0, 0, 0].item() for noise, _ in drawn[20].values()}) == 20
+def in_second_chunk(model, autoencoder, settings, indices, device):
+    return indices[0] >= 64
 
 
 def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
-    """In the second chunk, in the writing of the third, and in that of the npz; then by another number of processes."""
+    """In the second chunk, before the third is whole, and in the npz; then by another number of processes."""
 
-    def in_second_chunk(original, model, autoencoder, settings, indices, device):
-        if indices[0] >= 64:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(model, autoencoder, settings, indices, device)
-
-    @contextlib.contextmanager
-    def in_third_write(original, path):
-        with original(path) as file:
-            yield file
-            if path.name == "00002.npy":
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def in_npz(original, archive, name):
-        if name == "arr_1.npy":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(archive, name)
+    def run(*patch):
+        setattr(*patch[:2], sending(signal.SIGKILL, *patch))
+        sampling.main(words)
 
     folder = tmp_path / "killed" / whole.name
     words = arguments(checkpoint, folder)
-    patches = [("sample_images", in_second_chunk), ("replaced", in_third_write), ("member", in_npz)]
-    for chunks, patch in enumerate(patches, start=1):
-        assert forked(words, patches=[patch]) == [-signal.SIGKILL]
+    for chunks, patch in enumerate(
+        [
+            (sampling, "sample_images", in_second_chunk),
+            (os, "replace", lambda source, target: target.name == "00002.npy"),
+            (sampling, "member", lambda archive, name: name == "arr_1.npy"),
+        ],
+        start=1,
+    ):
+        assert forked(functools.partial(run, *patch)) == [-signal.SIGKILL]
         assert len(list((folder / "samples").glob("*.npy"))) == chunks and not list(folder.glob("*.npz"))
     (folder / "samples" / "00001.npy").unlink()
-    assert forked(words, words) == [0, 0]
+    assert forked(*2 * [functools.partial(sampling.main, words)]) == [0, 0]
     for name in ("drawn.npz", "grid.png"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert len(json.loads((folder / "settings.json").read_text())["starts"]) == 4
@@ -188,39 +136,25 @@ def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
 
 def test_ctrl_c_says_that_the_same_command_goes_on(checkpoint, whole, tmp_path, capfd, monkeypatch):
     folder = tmp_path / whole.name
-
-    def interrupted(model, autoencoder, settings, indices, device, original=sampling.sample_images):
-        if indices[0] >= 64:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(model, autoencoder, settings, indices, device)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command again goes on from here"):
-        patch.setattr(sampling, "sample_images", interrupted)
+        patch.setattr(sampling, "sample_images", sending(signal.SIGINT, sampling, "sample_images", in_second_chunk))
         sampling.main(arguments(checkpoint, folder))
     sampling.main(arguments(checkpoint, folder))
     assert f"{COUNT - 64} of {COUNT} images" in capfd.readouterr().out
     assert (folder / "drawn.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
 
 
-def test_images_are_those_of_the_samplers():
-    """By hand, from the noise of each index: ODE, SDE, guidance with its interval, path."""
+def test_images_are_drawn_as_the_settings_say():
+    """Against the sampler itself, which tests/test_samplers.py compares with closed forms."""
     model, indices = small_model(), [3, 17, 4]
-    seeds = [derive_seed(5, Use.SAMPLE, i) for i in indices]
-    y = sampling.labels_of(settings(), indices, 4)
-    for chosen in (
-        settings(),
-        settings(sampler="heun", cfg_scale=1.5),
-        settings(sampler="sde", path="cosine"),
-        settings(sampler="sde", cfg_scale=2.0, guidance_interval=(0.3, 0.8)),
+    seeds, y = [derive_seed(5, Use.SAMPLE, i) for i in indices], sampling.labels_of(settings(), indices, 4)
+    for changes in (
+        {"sampler": "heun", "cfg_scale": 1.5},
+        {"sampler": "sde", "path": "cosine"},
+        {"sampler": "sde", "cfg_scale": 2.0, "guidance_interval": (0.3, 0.8)},
     ):
-        noise = IndexedNoise(seeds, (3, 8, 8), "cpu")
-        common = dict(num_steps=3, cfg_scale=chosen.cfg_scale, path=chosen.path)
-        common["guidance_interval"] = chosen.guidance_interval
-        if chosen.sampler == "sde":
-            x = sample_sde(model, noise(), y, step_noise=noise, **common)
-        else:
-            x = sample_ode(model, noise(), y, solver=chosen.sampler, **common)
-        got = sampling.sample_images(model, Pixels(), chosen, indices, CPU)
+        x = draw(model, seeds, (3, 8, 8), y, num_steps=3, **changes)
+        got = sampling.sample_images(model, Pixels(), settings(**changes), indices, CPU)
         assert got.dtype == torch.uint8 and torch.equal(got, Pixels().decode(x))
 
 
@@ -256,11 +190,8 @@ def test_labels_are_balanced_shuffled_and_of_the_index_alone():
     scattered = [49_999, 3, 1000, 17]
     assert sampling.labels_of(settings(num_samples=7), scattered, 1000).tolist() == drawn[scattered].tolist()
     assert not torch.equal(sampling.labels_of(settings(seed=6), range(1000), 1000), drawn[:1000])
-
-
-def test_chosen_classes():
-    drawn = sampling.labels_of(settings(classes=(7, 2, 5)), range(10), 9)
-    assert all(sorted(drawn[first : first + 3].tolist()) == [2, 5, 7] for first in (0, 3, 6))
+    chosen = sampling.labels_of(settings(classes=(7, 2, 5)), range(10), 9)
+    assert all(sorted(chosen[first : first + 3].tolist()) == [2, 5, 7] for first in (0, 3, 6))
 
 
 # ---- settings ----
@@ -294,38 +225,21 @@ def test_presets_and_what_wins_over_them(preset, sampler, steps, scale, evaluati
     assert {name: getattr(got, name) for name in given} == given
 
 
-def test_every_setting_changes_the_hash():
-    base = {"cfg_scale": 1.5}
-    changes = [
-        {},
-        {"preset": "sit-ode-250"},
-        {"sampler": "euler"},
-        {"steps": 249},
-        {"cfg_scale": 1.4},
-        {"guidance_interval": (0.0, 0.7)},
-        {"path": "linear"},
-        {"precision": "bf16"},
-        {"num_samples": 10},
-        {"seed": 1},
-        {"classes": (1, 2)},
-    ]
-    digits = [resolved(**{**base, **change}).digits() for change in changes]
+def test_every_setting_changes_the_hash_and_nothing_else():
+    words = {"preset": "sit-ode-250", "sampler": "euler", "steps": 249, "cfg_scale": 1.4, "path": "linear", "seed": 1}
+    words |= {"guidance_interval": (0.0, 0.7), "precision": "bf16", "num_samples": 10, "classes": (1, 2)}
+    base, weight = {"cfg_scale": 1.5}, small_model().final_layer.linear.bias
+    digits = [resolved(**base).digits(), resolved({"arguments": {"num_heads": 4}}, **base).digits()]
+    digits += [resolved(**{**base, name: value}).digits() for name, value in words.items()]
+    kept = weight[0].item()
+    weight[0] += 1e-6
+    digits.append(resolved(**base).digits())
+    weight[0] = kept
     assert len(set(digits)) == len(digits)
-    for field in ("weights", "autoencoder"):
-        assert settings(**{field: "other"}).digits() != settings().digits()
-    # And nothing else does.
+    assert settings(autoencoder="other").digits() != settings().digits()
     for same in ({"batch_size": 3}, {"out": "x"}, {"npz": False}, {"checkpoint": Path("y.pt")}, {"steps": 250}):
         assert resolved(**base, **same).digits() == digits[0]
     assert resolved(cfg_scale=2).digits() == resolved(cfg_scale=2.0).digits()
-
-
-def test_the_hash_knows_weights_and_architecture():
-    weight, kept = small_model().final_layer.linear.bias, small_model().final_layer.linear.bias[0].item()
-    found = [resolved({"arguments": {"num_heads": heads}}).digits() for heads in (2, 2, 4)]
-    weight[0] += 1e-6
-    found.append(resolved({"arguments": {"num_heads": 2}}).digits())
-    weight[0] = kept
-    assert found[0] == found[1] and len(set(found)) == 3
 
 
 @pytest.mark.parametrize(
@@ -398,7 +312,9 @@ def test_the_grid_shows_the_first_by_label(whole):
     order = npz(whole)["arr_1"][:64].argsort(kind="stable")
     for place in (0, 9, 63):
         row, column = 2 + 34 * (place // 8), 2 + 34 * (place % 8)
-        assert np.array_equal(grid[row : row + 32 : 4, column : column + 32 : 4], npz(whole)["arr_0"][order[place]])
+        for offset in (0, 3):  # magnified by repetition
+            tile = grid[row + offset : row + 32 : 4, column + offset : column + 32 : 4]
+            assert np.array_equal(tile, npz(whole)["arr_0"][order[place]])
 
 
 def test_settings_say_what_was_drawn_and_where(whole, checkpoint):
@@ -478,15 +394,15 @@ def test_folders_that_are_not_ours_are_refused(whole, checkpoint, tmp_path):
 
 
 def test_processes_that_do_not_see_one_folder_are_refused(checkpoint, tmp_path, capfd):
-    """As on two machines without a shared disk, on the second of which an earlier attempt has left files or not."""
+    """As on two machines without a shared disk; nor are those that have different weights."""
     content = load_file(checkpoint)
     content["emas"]["0.99"]["final_layer.linear.bias"] += 1
     torch.save(content, tmp_path / "last.pt")
-    shutil.copytree(checkpoint.parent, tmp_path / "same")
     seen, apart = arguments(checkpoint, tmp_path / "a" / "out"), arguments(checkpoint, tmp_path / "b" / "out")
-    assert forked(seen, apart) == [1, 1]
+    assert forked(*(functools.partial(sampling.main, words) for words in (seen, apart))) == [1, 1]
     assert "the processes disagree: " in capfd.readouterr().err and not list(tmp_path.rglob("*.npy"))
-    assert forked(seen, arguments(tmp_path / "last.pt", tmp_path / "a" / "out")) == [1, 1]
+    other = arguments(tmp_path / "last.pt", tmp_path / "a" / "out")
+    assert forked(*(functools.partial(sampling.main, words) for words in (seen, other))) == [1, 1]
     found = capfd.readouterr().err
     assert "the hash of the settings is" in found and "an --out that is on a disk they share" in found
     assert not list(tmp_path.rglob("*.npy"))
