@@ -3,11 +3,11 @@
     python sweep.py --config cifar10 --out sweeps/depth-chunk --routing dar --alignment repa \\
         --align-depth 2 4 6 --chunk-size 1 2 4 8 --seeds 0 1
 
-Every option of train_repa_dar.py takes several values here, and every combination is one cell: a run in OUT/NAME.
-Options without effect for a combination create no extra runs. Where an option is itself a list, commas join it:
-`--align-depth 4 2,6` makes two cells, the second aligned after two blocks. The cells run side by side on the GPUs of
-this machine, one after the other on a CPU, or on Slurm. Giving the same command again resumes the sweep. It writes
-OUT/sweep.png, sweep.md and sweep.json whenever a cell is complete. `train_repa_dar.py --help` lists all other options.
+Every option of train_repa_dar.py (see its --help) takes several values here, and every combination is a cell: a run in
+OUT/NAME. Options without effect for a combination create no extra runs. Commas join the values of an option that is a
+list: `--align-depth 4 2,6` makes two cells, the second aligned after two blocks. The cells run side by side on the GPUs
+of this machine, one after the other on a CPU, or on Slurm. Giving the same command again resumes the sweep. It writes
+OUT/sweep.png, sweep.md and sweep.json whenever a cell is complete.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import itertools
 import json
 import operator
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -49,7 +48,6 @@ LINGER = 300  # seconds that a stopped job leaves to Slurm to requeue or end it
 POLL = {"local": 1.0, "slurm": 5.0}  # seconds between two looks at the running cells
 ORDER = ("running", "failed", "stopped", "queued", "elsewhere", "waiting", "done")  # of the rows of the table
 LOG_TAIL = 1 << 16  # bytes of metrics.jsonl that a look reads
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit status of a trainer that has saved on a signal
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,9 @@ def main(argv: list[str] | None = None):
         for cell in cells:
             cell.state = "done" if complete(cell) else "waiting"
         if options.dry_run:
-            print(forecast(cells, options, len(places)))
+            rows, left = view(cells, options.metric)
+            total = f"{len(cells)} cells: {left}; {len(places)} at a time on {options.cluster}"
+            print(*("  ".join(row) for row in rows), total, sep="\n")
             return
         lock = lock_folder(Path(options.out))
     screen = Live(auto_refresh=False) if sys.stdout.isatty() else None
@@ -189,12 +189,11 @@ def check(cells: list[Cell], options: Options):
             raise ValueError(f"align_depth = {shown(config.align_depth)}: the model has only {depth} blocks")
         if config.batch_size % each:
             raise ValueError(f"batch_size = {config.batch_size} cannot be shared evenly among gpus_per_run = {each}")
-        networks, aligned = set(config.eval_encoder) - {"inception"}, set(config.encoder)
-        logged = {"fid": "inception" in config.eval_encoder, "frechet_distance": networks - aligned}
-        logged |= {"frechet_distance_aligned": networks & aligned}
-        metric = "fid" if options.metric.startswith("fid_") else options.metric
-        if metric in logged and not (config.eval_every and logged[metric]):
-            there = " or ".join(name for name, by in logged.items() if by and config.eval_every) or "loss"
+        judges, aligned = set(config.eval_encoder) if config.eval_every else set(), set(config.encoder)
+        logged = {"fid": judges & {"inception"}, "frechet_distance": judges - {"inception"} - aligned}
+        logged |= {"frechet_distance_aligned": judges & aligned}
+        if logged.get(options.metric.removesuffix("_5000").removesuffix("_10000")) == set():
+            there = " or ".join(name for name in logged if logged[name]) or "loss"
             judges = f"eval_every = {config.eval_every} and eval_encoder = {shown(config.eval_encoder)}"
             raise ValueError(f"metric = {options.metric!r} is not logged with {judges}; give --metric {there}")
 
@@ -208,8 +207,8 @@ def complete(cell: Cell) -> bool:
     if not is_ours(checkpoint) or checkpoint["step"] < cell.config.max_steps or checkpoint["evaluation_due"]:
         return False
     saved = {key: value for key, value in checkpoint["config"].items() if " " not in key}  # less what is no option
-    diagnosis_due = cell.config.diagnose_every and checkpoint["diagnosis_due"]
-    return not diagnosis_due and not configuration.differences(asdict(cell.config), saved)
+    due = cell.config.diagnose_every and checkpoint["diagnosis_due"]
+    return not due and not configuration.differences(asdict(cell.config), saved)
 
 
 # ---- where they run ----
@@ -231,8 +230,7 @@ def make_places(options: Options, count: int) -> list[dict]:
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * jobs
     jobs = jobs or max(1, gpus // each)
     if jobs * each > gpus:
-        need = f"{jobs} runs at a time with gpus_per_run = {each} need {jobs * each} GPUs"
-        raise ValueError(f"{need}; this machine has {gpus}")
+        raise ValueError(f"jobs = {jobs} of gpus_per_run = {each} need {jobs * each} GPUs; this machine has {gpus}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:gpus]
     names = visible if len(visible) == gpus and all(visible) else [str(i) for i in range(gpus)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i * each : (i + 1) * each])} for i in range(min(jobs, count))]
@@ -241,11 +239,9 @@ def make_places(options: Options, count: int) -> list[dict]:
 def make_executor(options: Options, folder: Path) -> submitit.Executor:
     """submitit's executor for one cell. Raises ValueError on parameters that it does not know, and without Slurm."""
     given = dict(word.partition("=")[::2] for word in options.slurm)
-    if not given.get("time", "").isdigit():
-        raise ValueError(
-            f"--slurm time={given.get('time', '')}: give the limit of one job in whole minutes, such as time=1440; "
-            "a run that needs longer is saved, queued again and goes on"
-        )
+    if not (minutes := given.get("time", "")).isdigit():
+        rest = "a run that needs longer is saved, queued again and goes on"
+        raise ValueError(f"--slurm time={minutes}: give the limit of a job in whole minutes, as time=1440; {rest}")
     parameters = {"name": Path(options.out).name, "tasks_per_node": 1}
     if not given.keys() & {"gres", "gpus_per_node", "gpus_per_task"}:
         parameters["gpus_per_node"] = options.gpus_per_run
@@ -264,7 +260,7 @@ def make_executor(options: Options, folder: Path) -> submitit.Executor:
 class Process(subprocess.Popen):
     """The trainer of one cell, with the methods of submitit's jobs. Its output goes to the cell's log."""
 
-    state = "RUNNING"
+    state, result = "RUNNING", subprocess.Popen.wait
 
     def __init__(self, words, log, environment):
         quiet = functools.partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)  # Slurm may send it to all processes
@@ -275,9 +271,6 @@ class Process(subprocess.Popen):
 
     def done(self, force_check=False):
         return self.poll() is not None
-
-    def result(self):
-        return self.wait()
 
     def cancel(self, check=True):
         self.terminate()  # the trainer saves
@@ -320,25 +313,22 @@ class Command:
 
 
 def start(cell: Cell, options: Options):
-    launch = [sys.executable]
-    if options.gpus_per_run > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus_per_run}"]
-    arguments = [*launch, str(TRAINER), *cell.words], str((cell.folder / "log").resolve()), cell.place
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus_per_run}"]
+    words = [sys.executable, *(launch if options.gpus_per_run > 1 else []), str(TRAINER), *cell.words]
+    arguments = words, str((cell.folder / "log").resolve()), cell.place
     if options.cluster == "local":
         cell.job = Process(*arguments)
         return
+    shutil.rmtree(cell.folder / "job", ignore_errors=True)  # of a sweep that was killed
     with submitit.helpers.clean_env():
         cell.job = make_executor(options, cell.folder / "job").submit(Command(*arguments))
 
 
 def earlier_job(cell: Cell, options: Options):
     """The Slurm job that an earlier command started for this cell, if it may still come to run."""
-    if options.cluster == "slurm":
-        for path in (cell.folder / "job").glob("*_submitted.pkl"):
-            job = submitit.SlurmJob(cell.folder / "job", path.name.partition("_")[0])
-            if not job.done(force_check=True):
-                return job
-    return None
+    paths = (cell.folder / "job").glob("*_submitted.pkl") if options.cluster == "slurm" else ()
+    jobs = (submitit.SlurmJob(path.parent, path.name.partition("_")[0]) for path in paths)
+    return next((job for job in jobs if not job.done(force_check=True)), None)
 
 
 # ---- the loop ----
@@ -399,7 +389,7 @@ def finish(cell: Cell, stop: Stop):
         cell.reason = one_line(error)
     if status == 0 or complete(cell):
         cell.state, cell.reason = "done", ""
-    elif stop.signal or status in STOPPED:
+    elif stop.signal or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         cell.state, cell.reason = "stopped", "by a signal"
     else:
         cell.state, cell.reason = "failed", ": ".join([cell.reason, *log_end(cell)[-1:]])
@@ -417,29 +407,33 @@ def log_end(cell: Cell) -> list[str]:
     return [line for line in text.splitlines() if line.strip() and "step/s" not in line and "s/step" not in line][-15:]
 
 
-# ---- progress ----
-
-
 def show(cells: list[Cell], options: Options, screen: Live | None, told: dict):
     """Draw the cells as a table on a terminal; elsewhere print a line when a cell has a new state or metric."""
-    logs = {cell.name: newest(cell) for cell in cells}
-    rows = {cell.name: row(cell, logs[cell.name], options.metric) for cell in cells}
+    rows, left = view(cells, options.metric)
     if screen:
         table = Table("cell", "state", "step", options.metric)
-        for cell in sorted(cells, key=lambda cell: ORDER.index(cell.state)):
-            table.add_row(*rows[cell.name])
-        screen.update(Group(summary(cells, logs), table), refresh=True)
+        for row in sorted(rows, key=lambda row: ORDER.index(row[1])):
+            table.add_row(*row)
+        screen.update(Group(left, table), refresh=True)
         return
-    for name, (_, state, _, metric) in rows.items():
+    for name, state, step, metric in rows:
         if (state, metric) != told.get(name, ("waiting", metric)):
-            print("  ".join(rows[name]), flush=True)
+            print(name, state, step, metric, sep="  ", flush=True)
         told[name] = state, metric
 
 
-def row(cell, log, metric):
-    value = log.get(metric)
-    number = f"{value:.4g}" if isinstance(value, int | float) else ""
-    return cell.name, cell.state, f"{log.get('step', 0)}/{cell.config.max_steps}", number
+def view(cells: list[Cell], metric: str) -> tuple[list[tuple], str]:
+    """Rows (name, state, step, metric), and what is left, with the time of training at the median speed so far."""
+    logs, states = [newest(cell) for cell in cells], [cell.state for cell in cells]
+    rows = []
+    for cell, log in zip(cells, logs):
+        value = f"{log[metric]:.4g}" if metric in log else ""
+        rows.append((cell.name, cell.state, f"{log.get('step', 0)}/{cell.config.max_steps}", value))
+    left = [max(0, c.config.max_steps - log.get("step", 0)) for c, log in zip(cells, logs) if c.state != "done"]
+    paces = [log["seconds"] / log["step"] for log in logs if log.get("step") and "seconds" in log]
+    words = [f"{states.count(state)} {state}" for state in ORDER if state in states] + [f"{sum(left)} steps to go"]
+    words += [f"{timedelta(seconds=round(np.median(paces) * sum(left)))} of training"] if paces else []
+    return rows, ", ".join(words)
 
 
 def newest(cell: Cell) -> dict:
@@ -451,25 +445,6 @@ def newest(cell: Cell) -> dict:
         file.seek(max(0, path.stat().st_size - LOG_TAIL))
         lines = file.read().decode(errors="replace").splitlines()  # the first and the last may be cut
     return functools.reduce(operator.or_, map(parsed, lines), {})
-
-
-def summary(cells, logs):
-    """How many cells are in which state, and what is left: training time at the median speed, one after the other."""
-    states = [cell.state for cell in cells]
-    words = [f"{states.count(state)} {state}" for state in ORDER if state in states]
-    left = [max(0, cell.config.max_steps - logs[cell.name].get("step", 0)) for cell in cells if cell.state != "done"]
-    paces = [log["seconds"] / log["step"] for log in logs.values() if log.get("step") and "seconds" in log]
-    time_left = [f"{timedelta(seconds=round(np.median(paces) * sum(left)))} of training"] if paces else []
-    return ", ".join([*words, f"{sum(left)} steps to go", *time_left])
-
-
-def forecast(cells: list[Cell], options: Options, at_a_time: int) -> str:
-    """What a dry run prints."""
-    logs = {cell.name: newest(cell) for cell in cells}
-    lines = ["  ".join(row(cell, logs[cell.name], options.metric)) for cell in cells]
-    lines.append(f"{len(cells)} cells: {summary(cells, logs)}; {at_a_time} at a time on {options.cluster}")
-    waiting = [shlex.join(["python", TRAINER.name, *cell.words]) for cell in cells if cell.state == "waiting"]
-    return "\n".join([*lines, *(f"the first: {line}" for line in waiting[:1])])
 
 
 if __name__ == "__main__":
