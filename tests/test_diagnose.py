@@ -272,30 +272,32 @@ def test_importance_is_the_finite_difference_of_explicit_gates(images):
             assert entropy == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-9)
 
 
-@pytest.mark.parametrize("query", ["static", "timestep", "dynamic"])
+@pytest.mark.parametrize("query", ["static", "timestep", "dynamic", "attnres"])
 def test_weights_of_routed_models(images, query):
     """States and weights by the public operator from the outputs, and what the figure makes of the weights."""
-    model = small_model(**{**DAR, "query": query})
+    model = small_model(**({"routing": "attnres", "chunk_size": 2} if query == "attnres" else {**DAR, "query": query}))
     sample, look = sample_of(model, images), Look(model)
-    data = diagnosis.routing(look, sample, TIMES)
-    assert data["sources"] == [list(read) for read in model.router.plan] and "importance" not in data
+    data, of_head = diagnosis.routing(look, sample, TIMES), [0, 2, 4] if query == "attnres" else [0, 2, 3, 4]
+    assert data["sources"] == [[0], [0, 1], [0, 2], [0, 2, 3], of_head] and "importance" not in data
     for row, t in enumerate(TIMES):
         x_t, t, _, y = whole(sample, t)
         look(x_t, t, y)
-        for reader in range(1, 6):
-            aggregator, v = model.router.aggregators[reader - 1], look.outputs
-            q = F.linear(v[reader - 1], aggregator.query) if query == "dynamic" else aggregator.query
-            q = q + model.t_embedder(t) if query == "timestep" else q
-            sources = [v[i] for i in model.router.plan[reader - 1]]
-            state, alpha = route(sources, q, aggregator.norm_weight, return_weights=True)
-            torch.testing.assert_close(look.states[reader - 1], state)
-            torch.testing.assert_close(look.weights[reader - 1], alpha)
-            assert data["weights"][row][reader - 1] == pytest.approx(alpha.mean((1, 2)).tolist())
-            entropy = -(alpha * alpha.log()).sum(0).mean().item()
-            assert data["entropy"][row][reader - 1] == pytest.approx(entropy, abs=1e-12)
-            assert data["largest"][row][reader - 1] == pytest.approx(alpha.max(0).values.mean().item())
-            share = data["entropy_share"][row][reader - 1]
-            assert share is None if len(alpha) == 1 else share == pytest.approx(entropy / math.log(len(alpha)))
+        assert torch.equal(look.outputs[0], look.states[0])
+        for l, (read, aggregator) in enumerate(zip(data["sources"], model.router.aggregators)):
+            v = [look.outputs[i] for i in read]
+            q = F.linear(v[-1], aggregator.query) if query == "dynamic" else aggregator.query
+            q = q + model.t_embedder(t) if query == "timestep" else q * 4 if query == "attnres" else q
+            state, alpha = route(v, q, aggregator.norm_weight, return_weights=True)
+            torch.testing.assert_close(look.states[l], state)
+            torch.testing.assert_close(look.weights[l], alpha)
+            weights, entropy, largest, share = (
+                data[name][row][l] for name in ("weights", "entropy", "largest", "entropy_share")
+            )
+            expected = -(alpha * alpha.log()).sum(0).mean().item()
+            assert weights == pytest.approx(alpha.mean((1, 2)).tolist())
+            assert entropy == pytest.approx(expected, abs=1e-12)
+            assert largest == pytest.approx(alpha.max(0).values.mean().item())
+            assert share == (None if len(alpha) == 1 else pytest.approx(expected / math.log(len(alpha))))
 
 
 def test_certain_and_uniform_choices():
