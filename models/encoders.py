@@ -44,6 +44,10 @@ SHORT_NAMES = {
     "siglip-vit-so400m": "vit_so400m_patch14_siglip_224.webli",
 }
 FINAL_NORMS = ("layernorm", "norm", "post_layernorm")  # their names in transformers
+NEVER_RUN = {  # instead of libraries' advice to run it nevertheless
+    "trust_remote_code": "it needs code that comes with it (auto_map), which is never run",
+    "weights_only": "it holds no weights, or a pickle that would run code",
+}
 
 
 class FrozenEncoder(nn.Module):
@@ -84,8 +88,7 @@ def _loading(name, source):
         yield
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        if "trust_remote_code" in str(error):
-            reason = "it needs code that comes with it (auto_map), which is never run"
+        reason = next((told for word, told in NEVER_RUN.items() if word in str(error)), reason)
         raise ValueError(
             f"encoder {name!r} could not be loaded from {source!r} ({reason}); without network, give a timm name "
             "with --encoder-weights FILE, a folder of timm's save_for_hf, or hf:FOLDER for one of transformers' "
