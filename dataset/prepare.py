@@ -6,23 +6,26 @@
     torchrun --nproc_per_node=8 -m dataset.prepare path/to/imagenet/train --out data/imagenet256 --resolution 256 \\
         --autoencoder sd-vae-ft-ema --encoder dinov2-vit-b
 
+Files may be BMP, JPEG, PNG, PPM, TIFF and WebP. What cannot be read, or is of another kind, is named and left out.
 With --autoencoder the moments of the latents are stored too, with --encoder the tokens of frozen encoders. A folder
 holds, for N images,
 
-    images/CHUNK.bin, sizes.npy     the cropped images as PNG, 256 to a file; the bytes of each
+    images/NNNNN.bin, sizes.npy     the cropped images as PNG, 256 to a file; the bytes of each
     labels.npy                      (N) int64, -1 for images that could not be read
     latents/ID/moments.npy          (N, 2C, h, w) float16: mean and standard deviation; ID is the autoencoder's
     features/ID/tokens.npy          (N, T, dim) float16; ID is the encoder's
 
-where --mirror appends N rows for the mirrored images. Each of the folders has a checksum per chunk in CHUNK.json, and
-a meta.json that is written last. What is written does not depend on the number of processes.
+where --mirror appends N rows for the mirrored images. Each of these folders has a checksum for every 256 images in
+NNNNN.json, and a meta.json that is written last. What is written does not depend on the number of processes.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,32 +36,36 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from PIL import ImageOps
 from tqdm import tqdm
 
 from dataset.prepared import EncodedImages
-from dataset.sources import center_crop, limited, open_source, to_rgb
+from dataset.sources import Source, center_crop, limited, open_source, to_rgb
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
-from runtime import Ranks, replaced
+from runtime import Ranks, lock_folder, plain_errors, replaced, write_json
 
-CHUNK = 256  # images in a file, and between two records of progress
+IMAGES_PER_FILE = 256  # also between two records of progress
 PROBE = 16  # images that are timed before the first is written
+BEFORE = {"exif": False, "kind": "vit"}  # of folders that are older than these options
 
 
 @dataclass(frozen=True)
 class Options:
     source: Annotated[str, tyro.conf.Positional]
-    """`digits`, a folder with one subfolder per class, parquet file(s) or a folder of them, or a hub dataset name."""
+    """`digits`, a folder with one subfolder per class, a parquet file or a folder of them, or a hub dataset name."""
     out: str
     """Folder to write."""
     resolution: int | None = None
     """Side of the square images; larger ones are cropped and resized as in ADM. Digits are 8 if not given."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a folder of parquet files: that of their names, as for datasets.load_dataset."""
     image_column: str = ""
     """Column with the images of a parquet or hub dataset; found by its type if not given."""
     label_column: str = ""
     """Column with the labels; found by its type or name if not given."""
+    exif: bool = False
+    """Turn photographs upright by their EXIF orientation. ADM's ImageNet ignores it. TIFF files are always turned."""
     limit: int | None = None
     """Take only so many images, spread evenly over the source: a trial."""
     autoencoder: str = "pixels"
@@ -79,153 +86,124 @@ class Options:
 
 def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="python -m dataset.prepare", description=__doc__)
-    with Ranks() as ranks:
-        try:
-            if options.verify:
-                verify(Path(options.out))
-            else:
-                prepare(options, ranks)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"error: {error}") from None
-        except KeyboardInterrupt:
-            raise SystemExit("stopped; the same command again goes on from here") from None
+    try:
+        with Ranks() as ranks, plain_errors(ValueError, OSError):
+            verify(Path(options.out)) if options.verify else prepare(options, ranks)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command again goes on from here") from None
 
 
-def prepare(options, ranks):
+def prepare(options: Options, ranks: Ranks):
     """Write the folder, or what is missing of it. Raises ValueError on sources and settings that cannot be used."""
     resolution = 8 if options.resolution is None and options.source == "digits" else options.resolution
     if resolution is None or resolution < 1:
         raise ValueError(f"resolution = {resolution}: say the side of the square images, such as --resolution 256")
     if options.batch_size < 1:
         raise ValueError(f"batch_size = {options.batch_size}: must be at least 1")
-    if len(options.encoder_weights) not in (0, len(options.encoder)):
-        raise ValueError(
-            f"encoder_weights = {options.encoder_weights}: give one for each of the "
-            f"{len(options.encoder)} encoders, or none"
-        )
+    weights = options.encoder_weights or ("",) * len(options.encoder)
+    if len(weights) != len(options.encoder):
+        raise ValueError(f"encoder_weights = {weights}: give one for each of {len(options.encoder)} encoders, or none")
     with ranks.one_first():  # everything that may be downloaded, before the first image
         source = limited(open_source(options), options.limit)
         autoencoder = load_autoencoder(options.autoencoder)
-        if resolution % autoencoder.downsampling:
-            raise ValueError(
-                f"resolution = {resolution} is not a multiple of the {autoencoder.downsampling} pixels "
-                f"that one latent of {options.autoencoder!r} stands for"
-            )
-        size = resolution // autoencoder.downsampling
+        size, rest = divmod(resolution, autoencoder.downsampling)
+        if rest:
+            unit = f"{autoencoder.downsampling} pixels, one latent of {options.autoencoder!r}"
+            raise ValueError(f"resolution = {resolution} is not a multiple of {unit}")
         grid = size // 2 if options.token_grid is None else options.token_grid
         if grid < 1:
             raise ValueError(f"token_grid = {grid}: must be at least 1")
-        encoders = [
-            FrozenEncoder(name, grid, *options.encoder_weights[i : i + 1]).to(ranks.device)
-            for i, name in enumerate(options.encoder)
-        ]
-    folder = Path(options.out)
-    stages = [Images(folder, source, options.source, resolution, ranks)]
+        encoders = [FrozenEncoder(name, grid, file).to(ranks.device) for name, file in zip(options.encoder, weights)]
+    stages = [Images(options, source, resolution, ranks)]
     if options.autoencoder != "pixels":
-        autoencoder.to(ranks.device)
-        stages.append(
-            Rows(
-                folder / "latents" / autoencoder.fingerprint,
-                "moments.npy",
-                (2 * autoencoder.channels, size, size),
-                autoencoder.moments,
-                stages[0],
-                options,
-                autoencoder.name,
-                {"fingerprint": autoencoder.fingerprint},
-            )
-        )
+        shape, compute = (2 * autoencoder.channels, size, size), autoencoder.to(ranks.device).moments
+        stages.append(Rows("latents", "moments", autoencoder, compute, shape, {}, stages[0], options))
     for encoder in encoders:
+        shape = (grid * grid, encoder.dim)
+        stages.append(Rows("features", "tokens", encoder, encoder, shape, {"grid": grid}, stages[0], options))
+    with claim(stages, ranks):
+        for stage in stages:
+            stage.run()
 
-        def tokens(images, encoder=encoder):
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
-                return encoder(images)
 
-        stages.append(
-            Rows(
-                folder / "features" / encoder.fingerprint,
-                "tokens.npy",
-                (grid * grid, encoder.dim),
-                tokens,
-                stages[0],
-                options,
-                encoder.name,
-                {"fingerprint": encoder.fingerprint, "grid": grid},
-            )
-        )
+def claim(stages: list, ranks: Ranks):
+    """Lock the folder if anything is missing, and return the lock, once it is sure that all processes see that folder.
+
+    Raises ValueError where the folder is foreign, in use, or not shared.
+    """
+    folder, lock = stages[0].folder, None
     if ranks.main:
         for stage in stages:
-            stage.check()
-        estimate(stages, folder)
+            check_folder(stage.folder, "settings.json", stage.settings)
+        for note in stages[0].source.notes:
+            print(note)
+        if not all(stage.meta.is_file() for stage in stages):
+            estimate(stages, folder)
+            lock = lock_folder(folder)
+            for stage in stages:  # another run may have come first
+                check_folder(stage.folder, "settings.json", stage.settings)
+            lock.write(secrets.token_hex(8))
+            lock.flush()
+            os.fsync(lock.fileno())
     ranks.barrier()
+    mark = folder / ".lock"
+    facts = {f"what process 0 wrote to {mark}": mark.read_text() if mark.is_file() else ""}
     for stage in stages:
-        stage.run()
+        stage.finished = stage.meta.is_file()
+        facts[str(stage.folder)] = {**stage.settings, "finished": stage.finished}
+    ranks.agree(facts, "give all of them the same source and networks, and --out on a disk that all of them see")
+    if lock:
+        lock.truncate(0)
+    return lock or contextlib.nullcontext()
+
+
+def check_folder(folder: Path, record: str, settings: dict):
+    """Raises ValueError unless the folder is empty, or its JSON file `record` holds these settings."""
+    if (folder / record).is_file():
+        found = json.loads((folder / record).read_text())
+        found = BEFORE | found.get("options", found)
+        changed = [f"{key}: {found.get(key)!r} -> {new!r}" for key, new in settings.items() if found.get(key) != new]
+        if changed:
+            remedy = "give another --out, or delete that folder first"
+            raise ValueError(f"{folder} was made with other settings ({'; '.join(changed)}); {remedy}")
+    elif folder.exists():
+        ours = {".lock", f"{record}.unfinished"}  # of a run that ended at once
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - ours:
+            raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
 
 
 class Stage:
-    """Something that is made chunk by chunk, by any number of processes, each chunk recorded when it is complete."""
+    """Something that is made in parts, by any number of processes, each part recorded when it is complete."""
 
     def __init__(self, folder, count, settings, ranks):
         self.folder, self.count, self.settings, self.ranks = folder, count, settings, ranks
-        self.chunks = range(-(-count // CHUNK))  # rounded up
-        self.finished = (folder / "meta.json").is_file()
-
-    def check(self):
-        """Refuse a folder of other settings, or of other content, with a ValueError."""
-        settings = self.folder / "settings.json"
-        if settings.is_file():
-            found = json.loads(settings.read_text())
-            changed = [
-                f"{key}: {found.get(key)!r} -> {value!r}"
-                for key, value in self.settings.items()
-                if found.get(key) != value
-            ]
-            if changed:
-                raise ValueError(
-                    f"{self.folder} was prepared with other settings ({'; '.join(changed)}); "
-                    "give another --out, or delete that folder first"
-                )
-        elif self.folder.exists() and (
-            not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {"settings.json.unfinished"}
-        ):
-            raise ValueError(f"{self.folder} is not empty and was not made by this program; give another --out")
+        self.records, self.meta = folder, folder / "meta.json"
+        starts = range(0, count, IMAGES_PER_FILE)
+        self.parts = [range(start, min(start + IMAGES_PER_FILE, count)) for start in starts]
 
     def run(self):
         if self.finished:
-            return self.say(f"{self.folder}: {self.what} already there")
+            if self.ranks.main:
+                print(f"{self.folder}: {self.what} already there", flush=True)
+            return
         if self.ranks.main:
             self.open()
         self.ranks.barrier()
-        mine = [
-            (chunk, range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.count)))
-            for chunk in self.chunks[self.ranks.rank :: self.ranks.world]
-            if not self.record(chunk).is_file()
-        ]
-        with tqdm(
-            total=sum(len(rows) for _, rows in mine),
-            desc=f"{self.what} -> {self.folder}",
-            unit="img",
-            disable=not self.ranks.main,
-        ) as bar:
-            for chunk, rows in mine:
-                write_json(self.record(chunk), self.make(chunk, rows))
-                bar.update(len(rows))
-        while not all(self.record(chunk).is_file() for chunk in self.chunks):
-            time.sleep(0.5)  # a barrier would give up long before the slowest disk does
+        mine = [rows for rows in self.parts[self.ranks.rank :: self.ranks.world] if not self.record(rows).is_file()]
+        for rows in tqdm(mine, f"{self.what} -> {self.folder}", unit="file", disable=not self.ranks.main):
+            write_json(self.record(rows), self.make(rows))
+        while not all(self.record(rows).is_file() for rows in self.parts):
+            time.sleep(0.5)  # a shared disk may show the files of other machines late
         if self.ranks.main:
-            self.finish([json.loads(self.record(chunk).read_text()) for chunk in self.chunks])
+            self.finish([json.loads(self.record(rows).read_text()) for rows in self.parts])
         self.ranks.barrier()
 
     def open(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.records.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "settings.json", self.settings)
 
-    def record(self, chunk):
-        return self.folder / f"{chunk:05}.json"
-
-    def say(self, text):
-        if self.ranks.main:
-            print(text, flush=True)
+    def record(self, rows):
+        return self.records / f"{rows.start // IMAGES_PER_FILE:05}.json"
 
 
 class Images(Stage):
@@ -233,29 +211,21 @@ class Images(Stage):
 
     what = "images"
 
-    def __init__(self, folder, source, source_name, resolution, ranks):
-        self.source, self.resolution = source, resolution
-        listing = hashlib.sha256(repr((source.names, source.labels.tolist())).encode()).hexdigest()
-        super().__init__(
-            folder,
-            len(source.names),
-            {
-                "source": source_name,
-                "resolution": resolution,
-                "count": len(source.names),
-                "listing": listing,
-                "chunk": CHUNK,
-            },
-            ranks,
-        )
+    def __init__(self, options: Options, source: Source, resolution: int, ranks: Ranks):
+        if not source.names:
+            raise ValueError(f"source {options.source!r} has no images")
+        self.source, self.resolution, self.exif = source, resolution, options.exif
+        settings = {
+            "source": options.source,
+            "resolution": resolution,
+            "count": len(source.names),
+            "listing": sha256(repr((source.names, source.labels.tolist())).encode()),
+            "chunk": IMAGES_PER_FILE,
+            "exif": options.exif,
+        }
+        super().__init__(Path(options.out), len(source.names), settings, ranks)
+        self.records = self.folder / "images"
         self.threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-    def open(self):
-        super().open()
-        (self.folder / "images").mkdir(exist_ok=True)
-
-    def record(self, chunk):
-        return self.folder / "images" / f"{chunk:05}.json"
 
     def probe(self):
         """Seconds and bytes per image, from some that are spread over the source."""
@@ -268,7 +238,10 @@ class Images(Stage):
     def read(self, i):
         """Image i as PNG, the checksum of its pixels, and what is wrong with it if anything."""
         try:
-            image = center_crop(to_rgb(self.source.load(i)), self.resolution)
+            image = self.source.load(i)
+            if self.exif:
+                image = ImageOps.exif_transpose(image)
+            image = center_crop(to_rgb(image), self.resolution)
         except Exception as error:  # a damaged file can raise nearly anything inside a decoder
             # Without the address of a buffer in memory, which differs from run to run.
             return b"", b"", re.sub(r"<(\S+) object at 0x\w+>", r"\1", f"{type(error).__name__}: {error}")
@@ -276,16 +249,16 @@ class Images(Stage):
         image.save(buffer, "PNG", compress_level=1)  # 6, the default, takes three times as long
         return buffer.getvalue(), hashlib.sha256(image.tobytes()).digest(), None
 
-    def make(self, chunk, rows):
+    def make(self, rows):
         with ThreadPoolExecutor(self.threads) as pool:
             made = list(pool.map(self.read, rows))
         data = b"".join(data for data, *_ in made)
-        with replaced(self.record(chunk).with_suffix(".bin")) as file:
+        with replaced(self.record(rows).with_suffix(".bin")) as file:
             file.write(data)
         return {
-            "sha256": _checksum(data),
+            "sha256": sha256(data),
             "sizes": [len(data) for data, *_ in made],
-            "pixels": hashlib.sha256(b"".join(digest for _, digest, _ in made)).hexdigest(),
+            "pixels": sha256(b"".join(digest for _, digest, _ in made)),
             "damaged": {i: [self.source.names[i], problem] for i, (*_, problem) in zip(rows, made) if problem},
         }
 
@@ -295,58 +268,62 @@ class Images(Stage):
             print(f"left out: {name} ({problem})")
         if len(damaged) == self.count:
             raise ValueError(f"none of the {self.count} images of {self.settings['source']!r} could be read")
-        labels = self.source.labels.astype(np.int64).copy()
+        labels, class_names = self.source.labels.astype(np.int64), self.source.class_names
         labels[list(damaged)] = -1
-        np.save(self.folder / "labels.npy", labels)
-        np.save(self.folder / "sizes.npy", np.concatenate([record["sizes"] for record in records]).astype(np.int64))
-        content = hashlib.sha256("".join(record["pixels"] for record in records).encode() + labels.tobytes())
-        write_json(
-            self.folder / "meta.json",
-            {
-                **self.settings,
-                "content": content.hexdigest(),
-                "class_names": self.source.class_names,
-                "damaged": list(damaged.values()),
-            },
-        )
-        print(
-            f"{self.folder}: {self.count - len(damaged)} images, {len(damaged)} damaged and left out, "
-            f"{len(self.source.class_names)} classes",
-            flush=True,
-        )
+        sizes = np.concatenate([record["sizes"] for record in records]).astype(np.int64)
+        for name, array in (("labels", labels), ("sizes", sizes)):
+            buffer = io.BytesIO()
+            np.save(buffer, array)  # into a file, it would not say that the disk is full
+            with replaced(self.folder / f"{name}.npy") as file:
+                file.write(buffer.getbuffer())
+        content = sha256("".join(record["pixels"] for record in records).encode() + labels.tobytes())
+        found = {"content": content, "class_names": class_names, "damaged": list(damaged.values())}
+        write_json(self.meta, {**self.settings, **found})
+        if empty := len(class_names) - len(np.unique(labels[labels >= 0])):
+            print(f"{empty} of {len(class_names)} classes have no image")
+        counts = f"{self.count - len(damaged)} images, {len(damaged)} damaged and left out, {len(class_names)} classes"
+        print(f"{self.folder}: {counts}", flush=True)
 
 
 class Rows(Stage):
     """What a network makes of each image, in one .npy file: `compute` maps uint8 (B, 3, H, W) to (B, *shape)."""
 
-    def __init__(self, folder, file, shape, compute, images, options, name, settings):
-        self.what, self.path, self.shape, self.compute = Path(file).stem, folder / file, shape, compute
-        self.name = name  # a path may change while what lies there stays the same
-        self.images, self.batch_size, self.copies = images, options.batch_size, 1 + options.mirror
-        super().__init__(folder, images.count, {**settings, "mirror": options.mirror}, images.ranks)
-        self.array_shape = (self.copies * self.count, *shape)
+    def __init__(self, kind, what, network, compute, shape, settings, images: Images, options: Options):
+        self.what, self.shape, self.compute, self.images = what, shape, compute, images
+        self.name = network.name  # a path may change while what lies there stays the same
+        self.batch_size, self.copies = options.batch_size, 1 + options.mirror
+        self.autocast = kind == "features" and images.ranks.device.type == "cuda"
+        settings = {"fingerprint": network.fingerprint, **settings, "mirror": options.mirror}
+        super().__init__(images.folder / kind / network.fingerprint, images.count, settings, images.ranks)
+        self.path, self.array_shape = self.folder / f"{what}.npy", (self.copies * self.count, *shape)
 
     def open(self):
         super().open()
         if not self.path.is_file():
-            unfinished = self.path.with_name(self.path.name + ".unfinished")
-            np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=self.array_shape)
-            os.replace(unfinished, self.path)
+            header = {"descr": "<f2", "fortran_order": False, "shape": self.array_shape}
+            with replaced(self.path) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                file.flush()
+                # All of it now: where a mapped file finds the disk full later, the process is killed.
+                os.posix_fallocate(file.fileno(), file.tell(), 2 * int(np.prod(self.array_shape)))
 
     @torch.no_grad()
     def network(self, images):
-        return self.compute(images.to(self.ranks.device)).float().cpu().numpy()
+        device = self.ranks.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            return self.compute(images.to(device)).float().cpu().numpy()
 
     def probe(self):
-        """Seconds and bytes per image."""
+        """Seconds per image, and bytes that are not reserved yet."""
         side = self.images.resolution
         blank = torch.zeros(min(self.batch_size, self.count), 3, side, side, dtype=torch.uint8)
         self.network(blank)  # the first call sets things up
         began = time.perf_counter()
         self.network(blank)
-        return self.copies * (time.perf_counter() - began) / len(blank), self.copies * 2 * int(np.prod(self.shape))
+        seconds = self.copies * (time.perf_counter() - began) / len(blank)
+        return seconds, 0 if self.path.is_file() else self.copies * 2 * int(np.prod(self.shape))
 
-    def make(self, chunk, rows):
+    def make(self, rows):
         array = np.load(self.path, mmap_mode="r+")
         images = EncodedImages(self.images.folder)
         digest = hashlib.sha256()
@@ -358,7 +335,7 @@ class Rows(Stage):
                 made = self.network(pixels.flip(-1) if copy else pixels).astype(np.float16)
                 if not np.isfinite(made).all():
                     raise ValueError(
-                        f"{self.name!r} gave values in images {part.start} to {part.stop - 1} that float16 cannot hold"
+                        f"{self.name!r} gave values beyond float16 in images {part.start} to {part.stop - 1}"
                     )
                 made[~readable] = 0
                 array[copy * self.count + part.start : copy * self.count + part.stop] = made
@@ -367,32 +344,25 @@ class Rows(Stage):
         return {"sha256": digest.hexdigest(), "batch_size": self.batch_size}
 
     def finish(self, records):
-        write_json(self.folder / "meta.json", {**self.settings, "name": self.name})
+        write_json(self.meta, {**self.settings, "name": self.name})
         print(f"{self.folder}: {self.what} {self.array_shape}", flush=True)
 
 
-def estimate(stages, folder):
+def estimate(stages: list, folder: Path):
     """Say how much disk and time the unfinished stages will take; ValueError where the disk is too small."""
-    needed = 0
+    needed, world = 0, stages[0].ranks.world
     for stage in stages:
-        left = sum(not stage.record(chunk).is_file() for chunk in stage.chunks) / len(stage.chunks)
-        if stage.finished or not left:
-            continue
-        time_each, bytes_each = stage.probe()
-        stage_seconds = left * stage.count * time_each / stage.ranks.world
-        needed += int(left * stage.count * bytes_each)
-        print(
-            f"{stage.what}: about {readable(left * stage.count * bytes_each)} and {stage_seconds / 60:.3g} minutes "
-            f"({1 / time_each:.0f} images/s in each of {stage.ranks.world} processes)",
-            flush=True,
-        )
+        left = stage.count * sum(not stage.record(rows).is_file() for rows in stage.parts) / len(stage.parts)
+        if left and not stage.meta.is_file():
+            seconds, size = stage.probe()
+            needed += int(left * size)
+            amount = f"{readable(left * size)} and {left * seconds / world / 60:.3g} minutes"
+            print(f"{stage.what}: about {amount} ({1 / seconds:.0f} images/s in each of {world} processes)", flush=True)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise ValueError(
-            f"{folder} needs about {readable(needed)} more, the disk has {readable(free)}; "
-            "give another --out, or try --limit"
-        )
+        remedy = "give another --out, or try --limit"
+        raise ValueError(f"{folder} needs about {readable(needed)} more, the disk has {readable(free)}; {remedy}")
 
 
 def readable(count):
@@ -401,46 +371,38 @@ def readable(count):
     return f"{count / 1024**power:.3g} {['B', 'KiB', 'MiB', 'GiB', 'TiB'][power]}"
 
 
-def verify(folder):
+def verify(folder: Path):
     """Compare every chunk with its checksum. Raises ValueError that names those that differ."""
     if not (folder / "meta.json").is_file():
         raise ValueError(f"{folder} is not finished, or is not a prepared folder")
     meta, bad = json.loads((folder / "meta.json").read_text()), []
-    count, chunk_size = meta["count"], meta["chunk"]
+    count, per_file = meta["count"], meta["chunk"]
     for record in sorted((folder / "images").glob("*.json")):
         path = record.with_suffix(".bin")
-        if not path.is_file() or _checksum(path.read_bytes()) != json.loads(record.read_text())["sha256"]:
+        if not path.is_file() or sha256(path.read_bytes()) != json.loads(record.read_text())["sha256"]:
             bad.append(str(path))
     arrays = [*folder.glob("latents/*/moments.npy"), *folder.glob("features/*/tokens.npy")]
     for path in arrays:
         array = np.load(path, mmap_mode="r")
-        for start in range(0, count, chunk_size):
-            record, stop = path.parent / f"{start // chunk_size:05}.json", min(start + chunk_size, count)
+        for start in range(0, count, per_file):
+            record, stop = path.parent / f"{start // per_file:05}.json", min(start + per_file, count)
             if not record.is_file():
                 raise ValueError(f"{path.parent} is not finished; the same command without --verify goes on with it")
             record, digest = json.loads(record.read_text()), hashlib.sha256()
             for first in range(start, stop, record["batch_size"]):
-                for copy in range(len(array) // count):
-                    last = min(first + record["batch_size"], stop)
-                    digest.update(array[copy * count + first : copy * count + last].tobytes())
+                last = min(first + record["batch_size"], stop)
+                for copy in range(0, len(array), count):
+                    digest.update(array[copy + first : copy + last].tobytes())
             if digest.hexdigest() != record["sha256"]:
                 bad.append(f"{path} rows {start} to {stop - 1}")
     if bad:
-        raise ValueError(
-            "these differ from their checksums: "
-            + "; ".join(bad)
-            + ". Delete the CHUNK.json of each and the meta.json beside it, and prepare again"
-        )
+        remedy = "Delete the NNNNN.json of each and the meta.json beside it, and prepare again"
+        raise ValueError(f"these differ from their checksums: {'; '.join(bad)}. {remedy}")
     print(f"{folder}: images and {len(arrays)} arrays are as they were written")
 
 
-def _checksum(data):
+def sha256(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def write_json(path, content):
-    with replaced(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
 
 
 if __name__ == "__main__":

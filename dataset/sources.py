@@ -1,107 +1,191 @@
-"""Where images come from (embedded digits, class folders, parquet tables, hub datasets), and how they become square."""
+"""Where images come from (embedded digits, class folders, parquet tables, hub datasets), and how they become square.
 
+Class folders are read as torchvision's ImageFolder does: each subfolder is a class, and images may lie deeper in it.
+Hidden files and folders, and __MACOSX, are passed over. Whatever else is not read is named in Source.notes.
+"""
+
+import glob
 import io
-from dataclasses import dataclass
-from pathlib import Path
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from dataset.digits import load_digits
+from dataset.prepared import open_image
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# What datasets.load_dataset calls a split, and the words for it in the names of files and folders.
+SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images that can be read one by one: `load(i)` returns a PIL image or raises."""
+    """Images that can be read one by one: `load(i)` returns a PIL image or raises. notes: lines to tell the user."""
 
     names: list
     labels: np.ndarray
     class_names: list
-    load: callable
+    load: Callable
+    notes: tuple = ()
 
 
-def open_source(options):
-    if options.source == "digits":
-        images, labels = load_digits()
-        names = [f"digit {i}" for i in range(len(images))]
-        return Source(names, labels, [str(k) for k in range(10)], images.__getitem__)
-    path = Path(options.source)
-    parquet = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
-    if path.is_dir() and not parquet:
-        return open_class_folder(path)
-    if path.exists() and not path.is_dir() and not parquet:
-        raise ValueError(f"source {options.source!r} is neither a folder nor a parquet file")
-    missing = [str(p) for p in parquet if not p.is_file()]
-    if missing:
-        raise ValueError(f"there is no file {missing[0]!r}")
-    return open_table(options, [str(p) for p in parquet])
+def open_source(options) -> Source:
+    """What `source` of dataset.prepare's options stands for. Raises ValueError where it cannot be used."""
+    path = options.source
+    if path != "digits" and not os.path.isdir(path):
+        if not path.lower().endswith(".parquet"):
+            if os.path.exists(path):
+                raise ValueError(f"source {path!r} is neither a folder nor a parquet file")
+            return open_table(options)
+        if not os.path.exists(path):
+            raise ValueError(f"there is no file {path!r}")
+        return open_table(options, [path])
+    files = [] if path == "digits" else list(files_below(path))
+    tables = [name for name in files if name.lower().endswith(".parquet")]
+    pictures = [name for name in files if name.lower().endswith(SUFFIXES) and os.sep in name]
+    if tables and pictures:
+        both = f"class folders ({shown(pictures[0])}) and parquet files ({shown(tables[0])})"
+        raise ValueError(f"{path!r} holds both {both}; give a folder that holds one of them, or a file")
+    if tables:
+        splits, wanted = splits_among(tables), options.split.partition("[")[0]  # of train[:1000]
+        if wanted not in splits:
+            raise ValueError(f"split = {wanted!r}: {path!r} holds {', '.join(splits)}; name one of them with --split")
+        notes = [f"{path}: split {wanted!r} of {', '.join(splits)}"] * (len(splits) > 1)
+        notes += left_out("in no split", sorted(set(files).difference(*splits.values())))
+        return open_table(options, [os.path.join(path, name) for name in splits[wanted]], notes)
+    if options.split != "train":
+        raise ValueError(f"split = {options.split!r}: {path!r} has no splits; name the folder of that split as source")
+    return embedded_digits() if path == "digits" else open_class_folder(path, files)
 
 
-def open_class_folder(path):
-    from torchvision.datasets import ImageFolder
+def embedded_digits() -> Source:
+    """scikit-learn's 1797 handwritten digits: 8 x 8 grey levels 0..16, ten classes, no download."""
+    from sklearn.datasets import load_digits
 
-    try:
-        folder = ImageFolder(str(path), allow_empty=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{str(path)!r} has no subfolder per class: {error}") from None
-    if not folder.samples:
-        raise ValueError(f"{str(path)!r} has no images in its {len(folder.classes)} class folders")
-    files, labels = zip(*folder.samples)
-    names = [str(Path(file).relative_to(path)) for file in files]
-    return Source(names, np.array(labels), folder.classes, lambda i: Image.open(files[i]))
+    found = load_digits()
+    images = [Image.fromarray(np.round(grey * (255 / 16)).astype(np.uint8)).convert("RGB") for grey in found.images]
+    names = [f"digit {i}" for i in range(len(images))]
+    return Source(names, found.target, [str(k) for k in range(10)], images.__getitem__)
 
 
-def open_table(options, parquet):
+def files_below(root: str, inside: str = "", above: tuple = ()):
+    """Yields the files below a folder by name, as paths relative to it. A link to a folder above is not followed."""
+    here = os.path.join(root, inside)
+    if (real := os.path.realpath(here)) in above:
+        return
+    for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+        name = os.path.join(inside, entry.name)
+        if hidden(entry.name):
+            continue
+        if entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path):
+            yield from files_below(root, name, (*above, real))
+        else:
+            yield name
+
+
+def hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def splits_among(tables):
+    """{split: tables}, as datasets.load_dataset finds them: by the name in data/NAME-00000-of-00001, else by the words
+    of SPLITS in the names of folders, else of files, else all are train. Tables without such a name are in no split."""
+    numbered = [(found[1], name) for name in tables if (found := re.match(r"data/([^/]+)-\d{5}-of-\d{5}", name))]
+    if numbered:
+        return {split: [name for other, name in numbered if other == split] for split, _ in numbered}
+    for part in (os.path.dirname, os.path.basename):
+        words = {name: set(re.split(r"[-._ 0-9/]", part(name))) for name in tables}
+        splits = {split: [name for name in tables if words[name] & known] for split, known in SPLITS.items()}
+        if any(splits.values()):
+            return {split: names for split, names in splits.items() if names}
+    return {"train": tables}
+
+
+def left_out(reason, names):
+    """A list of one line, or of none where there are no names."""
+    examples = ", ".join(map(shown, names[:3])) + ", ..." * (len(names) > 3)
+    return [f"left out, {reason}: {len(names)} ({examples})"] if names else []
+
+
+def shown(name):
+    """A file's name as text that can be printed, also where it is not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def open_class_folder(path, files) -> Source:
+    classes = sorted(name for name in os.listdir(path) if not hidden(name) and os.path.isdir(os.path.join(path, name)))
+    if not classes:
+        raise ValueError(f"{path!r} has no subfolder per class, and no parquet files")
+    inside = [name for name in files if os.sep in name]
+    chosen = [name for name in inside if name.lower().endswith(SUFFIXES)]
+    if not chosen:
+        raise ValueError(f"{path!r} has no images in its {len(classes)} class folders")
+    chosen.sort(key=lambda name: (name.partition(os.sep)[0], *os.path.split(name)))  # as ImageFolder does
+    found = [name.partition(os.sep)[0] for name in chosen]
+    if set(found) <= set.union(*SPLITS.values()):
+        raise ValueError(f"{path!r} holds splits, not classes; name one as source: {', '.join(sorted(set(found)))}")
+    number = {name: k for k, name in enumerate(classes)}
+    notes = left_out("in no class folder", [name for name in files if os.sep not in name])
+    other = [name for name in inside if not name.lower().endswith(SUFFIXES)]
+    notes += left_out(f"none of {' '.join(SUFFIXES)}", other)
+
+    def load(i):
+        return open_image(os.path.join(path, chosen[i]))
+
+    labels = np.array([number[name] for name in found])
+    return Source([*map(shown, chosen)], labels, [*map(shown, classes)], load, notes)
+
+
+def open_table(options, files=None, notes=()) -> Source:
+    """files: local parquet files; if not given, the source is the name of a dataset on the hub."""
     import datasets
 
     try:
-        table = (
-            datasets.load_dataset("parquet", data_files=parquet, split="train")
-            if parquet
-            else datasets.load_dataset(options.source, split=options.split)
-        )
+        if files:
+            # As patterns that stand for these names alone.
+            given = {options.split.partition("[")[0]: [glob.escape(name) for name in files]}
+            table = datasets.load_dataset("parquet", data_files=given, split=options.split)
+        else:
+            table = datasets.load_dataset(options.source, split=options.split)
     except Exception as error:  # the hub's client raises many kinds
+        what = "cannot be read as parquet" if files else "is no existing path, and no dataset that can be loaded"
+        raise ValueError(f"{options.source!r} {what} ({type(error).__name__}: {error})") from None
+    images = choose_column(table, "image", options.image_column, datasets.Image, ("image", "img"))
+    column = choose_column(table, "label", options.label_column, datasets.ClassLabel, ("label", "labels"))
+    values = list(table[column])
+    unlabelled = [i for i, value in enumerate(values) if is_no_label(value)]
+    if unlabelled:
         raise ValueError(
-            f"{options.source!r} "
-            + ("cannot be read as parquet " if parquet else "is no existing path, and no dataset that can be loaded ")
-            + f"({type(error).__name__}: {error})"
-        ) from None
-    image_column = choose_column(
-        table,
-        "image",
-        options.image_column,
-        lambda name, kind: isinstance(kind, datasets.Image) or name in ("image", "img"),
-    )
-    label_column = choose_column(
-        table,
-        "label",
-        options.label_column,
-        lambda name, kind: isinstance(kind, datasets.ClassLabel) or name in ("label", "labels"),
-    )
-    kind, values = table.features[label_column], list(table[label_column])
-    if any(
-        value is None or isinstance(value, (list, dict)) or isinstance(kind, datasets.ClassLabel) and value < 0
-        for value in values
-    ):
-        raise ValueError(f"the label column {label_column!r} has rows without a label, or with several")
-    labels = np.array(values)
-    if isinstance(kind, datasets.ClassLabel):
-        class_names = kind.names
-    else:
-        class_names, labels = np.unique(labels, return_inverse=True)
-    if isinstance(table.features[image_column], datasets.Image):
-        table = table.cast_column(image_column, datasets.Image(decode=False))  # so that we see which is damaged
+            f"the label column {column!r} has {len(unlabelled)} rows without a label, or with several, such as row "
+            f"{unlabelled[0]} with {values[unlabelled[0]]!r}; take them out, or give another --label-column"
+        )
+    class_names, labels = np.unique(np.array(values), return_inverse=True)
+    if isinstance(table.features[column], datasets.ClassLabel):
+        class_names, labels = table.features[column].names, np.array(values)
+    if isinstance(table.features[images], datasets.Image):
+        table = table.cast_column(images, datasets.Image(decode=False))  # so that we see which is damaged
 
     def load(i):
-        value = table[i][image_column]
-        data = value if isinstance(value, bytes) else value["bytes"]
-        return Image.open(io.BytesIO(data) if data is not None else value["path"])
+        value = table[i][images]
+        if isinstance(value, dict):
+            value = value["path"] if value["bytes"] is None else value["bytes"]
+        if value is None:
+            raise ValueError("there is no image")
+        return open_image(io.BytesIO(value) if isinstance(value, bytes) else value)
 
-    return Source([f"row {i}" for i in range(len(table))], labels, [str(name) for name in class_names], load)
+    return Source([f"row {i}" for i in range(len(table))], labels, [str(name) for name in class_names], load, notes)
 
 
-def choose_column(table, role, wanted, fits):
-    columns = [wanted] if wanted else [name for name, kind in table.features.items() if fits(name, kind)]
+def choose_column(table, role, wanted, kind, names):
+    fitting = [name for name, found in table.features.items() if isinstance(found, kind) or name in names]
+    columns = [wanted] if wanted else fitting
     if len(columns) != 1 or columns[0] not in table.features:
         raise ValueError(
             f"the {role} column must be named with --{role}-column: "
@@ -110,30 +194,46 @@ def choose_column(table, role, wanted, fits):
     return columns[0]
 
 
-def limited(source, limit):
+def is_no_label(value):
+    """Nothing, NaN, blank text, a negative number (the hub marks withheld labels by -1), or several values."""
+    if isinstance(value, str | bytes):
+        return not value.strip()
+    negative = isinstance(value, int | float) and value < 0
+    return value is None or negative or value != value or isinstance(value, list | dict)
+
+
+def limited(source: Source, limit: int | None) -> Source:
+    """So many images of a source, spread evenly over it."""
     if limit is None:
         return source
     if limit < 1:
         raise ValueError(f"limit = {limit}: must be at least 1")
     count = len(source.names)
-    chosen = [i * count // min(limit, count) for i in range(min(limit, count))]
-    return Source(
-        [source.names[i] for i in chosen], source.labels[chosen], source.class_names, lambda k: source.load(chosen[k])
-    )
+    rows = [i * count // min(limit, count) for i in range(min(limit, count))]
+    names = [source.names[i] for i in rows]
+    return replace(source, names=names, labels=source.labels[rows], load=lambda k: source.load(rows[k]))
 
 
-def to_rgb(image):
-    """Any PIL mode as RGB: greys and CMYK converted, 16-bit greys scaled down, transparency laid on white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode as RGB: greys and CMYK converted, 16-bit greys scaled down, transparency laid on white.
+
+    Raises ValueError where the range of the values is unknown: floating point, and integers beyond 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("which of its floating-point values is white is unknown; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        bits = min(16, *getattr(image, "tag_v2", {}).get(258, (16,)))  # TIFF's BitsPerSample: 12, 16 or 32
+        if values.min() < 0 or values.max() >= 2**bits:
+            raise ValueError(f"its values reach from {values.min()} to {values.max()}; convert it to 8 or 16 bits")
+        image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def center_crop(image, size):
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's crop: halve by box filter while twice too large, bicubic to the shorter side, cut out the middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
