@@ -10,17 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from loss import (
-    PATHS,
-    Draws,
-    Loss,
-    alignment_loss,
-    denoising_loss,
-    interpolant,
-    path_coefficients,
-    sample_times,
-    spatial_normalisation,
-)
+from loss import PATHS, Draws, Loss, interpolant, path_coefficients, sample_times
+from loss import alignment_loss, denoising_loss, spatial_normalisation
 
 DEFINITIONS = {  # alpha(t), sigma(t) of x_t = alpha x + sigma eps
     "linear": (lambda t: 1 - t, lambda t: t),
