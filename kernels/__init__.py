@@ -8,8 +8,10 @@ Shapes: B batch, T tokens, D width, n sources.
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import reference
@@ -23,10 +25,10 @@ BACKENDS = ("auto", "torch", "triton")
 MOST_SOURCES = 128  # whose addresses fit a launch's arguments
 
 
-def resolve_backend(backend, device):
+def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend, "torch" or "triton", that serves tensors of this device: "auto" is Triton on CUDA.
 
-    Raises ValueError on an unknown backend, and on "triton" where that does not run.
+    Raises ValueError on an unknown backend, and on "triton" where that cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -42,19 +44,27 @@ def resolve_backend(backend, device):
     return backend
 
 
-def route(sources, query, norm_weight, eps=1e-6, backend="auto", return_weights=False):
+def route(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    norm_weight: Tensor,
+    eps: float = 1e-6,
+    backend: str = "auto",
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Aggregate earlier sublayer outputs by a softmax over depth, one per token (DAR, arXiv 2605.20708, Eq. 5-6).
 
         h = sum_i a_i v_i,   a = softmax_i(q . k_i / sqrt(D)),   k_i = norm_weight * RMSNorm(v_i)
 
-    sources:     sequence of n >= 1 tensors (B, T, D); their dtypes may differ.
+    sources:     sequence of n >= 1 tensors (B, T, D); they are cast to their common dtype.
     query:       (D) shared, (B, D) one per sample, or (B, T, D) one per token.
     norm_weight: (D).
     eps:         added to the mean square inside the RMSNorm.
     backend:     "torch" (plain PyTorch, runs anywhere), "triton" (fused: one read of the sources forward, one
                  backward; no float64, no weights, at most 128 sources) or "auto" (Triton on CUDA where it can).
     Returns h (B, T, D) in the common dtype of the sources; with `return_weights`, also a (n, B, T).
-    Normalisation, logits, softmax and sum are float32 (float64 for float64 sources).
+    Keys, logits, softmax and sums are float32 (float64 for float64 sources). h and gradients are then rounded to the
+    dtype of what they belong to.
     Raises ValueError on an empty list, on shapes that do not fit together, and on a backend that is unknown or cannot
     do what is asked.
     """
@@ -65,15 +75,24 @@ def route(sources, query, norm_weight, eps=1e-6, backend="auto", return_weights=
     return (h, alpha) if return_weights else h
 
 
-def route_modulate(sources, query, norm_weight, shift, scale, eps=1e-6, norm_eps=1e-6, backend="auto"):
-    """`route`, and what reads its state: LayerNorm without weights, then adaLN's modulation.
+def route_modulate(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    norm_weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`route`, followed by what reads its state: LayerNorm without weights, then adaLN's modulation.
 
         x = LayerNorm(h) * (1 + scale) + shift
 
-    shift, scale: (B, D). norm_eps: of the LayerNorm. The rest as for `route`.
-    Returns x (B, T, D), in autocast's dtype where that is on and otherwise in h's; h (B, T, D); and the sources, which
-    whoever reads one of them next should read in place of those given: Triton's backward then adds up a source's
-    gradients as it makes them, where autograd would write each and add them one by one.
+    shift, scale: (B, D). norm_eps: of the LayerNorm. Other arguments and errors are those of `route`.
+    Returns x (B, T, D), in autocast's dtype where that is on and otherwise in h's; h (B, T, D) in the sources' dtype.
+    Returns the sources; later reads must use these, so that gradients accumulate in the kernel. With Triton each reader
+    rounds the sum so far to the sources' dtype.
     """
     sources, backend = _checked(sources, query, norm_weight, backend)
     shape, width = tuple(sources[0].shape), sources[0].shape[-1]
@@ -91,7 +110,7 @@ def route_modulate(sources, query, norm_weight, shift, scale, eps=1e-6, norm_eps
     return x.to(dtype), h, sources
 
 
-def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of autocast where that is on for this tensor's device, otherwise the tensor's own."""
     device = tensor.device.type
     enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -120,17 +139,14 @@ def _checked(sources, query, norm_weight, backend, return_weights=False):
         raise ValueError(f"norm_weight is {tuple(norm_weight.shape)}; sources {tuple(shape)} need ({width},)")
     dtype = functools.reduce(torch.promote_types, (v.dtype for v in sources))
     chosen = resolve_backend(backend, sources[0].device)
-    beyond = (
-        "float64"
-        if dtype == torch.float64
-        else "return_weights"
-        if return_weights
-        else f"{len(sources)} sources (at most {MOST_SOURCES})"
-        if len(sources) > MOST_SOURCES
-        else ""
-    )
+    limits = {
+        "float64": dtype == torch.float64,
+        "return_weights": return_weights,
+        f"{len(sources)} sources (at most {MOST_SOURCES})": len(sources) > MOST_SOURCES,
+    }
+    beyond = [what for what, asked in limits.items() if asked]
     if chosen == "triton" and beyond:
         if backend == "triton":
-            raise ValueError(f"backend 'triton' does not do {beyond}; choose 'torch' or 'auto'")
+            raise ValueError(f"backend 'triton' does not do {beyond[0]}; choose 'torch' or 'auto'")
         chosen = "torch"
     return [v.to(dtype) for v in sources], chosen

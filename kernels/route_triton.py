@@ -1,26 +1,26 @@
 """Fused depth routing in Triton: one read of every source forward, one read backward (kernels/README.md).
 
-Everything here is a PyTorch operator of the namespace `dar`, so that `torch.compile` sees one node where the kernels
-are launched. `kernels.route` and `kernels.route_modulate` check the arguments and choose between this and PyTorch.
+Everything here is a PyTorch operator of the namespace `dar`, so that `torch.compile` sees one node per launch.
+`kernels.route` and `kernels.route_modulate` check the arguments and choose between this file and PyTorch.
 
-One program handles a few tokens of one sample, one after the other, with one warp per 1280 numbers of width: a row
-then lives in registers, and its sums need no shared memory. A row is held in two pieces, HEAD + TAIL, because the
-sizes of Triton's tensors are powers of two: 1152 = 1024 + 128, 768 = 512 + 256, 384 = 256 + 128 waste nothing.
+One program handles a few tokens of one sample, one after the other, with one warp per 1280 numbers of width. A row
+then lives in registers, and its sums need no shared memory. Triton's tensors have powers of two as sizes, so a row is
+held in two pieces, HEAD + TAIL: 1152 = 1024 + 128, 768 = 512 + 256 and 384 = 256 + 128 waste nothing.
 
-The kernels take the sources' addresses as launch arguments, in tuples padded to 8, 16, 32, ... entries, and keep
-them in registers. So nothing is stacked, no table is copied to the device, CUDA graphs can record the launch, and
-one compiled kernel serves every number of sources up to the padding.
+The kernels take the sources' addresses as launch arguments, in tuples padded to 8, 16, 32, ... entries, and keep them
+in registers. Nothing is stacked, no table is copied to the device, CUDA graphs can record the launch, and one compiled
+kernel serves every number of sources up to the padding.
 
 Shapes: B batch, T tokens, D width, n sources, P programs per sample.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 # Tokens per program. More of them share a load of the query and write fewer partial sums; fewer fill the GPU.
@@ -44,7 +44,7 @@ def _load(pointer, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def _load_if(wanted, pointer, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """Zeros, and no traffic, unless `wanted`. A mask and no branch, so that the load can be issued iterations ahead."""
+    """Zeros, and no traffic, unless `wanted`. Masked without a branch, so that the load can run iterations ahead."""
     head, tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
     return (
         tl.load(pointer + head, mask=wanted & (head < D), other=0.0).to(tl.float32),
@@ -92,30 +92,11 @@ UNSPECIALIZED = ["num_sources", "num_known", "tokens"]  # or n = 1 and n = 16 wo
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
-    sources,
-    num_sources,
-    query,
-    query_sample_stride,
-    query_row_stride,
-    weight,
-    eps,
-    h,
-    lse,
-    x,
-    shift,
-    scale,
-    shift_stride,
-    scale_stride,
-    norm_eps,
-    tokens,
-    MODULATE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    STAGES: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    sources, num_sources, query, query_sample_stride, query_row_stride, weight, eps,
+    h, lse, x, shift, scale, shift_stride, scale_stride, norm_eps, tokens, MODULATE: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     """h = softmax-weighted sum of the sources (Eq. 5-6); with MODULATE also x = LayerNorm(h) (1 + scale) + shift."""
     blocks = tl.cdiv(tokens, ROWS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -158,31 +139,12 @@ def _normalized(a, b, eps, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constex
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward(
-    sources,
-    num_sources,
-    known,
-    num_known,
-    gradients,
-    dh,
-    h,
-    lse,
-    query,
-    query_sample_stride,
-    query_row_stride,
-    weight,
-    eps,
-    dquery,
-    dquery_parts,
-    dweight_parts,
-    tokens,
-    PER_TOKEN: tl.constexpr,
-    ALIGN: tl.constexpr,
-    STAGES: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    sources, num_sources, known, num_known, gradients, dh, h, lse,
+    query, query_sample_stride, query_row_stride, weight, eps,
+    dquery, dquery_parts, dweight_parts, tokens, PER_TOKEN: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     """Gradients of all sources in one read of them, added to what is `known` of the first num_known.
 
     With s = r (v . q') / sqrt(D), q' = g * q and r = 1 / rms(v):
@@ -190,8 +152,8 @@ def _backward(
         dv = a dh + ds (r q' / sqrt(D) - s r^2 v / D)
         dq' = sum over sources, and tokens where they share a query, of ds r v / sqrt(D)
 
-    In half precision the h that was kept is rounded, and the ds sum to some e (`excess`) instead of 0. That hardly
-    shows in dv, but where sources resemble each other dq' is a small difference of large terms, so e is taken out:
+    In half precision the kept h is rounded, and the ds sum to some e (`excess`) instead of 0. That hardly shows in
+    dv, but dq' is a small difference of large terms where sources resemble each other, so e is taken out:
         dq' = (sum of ds r v - e * sum of a r v) / sqrt(D)
     """
     blocks = tl.cdiv(tokens, ROWS)
@@ -245,21 +207,9 @@ def _backward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _modulate_backward(
-    dx,
-    dh_direct,
-    h,
-    scale,
-    scale_stride,
-    norm_eps,
-    dh,
-    dshift_parts,
-    dscale_parts,
-    tokens,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    dx, dh_direct, h, scale, scale_stride, norm_eps, dh, dshift_parts, dscale_parts, tokens,
+    ROWS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     """Gradients of x = LayerNorm(h) (1 + scale) + shift; dh_direct, unless None, is what reached h past x."""
     blocks = tl.cdiv(tokens, ROWS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -292,16 +242,13 @@ INTERPRETED = not isinstance(_forward, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
 def _options(width, *tensors):
-    """Launch options that follow from the width, and from the alignment of the addresses in the tuples `tensors`."""
+    """Launch options for this width, and for the alignment of the addresses in the tuples `tensors`."""
     head = 1 << max(0, (width - 1).bit_length() - 1)  # more than half of the row
     tail = triton.next_power_of_2(max(1, width - head))
     aligned = all(tensor.data_ptr() % 16 == 0 for padded in tensors for tensor in padded)
-    options = {"D": width, "HEAD": head, "TAIL": tail, "num_warps": warps(width)}
+    warps = min(16, triton.next_power_of_2(triton.cdiv(width, WIDTH_PER_WARP)))
+    options = {"D": width, "HEAD": head, "TAIL": tail, "num_warps": warps}
     return {**options, "ALIGN": 16 if aligned else tensors[0][0].itemsize, "STAGES": STAGES} if tensors else options
-
-
-def warps(width):
-    return min(16, triton.next_power_of_2(triton.cdiv(width, WIDTH_PER_WARP)))
 
 
 def _padded(tensors):
@@ -315,17 +262,11 @@ def _strides(query):
     return ((0, 0), (width, 0), (0, width))[query.ndim - 1]
 
 
-def _on(device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 # ---- operators ----
 
 
 @torch.library.custom_op("dar::route", mutates_args=())
-def route(
-    sources: Sequence[torch.Tensor], query: torch.Tensor, norm_weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def route(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`kernels.route`: h (B, T, D), and the log-sum-exp of the logits (B, T), -inf where there is one source."""
     h, lse, _ = _launch_forward(sources, query, norm_weight, eps)
     return h, lse
@@ -333,15 +274,9 @@ def route(
 
 @torch.library.custom_op("dar::route_modulate", mutates_args=())
 def route_modulate(
-    sources: Sequence[torch.Tensor],
-    query: torch.Tensor,
-    norm_weight: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    eps: float,
-    norm_eps: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor, shift: Tensor, scale: Tensor,
+    eps: float, norm_eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`kernels.route_modulate`: x (B, T, D) of `dtype`, h (B, T, D) and the log-sum-exp (B, T)."""
     h, lse, x = _launch_forward(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype)
     return x, h, lse
@@ -357,43 +292,24 @@ def _launch_forward(sources, query, norm_weight, eps, shift=None, scale=None, no
         x = torch.empty_like(h, dtype=dtype)
         shift, scale = (value if value.stride(-1) == 1 else value.contiguous() for value in (shift, scale))
         modulation = (shift, scale, shift.stride(0), scale.stride(0))
-    padded = _padded(sources)
     if h.numel():
-        with _on(h.device):
+        padded = _padded(sources)
+        with torch.cuda.device_of(h):
             _forward[batch * triton.cdiv(tokens, FORWARD_ROWS),](
-                padded,
-                len(sources),
-                query,
-                *_strides(query),
-                norm_weight,
-                eps,
-                h,
-                lse,
-                x,
-                *modulation,
-                norm_eps,
-                tokens,
-                MODULATE=x is not None,
-                ROWS=FORWARD_ROWS,
-                **_options(width, padded),
-            )
+                padded, len(sources), query, *_strides(query), norm_weight, eps, h, lse, x, *modulation, norm_eps,
+                tokens, MODULATE=x is not None, ROWS=FORWARD_ROWS, **_options(width, padded),
+            )  # fmt: skip
     return h, lse, x
 
 
 @torch.library.custom_op("dar::route_backward", mutates_args=())
 def route_backward(
-    dh: torch.Tensor,
-    h: torch.Tensor,
-    lse: torch.Tensor,
-    sources: Sequence[torch.Tensor],
-    known: Sequence[torch.Tensor],
-    query: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    dh: Tensor, h: Tensor, lse: Tensor, sources: Sequence[Tensor], known: Sequence[Tensor],
+    query: Tensor, norm_weight: Tensor, eps: float,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """Gradients of the sources, the query and the norm weight.
 
-    known: gradients that the first len(known) sources have from elsewhere; they are added.
+    known: gradients that the first len(known) sources receive from later readers; they are added.
     """
     sources, known = [v.contiguous() for v in sources], [g.contiguous() for g in known]
     dh, query, norm_weight = dh.contiguous(), query.contiguous(), norm_weight.contiguous()
@@ -402,33 +318,17 @@ def route_backward(
     programs = triton.cdiv(tokens, BACKWARD_ROWS)
     per_token = query.ndim == 3
     dquery = torch.empty_like(query)
-    # One partial sum per program, added up below in a fixed order: float atomics would change from run to run.
+    # One partial sum per program, added up below in a fixed order: float atomics would vary from run to run.
     dquery_parts = h.new_empty((0 if per_token else batch, programs, width), dtype=torch.float32)
     dweight_parts = h.new_empty((batch, programs, width), dtype=torch.float32)
     tuples = [_padded(sources), _padded(known or gradients), _padded(gradients)]
     if h.numel():
-        with _on(h.device):
+        with torch.cuda.device_of(h):
             _backward[batch * programs,](
-                tuples[0],
-                len(sources),
-                tuples[1],
-                len(known),
-                tuples[2],
-                dh,
-                h,
-                lse,
-                query,
-                *_strides(query),
-                norm_weight,
-                eps,
-                dquery,
-                dquery_parts,
-                dweight_parts,
-                tokens,
-                PER_TOKEN=per_token,
-                ROWS=BACKWARD_ROWS,
-                **_options(width, *tuples),
-            )
+                tuples[0], len(sources), tuples[1], len(known), tuples[2], dh, h, lse, query, *_strides(query),
+                norm_weight, eps, dquery, dquery_parts, dweight_parts, tokens,
+                PER_TOKEN=per_token, ROWS=BACKWARD_ROWS, **_options(width, *tuples),
+            )  # fmt: skip
     if not per_token:
         dquery = dquery_parts.sum(1 if query.ndim == 2 else (0, 1)).to(query.dtype)
     return gradients, dquery, dweight_parts.sum((0, 1)).to(norm_weight.dtype)
@@ -436,13 +336,8 @@ def route_backward(
 
 @torch.library.custom_op("dar::modulate_backward", mutates_args=())
 def modulate_backward(
-    dx: torch.Tensor,
-    dh: torch.Tensor | None,
-    h: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    norm_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx: Tensor, dh: Tensor | None, h: Tensor, shift: Tensor, scale: Tensor, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, shift and scale in x = LayerNorm(h) (1 + scale) + shift; dh, if any, is added to the first."""
     dx, dh = dx.contiguous(), None if dh is None else dh.contiguous()
     scale = scale if scale.stride(-1) == 1 else scale.contiguous()
@@ -450,25 +345,15 @@ def modulate_backward(
     total = torch.empty_like(h)
     parts = h.new_empty((2, batch, triton.cdiv(tokens, MODULATE_ROWS), width), dtype=torch.float32)
     if h.numel():
-        with _on(h.device):
+        with torch.cuda.device_of(h):
             _modulate_backward[batch * parts.shape[2],](
-                dx,
-                dh,
-                h,
-                scale,
-                scale.stride(0),
-                norm_eps,
-                total,
-                parts[0],
-                parts[1],
-                tokens,
-                ROWS=MODULATE_ROWS,
-                **_options(width),
-            )
+                dx, dh, h, scale, scale.stride(0), norm_eps, total, parts[0], parts[1], tokens,
+                ROWS=MODULATE_ROWS, **_options(width),
+            )  # fmt: skip
     return total, parts[0].sum(1).to(shift.dtype), parts[1].sum(1).to(scale.dtype)
 
 
-# ---- what PyTorch must know of them ----
+# ---- what PyTorch must know about them ----
 
 
 @route.register_fake
@@ -513,8 +398,8 @@ route.register_autograd(_backward_of_route, setup_context=_setup_route)
 class RouteModulate(torch.autograd.Function):
     """(x, h, *sources): the sources pass through, so that their gradients come back through here.
 
-    Whoever reads a source next reads the one returned. Autograd then hands its gradient to this backward, which adds
-    its own share in the kernel; no gradient is written only to be read again and added to another (README.md).
+    Later reads use the returned sources. Autograd then hands their gradients to this backward, which adds its own
+    share in the kernel; no gradient is written only to be read again and added to another (README.md).
     """
 
     @staticmethod
@@ -534,16 +419,8 @@ class RouteModulate(torch.autograd.Function):
         gradients = list(known)
         if dh is not None:
             order = sorted(range(len(sources)), key=lambda i: known[i] is None)  # those with one come first
-            sums, dquery, dweight = route_backward(
-                dh,
-                h,
-                lse,
-                [sources[i] for i in order],
-                [known[i] for i in order if known[i] is not None],
-                query,
-                norm_weight,
-                ctx.eps,
-            )
+            ordered, added = [sources[i] for i in order], [known[i] for i in order if known[i] is not None]
+            sums, dquery, dweight = route_backward(dh, h, lse, ordered, added, query, norm_weight, ctx.eps)
             for i, gradient in zip(order, sums):
                 gradients[i] = gradient
         return dquery, dweight, dshift, dscale, None, None, None, *gradients
@@ -569,12 +446,3 @@ def _(dh, h, lse, sources, known, *args, out_shape=None, **kwargs):
 @register_flop_formula(torch.ops.dar.modulate_backward)
 def _(dx, dh, h, *args, out_shape=None, **kwargs):
     return 18 * math.prod(h)
-
-
-def forward_bytes(num_sources, numel, itemsize, modulate=False):
-    """Memory traffic of one aggregation, but for queries and sums over tokens, which are small."""
-    return (num_sources + 1 + modulate) * numel * itemsize
-
-
-def backward_bytes(num_sources, numel, itemsize, num_known=0, modulate=False):
-    return (2 * num_sources + num_known + 2 + 3 * modulate) * numel * itemsize
