@@ -17,6 +17,7 @@ CIFAR10 ?= uoft-cs/cifar10
 CIFAR := data/cifar10
 ENCODER ?= dinov2-vit-b
 JUDGE ?= inception
+METRIC := $(if $(filter inception,$(JUDGE)),fid,frechet_distance)
 STEPS ?= 20000
 LR ?= 1e-4
 DEPTH ?= 12
@@ -49,17 +50,17 @@ cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32
 
 study-pilots: cifar10
-	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --max-steps 2000 --out $(STUDY)/cifar10-pilots \
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --metric $(METRIC) --max-steps 2000 --out $(STUDY)/cifar10-pilots \
 		--routing residual dar --depth 12 28 --lr 1e-4 3e-4 1e-3 --seeds 0
 
 study: cifar10
-	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --metric $(METRIC) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
 		--eval-every 1000 --out $(STUDY)/cifar10 \
 		--routing residual dar --query timestep dynamic --alignment none repa --seeds 0 1 2
-	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
+	$(RUN) sweep.py --config cifar10 --encoder $(ENCODER) --eval-encoder $(JUDGE) --metric $(METRIC) --lr $(LR) --depth $(DEPTH) --max-steps $(STEPS) \
 		--eval-every 1000 --out $(STUDY)/cifar10-depth-chunk \
 		--routing dar --alignment repa --align-depth 2 4 6 8 --chunk-size 1 2 4 8 --seeds 0 1
-	$(RUN) -m analysis.convergence $(STUDY)/cifar10/*/ --reference residual --out $(STUDY)/cifar10
+	$(RUN) -m analysis.convergence $(STUDY)/cifar10/*/ --metric $(METRIC) --reference residual --out $(STUDY)/cifar10
 
 study-cpu: digits cifar10
 	$(RUN) -m dataset.standin_encoder $(CIFAR) --out $(CIFAR)/encoder --patch-size 4 --epochs 5 --batch-size 128

@@ -32,7 +32,8 @@ NOT_EVALUATED = {"eval_every": (0,)}
 def option(default: Any, least=None, above=None, idle_with=None, free=False, arm=True, model=False):
     """A field of Config.
 
-    least, above: bounds of a number. needs: {option: values} without which nothing reads this one.
+    least, above: bounds of a number.
+    idle_with: {option: values} with which nothing reads this one.
     free: a run may go on with another value, which changes nothing but rounding in its weights.
     arm:  it says how a run learns, so runs that differ in it are different arms of a comparison.
     model: an argument of SiT.
