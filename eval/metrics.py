@@ -34,7 +34,7 @@ from torch_fidelity import metric_isc, metric_prc
 from dataset.prepared import load_batches
 from eval import features
 from eval.images import open_images, read_npz
-from runtime import Ranks, environment, replaced, tf32, write_json
+from runtime import Ranks, environment, plain_errors, replaced, tf32, write_json
 
 IS_CHUNK = 5000  # the score is the mean over chunks of so many consecutive images
 NEIGHBOURS = 3  # of precision and recall
@@ -71,11 +71,8 @@ class Options:
 
 def main(argv: list | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m eval.metrics", description=__doc__)
-    with Ranks() as ranks:
-        try:
-            run(options, ranks)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"error: {error}") from None
+    with Ranks() as ranks, plain_errors(ValueError, OSError):
+        run(options, ranks)
 
 
 def run(options: Options, ranks: Ranks):

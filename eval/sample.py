@@ -38,7 +38,8 @@ from checkpoint import load_trained
 from eval.online import grid_of
 from eval.samplers import draw
 from models.autoencoder import load_autoencoder
-from runtime import Ranks, Use, derive_seed, environment, fingerprint, lock_folder, replaced, tf32, write_json
+from runtime import Ranks, Use, derive_seed, environment, fingerprint, lock_folder, plain_errors
+from runtime import replaced, tf32, write_json
 
 CHUNK = 64  # images in a file, whatever the batch and the processes
 GRID = 64  # images shown; those of the first chunk
@@ -117,13 +118,11 @@ class Settings:
 
 def main(argv: list | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m eval.sample", description=__doc__)
-    with Ranks() as ranks:
-        try:
+    try:
+        with Ranks() as ranks, plain_errors(ValueError, OSError):
             sample(options, ranks)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"error: {error}") from None
-        except KeyboardInterrupt:
-            raise SystemExit("stopped; the same command again goes on from here" if ranks.main else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command again goes on from here") from None
 
 
 def sample(options: Options, ranks: Ranks) -> Path:
