@@ -300,8 +300,11 @@ def test_half_precision_classifier_without_normalisation(tmp_path):
     torch.testing.assert_close(encoder(images), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_frozen(tmp_path, encoder_folder):
+def test_frozen_without_the_text_tower(tmp_path, encoder_folder):
     save_transformers(tmp_path, "clip")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("text_model")}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for name in (str(encoder_folder), f"hf:{tmp_path}"):
         encoder = FrozenEncoder(name, 4)
         assert not any(module.training for module in encoder.modules())
