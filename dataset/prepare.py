@@ -199,8 +199,9 @@ class Stage:
         self.ranks.barrier()
 
     def open(self):
-        self.records.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "settings.json", self.settings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "settings.json", self.settings)  # first: it says whose folder this is
+        self.records.mkdir(exist_ok=True)
 
     def record(self, rows):
         return self.records / f"{rows.start // IMAGES_PER_FILE:05}.json"
@@ -212,8 +213,6 @@ class Images(Stage):
     what = "images"
 
     def __init__(self, options: Options, source: Source, resolution: int, ranks: Ranks):
-        if not source.names:
-            raise ValueError(f"source {options.source!r} has no images")
         self.source, self.resolution, self.exif = source, resolution, options.exif
         settings = {
             "source": options.source,

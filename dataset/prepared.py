@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H = W pixels, h = w latents, T tokens.
 """
 
+import atexit
 import functools
 import io
 import json
@@ -177,6 +178,14 @@ def _begin_reader(worker):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_reader)
+
+
+@atexit.register
+def _end_readers():
+    """As they ignore what multiprocessing would end them by, the program would wait for them for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _end_reader(error, batch):

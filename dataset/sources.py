@@ -101,7 +101,7 @@ def splits_among(tables):
     if numbered:
         return {split: [name for other, name in numbered if other == split] for split, _ in numbered}
     for part in (os.path.dirname, os.path.basename):
-        words = {name: set(re.split(r"[-._ 0-9/]", part(name))) for name in tables}
+        words = {name: set(re.split(r"[-._ 0-9/]", part(name).lower())) for name in tables}
         splits = {split: [name for name in tables if words[name] & known] for split, known in SPLITS.items()}
         if any(splits.values()):
             return {split: names for split, names in splits.items() if names}
@@ -156,7 +156,7 @@ def open_table(options, files=None, notes=()) -> Source:
             table = datasets.load_dataset(options.source, split=options.split)
     except Exception as error:  # the hub's client raises many kinds
         what = "cannot be read as parquet" if files else "is no existing path, and no dataset that can be loaded"
-        raise ValueError(f"{options.source!r} {what} ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{options.source!r} {what} ({type(error).__name__}: {error.__cause__ or error})") from None
     images = choose_column(table, "image", options.image_column, datasets.Image, ("image", "img"))
     column = choose_column(table, "label", options.label_column, datasets.ClassLabel, ("label", "labels"))
     values = list(table[column])

@@ -1,15 +1,22 @@
-"""Preparing images and reading them back.
+"""Reading images from every kind of source, and serving them in an order that follows from the seed.
 
 Every image is drawn here. Checked are the conversion of each picture format, ADM's crop against a resampler written out
-below, damaged files, parquet tables, interrupted and repeated runs, refusals, and the order of the batches.
+below, folders against torchvision and datasets, what is left out or refused, order, and reader processes.
 """
 
 import collections
+import contextlib
+import ctypes
 import io
 import json
 import math
+import multiprocessing
 import os
-import threading
+import signal
+import struct
+import subprocess
+import sys
+import zlib
 
 import datasets
 import numpy as np
@@ -17,13 +24,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
+from datasets.data_files import DataFilesDict, get_data_patterns
+from PIL import EpsImagePlugin, Image
 
-from dataset import prepare
-from dataset.digits import load_digits
-from dataset.prepared import PreparedImages, ShuffledBatches
+from dataset import prepare, sources
+from dataset.prepared import PreparedImages, ShuffledBatches, load_batches
 from models.encoders import FrozenEncoder
+from tests.conftest import ROOT
 
 SIZE = 16
 
@@ -36,7 +43,7 @@ def refusal(source, out, *arguments):
     """The message with which the command ends."""
     with pytest.raises(SystemExit) as raised:
         run(source, out, *arguments)
-    assert str(raised.value.code).startswith("error: ")
+    assert str(raised.value.code).startswith("error: ") and "\n" not in str(raised.value.code)
     return str(raised.value.code)
 
 
@@ -52,12 +59,16 @@ def stored_images(folder):
     """All images of a prepared folder (N, H, W, 3), the damaged ones as zeros: their bytes cut and decoded here."""
     meta, sizes = meta_of(folder), np.load(folder / "sizes.npy")
     assert len(sizes) == meta["count"]
-    files = {path: path.read_bytes() for path in sorted((folder / "images").glob("*.bin"))}
-    data, images = b"".join(files.values()), []
+    data, images = b"".join(path.read_bytes() for path in sorted((folder / "images").glob("*.bin"))), []
     for end, size in zip(sizes.cumsum(), sizes):
         image = Image.open(io.BytesIO(data[end - size : end])) if size else Image.new("RGB", [meta["resolution"]] * 2)
         images.append(np.asarray(image))
     return np.stack(images)
+
+
+def reds(folder):
+    """The images' red levels, which tell them apart."""
+    return stored_images(folder)[:, 0, 0, 0].tolist()
 
 
 def flat(color, size=(SIZE, SIZE), mode="RGB"):
@@ -74,7 +85,52 @@ def noise_image(width, height, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# ---- a class folder with one picture of each kind ----
+def pictures(root, *names):
+    """Flat pictures under these names, the first of red level 10, the next of 20, and so on."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        flat((10 * (i + 1), 0, 0)).save(root / name, "PNG")
+    return root
+
+
+def forked(*calls):
+    """What each call returns or how it fails, and what it prints; in processes of their own, side by side."""
+
+    def report(call, pipe):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                outcome = call()
+            except BaseException as error:
+                outcome = f"{type(error).__name__}: {error}"
+        pipe.send((outcome, printed.getvalue()))
+
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in calls]
+    started = [context.Process(target=report, args=(call, pipe[1])) for call, pipe in zip(calls, pipes)]
+    for process in started:
+        process.start()
+    outcomes = [here.recv() if here.poll(100) else ("no answer", "") for here, _ in pipes]
+    for process in started:
+        process.kill()
+        process.join()
+    return outcomes
+
+
+def on_small_disk(folder, options, call):
+    """What `call` returns or how it fails, in a process that sees a disk of its own at `folder`."""
+
+    def mounted():
+        alone = ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+        commands = "mount --make-rprivate /", f"mount -t tmpfs -o {options} tmpfs {folder}"
+        return call() if alone and not any(map(os.system, commands)) else "skip"
+
+    ((outcome, _),) = forked(mounted)
+    if outcome == "skip":
+        pytest.skip("mounting a small disk is not permitted here")
+    return outcome
+
+
+# ---- class folders with pictures of each kind ----
 
 
 def half_transparent_palette():
@@ -85,38 +141,76 @@ def half_transparent_palette():
     return image
 
 
-# name: (how it is saved, expected RGB). Over white, colour c of opacity a becomes a c + (1 - a) 255.
+def grey(value, dtype):
+    return Image.fromarray(np.full((20, 17), value, dtype))
+
+
+def twelve_bit_tiff(value):
+    """A 4 x 4 grey TIFF of 12 bits a sample, which Pillow reads but does not write."""
+    tags = [(256, 4), (257, 4), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 4), (279, 24)]
+    pair = bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255])
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, number, 0) for tag, number in tags)
+    return b"II*\0" + struct.pack("<I", 32) + 8 * pair + struct.pack("<H", len(tags)) + directory + bytes(4)
+
+
+def declared_huge_png():
+    """A PNG that says it has 30000 x 30000 pixels."""
+    header = b"IHDR" + struct.pack(">II5B", 30000, 30000, 8, 2, 0, 0, 0)
+    whole = encoded(flat((1, 2, 3)))
+    return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+
+
+# name: (bytes of the file, expected RGB). Over white, colour c of opacity a becomes a c + (1 - a) 255.
 READABLE = {
-    "cat/bilevel.png": (lambda path: flat(1, (20, 30), "1").save(path), (255, 255, 255)),
-    "cat/cmyk.jpg": (lambda path: flat((0, 255, 255, 0), (50, 40), "CMYK").save(path, quality=100), (255, 0, 0)),
-    "cat/grey.png": (lambda path: flat(77, (40, 30), "L").save(path), (77, 77, 77)),
-    "cat/grey_alpha.png": (lambda path: flat((200, 51), (40, 30), "LA").save(path), (244, 244, 244)),
-    "cat/large.jpg": (lambda path: flat((10, 120, 230), (90, 70)).save(path, quality=100), (10, 120, 230)),
-    "dog/alpha.png": (lambda path: flat((200, 0, 100, 51), (33, 33), "RGBA").save(path), (244, 204, 224)),
-    "dog/color_key.png": (lambda path: flat((9, 8, 7), (16, 16)).save(path, transparency=(9, 8, 7)), (255, 255, 255)),
-    "dog/sixteen_bit.png": (
-        lambda path: Image.fromarray(np.full((20, 17), 0xABCD, np.uint16)).save(path),
-        (0xAB, 0xAB, 0xAB),
-    ),
-    "dog/small.png": (lambda path: flat((1, 2, 3), (5, 7)).save(path), (1, 2, 3)),
+    "cat/bilevel.png": (encoded(flat(1, (20, 30), "1")), (255, 255, 255)),
+    "cat/cmyk.jpg": (encoded(flat((0, 255, 255, 0), (50, 40), "CMYK"), "JPEG", quality=100), (255, 0, 0)),
+    "cat/grey.png": (encoded(flat(77, (40, 30), "L")), (77, 77, 77)),
+    "cat/grey_alpha.PNG": (encoded(flat((200, 51), (40, 30), "LA")), (244, 244, 244)),
+    "cat/large.jpg": (encoded(flat((10, 120, 230), (90, 70)), "JPEG", quality=100), (10, 120, 230)),
+    "cat/two.jpg": (encoded(flat((0, 9, 9)), "MPO", append_images=[flat((9, 0, 0))], save_all=True), (0, 9, 9)),
+    "dog/alpha.png": (encoded(flat((200, 0, 100, 51), (33, 33), "RGBA")), (244, 204, 224)),
+    "dog/bitmap.bmp": (encoded(flat((4, 5, 6)), "BMP"), (4, 5, 6)),
+    "dog/color_key.png": (encoded(flat((9, 8, 7)), transparency=(9, 8, 7)), (255, 255, 255)),
+    "dog/deep/web.webp": (encoded(flat((60, 90, 30)), "WEBP", lossless=True), (60, 90, 30)),
+    "dog/graymap.pgm": (b"P5 2 2 65535\n" + 4 * b"\xab\xcd", (0xAB, 0xAB, 0xAB)),
+    "dog/sixteen.png": (encoded(grey(0xABCD, np.uint16)), (0xAB, 0xAB, 0xAB)),
+    "dog/sixteen.tif": (encoded(grey(0xABCD, np.uint16), "TIFF"), (0xAB, 0xAB, 0xAB)),
+    "dog/small.png": (encoded(flat((1, 2, 3), (5, 7))), (1, 2, 3)),
+    "dog/thirtytwo.tiff": (encoded(grey(0xABCD, np.int32), "TIFF"), (0xAB, 0xAB, 0xAB)),
+    "dog/twelve.tif": (twelve_bit_tiff(0xABC), (0xAB, 0xAB, 0xAB)),
 }
-DAMAGED = ["cat/empty.png", "dog/text.jpg", "dog/truncated.jpg"]
+TRUNCATED = encoded(Image.fromarray(noise_image(60, 60)), "JPEG")
+DAMAGED = {
+    "cat/empty.png": b"",
+    "cat/float.tif": encoded(grey(0.5, np.float32), "TIFF"),
+    "cat/huge.png": declared_huge_png(),
+    "cat/program.jpg": encoded(flat((1, 2, 3)), "EPS"),
+    "cat/wide.tif": encoded(grey(70000, np.int32), "TIFF"),
+    "dog/broken.png": "link",  # to nowhere
+    "dog/pipe.png": "pipe",  # to open it would wait for ever
+    "dog/text.jpg": b"this is not a picture",
+    "dog/truncated.jpg": TRUNCATED[: len(TRUNCATED) // 2],
+}
+IGNORED = ["cat/._x.png", "cat/.DS_Store", "__MACOSX/cat/a.png", ".ipynb_checkpoints/a.png", "dog/.cache/a.png"]
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "photos"
-    for name in ("cat", "dog"):
-        (folder / name).mkdir(parents=True)
-    for name, (save, _) in READABLE.items():
-        save(folder / name)
+    pictures(folder, *IGNORED, "stray.png", "cat/a.gif", "cat/b.avif", "dog/notes.txt")
+    (folder / "eel").mkdir()  # a class, though without an image
+    for name, data in {**{name: data for name, (data, _) in READABLE.items()}, **DAMAGED}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(data, bytes):
+            (folder / name).write_bytes(data)
+        else:
+            os.mkfifo(folder / name) if data == "pipe" else os.symlink("nowhere", folder / name)
     half_transparent_palette().save(folder / "dog" / "palette.png", transparency=0)
-    (folder / "cat" / "empty.png").write_bytes(b"")
-    (folder / "dog" / "text.jpg").write_text("this is not a picture")
-    whole = encoded(Image.fromarray(noise_image(60, 60)), "JPEG")
-    (folder / "dog" / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "dog" / "notes.txt").write_text("not even named like a picture")
+    (folder / "dog" / "loop").symlink_to(folder)
     return folder
+
+
+NAMES = sorted([*READABLE, *DAMAGED, "dog/palette.png"], key=lambda name: (name[:3], *os.path.split(name)))
 
 
 @pytest.fixture(scope="module")
@@ -126,49 +220,35 @@ def prepared_photos(photos, tmp_path_factory, encoder_folder):
     return out
 
 
-def names_in(photos):
-    """Relative paths in the order of the rows: classes by name, files by name."""
-    return sorted(str(path.relative_to(photos)) for path in photos.rglob("*.[pj][np]g"))
+def test_every_picture_format_becomes_rgb(prepared_photos):
+    rows = dict(zip(NAMES, stored_images(prepared_photos), strict=True))
+    for name, (_, color) in READABLE.items():
+        assert rows[name].shape == (SIZE, SIZE, 3) and rows[name].dtype == np.uint8
+        tolerance = 2 if name.endswith("jpg") else 1  # JPEG rounds; so does blending
+        assert np.abs(rows[name].astype(int) - color).max() <= tolerance, name
+    assert (rows["dog/palette.png"][:, : SIZE // 2] == 255).all()
+    assert (rows["dog/palette.png"][:, SIZE // 2 :] == (40, 50, 60)).all()
 
 
-@pytest.mark.parametrize("name", READABLE)
-def test_every_picture_format_becomes_rgb(photos, prepared_photos, name):
-    row = stored_images(prepared_photos)[names_in(photos).index(name)]
-    assert row.shape == (SIZE, SIZE, 3) and row.dtype == np.uint8
-    tolerance = 2 if name.endswith("jpg") else 1  # JPEG rounds; so does blending
-    assert np.abs(row.astype(int) - READABLE[name][1]).max() <= tolerance
-
-
-def test_transparent_palette_entries_become_white(photos, prepared_photos):
-    row = stored_images(prepared_photos)[names_in(photos).index("dog/palette.png")]
-    assert (row[:, : SIZE // 2] == 255).all()
-    assert (row[:, SIZE // 2 :] == (40, 50, 60)).all()
-
-
-def test_damaged_files_are_named_and_counted(photos, tmp_path, capsys):
+def test_what_cannot_be_read_is_named_counted_and_never_served(photos, prepared_photos, tmp_path, capsys, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: started.append(arguments))
     run(photos, tmp_path / "out", "--resolution", SIZE)
-    printed = capsys.readouterr().out
-    meta = meta_of(tmp_path / "out")
-    assert [name for name, _ in meta["damaged"]] == DAMAGED
-    assert all(problem for _, problem in meta["damaged"])
-    assert meta["count"] == len(READABLE) + 1 + len(DAMAGED)
-    for name in DAMAGED:
-        assert f"left out: {name} (" in printed
-    assert f"{len(READABLE) + 1} images, {len(DAMAGED)} damaged and left out, 2 classes" in printed
-
-
-def test_damaged_files_are_never_served(photos, prepared_photos):
-    names = names_in(photos)
-    good = [i for i, name in enumerate(names) if name not in DAMAGED]
+    printed, meta = capsys.readouterr().out, meta_of(tmp_path / "out")
+    assert not started and [name for name, problem in meta["damaged"] if problem] == list(DAMAGED)
+    assert meta["count"] == len(NAMES) and meta["class_names"] == ["cat", "dog", "eel"]
+    good = [i for i, name in enumerate(NAMES) if name not in DAMAGED]
+    assert all(f"left out: {name} (" in printed for name in DAMAGED)
+    assert f"{len(good)} images, {len(DAMAGED)} damaged and left out, 3 classes" in printed
+    assert "in no class folder: 1 (stray.png)" in printed and "1 of 3 classes have no image" in printed
+    assert ".webp: 3 (cat/a.gif, cat/b.avif, dog/notes.txt)" in printed
     labels = np.load(prepared_photos / "labels.npy")
-    assert [names[i] for i in np.flatnonzero(labels == -1)] == DAMAGED
-
+    assert [NAMES[i] for i in np.flatnonzero(labels == -1)] == list(DAMAGED)
     data = PreparedImages(prepared_photos)
-    assert len(data) == len(good)
     batch = data.__getitems__(range(len(data)))
-    stored = stored_images(prepared_photos)[good]
-    assert (batch["images"].permute(0, 2, 3, 1).numpy() == stored).all()
-    assert batch["labels"].tolist() == [int(names[i].startswith("dog")) for i in good] == data.labels.tolist()
+    assert (batch["images"].permute(0, 2, 3, 1).numpy() == stored_images(prepared_photos)[good]).all()
+    assert batch["labels"].tolist() == [int(NAMES[i].startswith("dog")) for i in good] == data.labels.tolist()
+    assert data.num_classes == 3
 
 
 def test_tokens_stay_beside_their_images_where_some_are_damaged(prepared_photos, encoder_folder):
@@ -177,30 +257,66 @@ def test_tokens_stay_beside_their_images_where_some_are_damaged(prepared_photos,
     torch.testing.assert_close(batch["tokens_0"].float(), encoder(batch["images"]), rtol=2e-3, atol=2e-4)
 
 
-def test_source_without_one_readable_image_is_refused(tmp_path):
-    (tmp_path / "photos" / "cat").mkdir(parents=True)
-    (tmp_path / "photos" / "cat" / "a.png").write_bytes(b"junk")
-    assert "none of the 1 images" in refusal(tmp_path / "photos", tmp_path / "out", "--resolution", 8)
-    assert not (tmp_path / "out" / "meta.json").exists()
+def test_rows_are_in_the_order_of_torchvision(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    root = pictures(tmp_path / "root", "b/z.png", "b/a/x.png", "b/a-b/x.png", "b/a/b/x.png", "B/c.png", "a b/c.png")
+    expected = [(os.path.relpath(file, root), label) for file, label in ImageFolder(root).samples]
+    source = sources.open_source(prepare.Options(str(root), ""))
+    assert list(zip(source.names, source.labels)) == expected and source.class_names == ImageFolder(root).classes
 
 
-def test_embedded_digits():
-    images, labels = load_digits()
-    assert len(images) == len(labels) == 1797
-    assert sorted(set(labels.tolist())) == list(range(10))
-    assert {image.mode for image in images} == {"RGB"} and {image.size for image in images} == {(8, 8)}
-    assert max(np.asarray(image).max() for image in images) == 255  # 16 grey levels up to full white
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    for name in (b"caf\xe9", b"tea"):
+        os.makedirs(os.path.join(os.fsencode(tmp_path), b"root", name))
+    pictures(tmp_path / "root" / "tea", "a.png")
+    for name in (b"caf\xe9/\xff.png", b"caf\xe9/\xfe.txt"):
+        open(os.path.join(os.fsencode(tmp_path), b"root", name), "wb").close()
+    run(tmp_path / "root", tmp_path / "out", "--resolution", 8)
+    printed = capsys.readouterr().out
+    assert r"left out: caf\xe9/\xff.png" in printed and r"(caf\xe9/\xfe.txt)" in printed
+    assert "1 of 2 classes have no image" in printed
+
+
+TURNED = {  # EXIF 2.3, tag 274: how the stored picture becomes upright
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x.transpose(1, 0, 2), 2),
+    8: np.rot90,
+}
+
+
+def test_exif_turns_photographs_on_request(tmp_path):
+    pixels = noise_image(8, 8)
+    (tmp_path / "root" / "cat").mkdir(parents=True)
+    for number in TURNED:
+        exif = Image.Exif()
+        exif[274] = number
+        Image.fromarray(pixels).save(tmp_path / "root" / "cat" / f"{number}.png", exif=exif)
+    run(tmp_path / "root", tmp_path / "stored", "--resolution", 8)
+    assert (stored_images(tmp_path / "stored") == pixels).all()
+    run(tmp_path / "root", tmp_path / "upright", "--resolution", 8, "--exif")
+    assert (stored_images(tmp_path / "upright") == np.stack([turn(pixels) for turn in TURNED.values()])).all()
+    assert "exif: False -> True" in refusal(tmp_path / "root", tmp_path / "stored", "--resolution", 8, "--exif")
+    settings = json.loads((tmp_path / "stored" / "settings.json").read_text())
+    del settings["exif"]  # as in folders of the version before
+    (tmp_path / "stored" / "settings.json").write_text(json.dumps(settings))
+    run(tmp_path / "root", tmp_path / "stored", "--resolution", 8)
 
 
 def test_prepared_digits_are_the_embedded_ones(digits):
-    images, labels = load_digits()
+    from sklearn.datasets import load_digits
+
+    expected, labels = np.round(load_digits().images * 255 / 16), load_digits().target
     data = PreparedImages(digits)
     assert (data.resolution, data.num_classes, len(data)) == (8, 10, 1797)
-    batch = data.__getitems__([0, 1000, 1796])
-    assert batch["images"].shape == (3, 3, 8, 8) and batch["images"].dtype == torch.uint8
-    for served, i in zip(batch["images"], (0, 1000, 1796)):
-        assert (served.permute(1, 2, 0).numpy() == np.asarray(images[i])).all()
-    assert (data.labels.numpy() == labels).all()
+    images = data.__getitems__(range(1797))["images"]
+    assert images.shape == (1797, 3, 8, 8) and images.dtype == torch.uint8
+    assert (images.numpy() == expected[:, None]).all() and (data.labels.numpy() == labels).all()
 
 
 # ---- ADM's crop ----
@@ -244,51 +360,33 @@ def adm_crop(pixels, size):
 
 
 # Powers of two, one side longer, odd sizes and odd margins, one pass of bicubic, enlarging, extreme shapes.
-@pytest.mark.parametrize(
-    "width, height",
-    [
-        (64, 64),
-        (128, 32),
-        (33, 47),
-        (50, 37),
-        (131, 70),
-        (31, 29),
-        (21, 16),
-        (16, 23),
-        (5, 7),
-        (40, 21),
-        (100, 3),
-        (1, 1),
-        (16, 16),
-    ],
-)
+SIDES = "64x64 128x32 33x47 50x37 131x70 31x29 21x16 16x23 5x7 40x21 100x3 1x1 16x16"
+
+
+@pytest.mark.parametrize("width, height", [[*map(int, sides.split("x"))] for sides in SIDES.split()])
 def test_crop_matches_its_definition(width, height):
     pixels = noise_image(width, height, seed=width)
-    got = np.asarray(prepare.center_crop(Image.fromarray(pixels), SIZE)).astype(int)
+    got = np.asarray(sources.center_crop(Image.fromarray(pixels), SIZE)).astype(int)
     assert got.shape == (SIZE, SIZE, 3)
     # One level: Pillow's weights have a finite number of bits.
     assert np.abs(got - adm_crop(pixels.astype(float), SIZE)).max() <= 1
+    assert (np.asarray(sources.center_crop(flat((3, 200, 77), (width, height)), SIZE)) == (3, 200, 77)).all()
 
 
 def test_crop_of_a_power_of_two_is_the_box_average():
     pixels = noise_image(8 * SIZE, 8 * SIZE)
     average = pixels.reshape(SIZE, 8, SIZE, 8, 3).mean((1, 3))
-    got = np.asarray(prepare.center_crop(Image.fromarray(pixels), SIZE))
+    got = np.asarray(sources.center_crop(Image.fromarray(pixels), SIZE))
     assert np.abs(got - average).max() <= 3  # three halvings, each rounded twice
 
 
 @pytest.mark.parametrize("width, first", [(16, 0), (17, 0), (18, 1), (21, 2), (40, 12)])
 def test_crop_takes_the_middle_and_the_left_one_of_two(width, first):
     columns = np.broadcast_to(np.arange(width, dtype=np.uint8)[:, None], (SIZE, width, 3))
-    got = np.asarray(prepare.center_crop(Image.fromarray(np.ascontiguousarray(columns)), SIZE))
+    got = np.asarray(sources.center_crop(Image.fromarray(np.ascontiguousarray(columns)), SIZE))
     assert (got == np.arange(first, first + SIZE)[:, None]).all()
     turned = np.ascontiguousarray(columns.transpose(1, 0, 2))
-    assert (np.asarray(prepare.center_crop(Image.fromarray(turned), SIZE)) == got.transpose(1, 0, 2)).all()
-
-
-@pytest.mark.parametrize("size", [(3, 5), (16, 40), (37, 33), (257, 64)])
-def test_crop_of_a_flat_image_is_flat(size):
-    assert (np.asarray(prepare.center_crop(flat((3, 200, 77), size), SIZE)) == (3, 200, 77)).all()
+    assert (np.asarray(sources.center_crop(Image.fromarray(turned), SIZE)) == got.transpose(1, 0, 2)).all()
 
 
 # ---- parquet ----
@@ -301,341 +399,196 @@ def table(tmp_path, monkeypatch):
 
     def write(name="table.parquet", **columns):
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
         return path
 
     return write
 
 
-def cells(*colors):
-    """One struct<bytes, path> per colour, as the hub stores images."""
-    return [{"bytes": encoded(flat(color)), "path": None} for color in colors]
+def cells(*reds):
+    """One struct<bytes, path> per red level, as the hub stores images."""
+    return [{"bytes": encoded(flat((red, 0, 0))), "path": None} for red in reds]
 
 
-COLORS = [(10, 0, 0), (20, 0, 0), (30, 0, 0), (40, 0, 0)]
-
-
-def reds(folder):
-    """The images' red levels, which tell them apart."""
-    return stored_images(folder)[:, 0, 0, 0].tolist()
+FOUR = cells(10, 20, 30, 40)
 
 
 def test_parquet_with_declared_features(tmp_path, table):
     features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog", "owl"])})
-    rows = {"photo": cells(*COLORS), "kind": [0, 1, 1, 0]}
+    rows = {"photo": FOUR, "kind": [0, 1, 1, 0]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "photos.parquet")
     run(tmp_path / "photos.parquet", tmp_path / "out", "--resolution", 8)
     assert reds(tmp_path / "out") == [10, 20, 30, 40]
     assert meta_of(tmp_path / "out")["class_names"] == ["cat", "dog", "owl"]  # also the one that has no image
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 1, 1, 0]
+    # -1 is how the hub marks the rows of a test split whose labels are withheld.
+    datasets.Dataset.from_dict({**rows, "kind": [0, -1, 1, 0]}, features=features).to_parquet(tmp_path / "test.parquet")
+    assert "rows without a label" in refusal(tmp_path / "test.parquet", tmp_path / "none", "--resolution", 8)
+
+
+BARE = [encoded(flat(100, mode="L")), encoded(flat((200, 0, 0, 51), mode="RGBA"))]
 
 
 @pytest.mark.parametrize(
-    "labels, class_names", [([7, 3, 3, 7], ["3", "7"]), (["tree", "sea", "sea", "tree"], ["sea", "tree"])]
+    "columns, class_names, levels",
+    [
+        ({"image": FOUR, "label": [7, 3, 3, 7]}, ["3", "7"], [10, 20, 30, 40]),
+        ({"image": FOUR, "labels": ["tree", "sea", "sea", "tree"]}, ["sea", "tree"], [10, 20, 30, 40]),
+        ({"img": BARE, "label": [True, False]}, ["False", "True"], [100, 244]),
+    ],
 )
-def test_parquet_with_plain_columns_numbers_the_classes(tmp_path, table, labels, class_names):
-    run(table(image=cells(*COLORS), label=labels), tmp_path / "out", "--resolution", 8)
-    assert reds(tmp_path / "out") == [10, 20, 30, 40]
-    assert meta_of(tmp_path / "out")["class_names"] == class_names
-    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [1, 0, 0, 1]
+def test_parquet_with_plain_columns_numbers_the_classes(tmp_path, table, columns, class_names, levels):
+    run(table(**columns), tmp_path / "out", "--resolution", 8)
+    assert reds(tmp_path / "out") == levels and meta_of(tmp_path / "out")["class_names"] == class_names
+    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [1, 0, 0, 1][: len(levels)]
 
 
-def test_parquet_with_bare_bytes(tmp_path, table):
-    images = [encoded(flat(100, mode="L")), encoded(flat((200, 0, 0, 51), mode="RGBA"))]
-    run(table(img=images, labels=[0, 1]), tmp_path / "out", "--resolution", 8)
-    assert reds(tmp_path / "out") == [100, 244]
-
-
-def test_folder_of_parquet_files_is_read_in_order_of_name(tmp_path, table):
-    table("shards/b.parquet", image=cells(*COLORS[2:]), label=[1, 1])
-    table("shards/a.parquet", image=cells(*COLORS[:2]), label=[0, 0])
-    run(tmp_path / "shards", tmp_path / "out", "--resolution", 8)
-    assert reds(tmp_path / "out") == [10, 20, 30, 40]
-    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 0, 1, 1]
-
-
-def test_parquet_column_names_are_asked_for(tmp_path, table):
-    path = table(picture=cells(*COLORS), kind=[0, 1, 1, 0])
-    message = refusal(path, tmp_path / "out", "--resolution", 8)
-    assert "--image-column" in message and "'picture'" in message and "'kind'" in message
-    message = refusal(path, tmp_path / "out", "--resolution", 8, "--image-column", "picture")
-    assert "--label-column" in message and "'picture'" in message and "'kind'" in message
-    message = refusal(path, tmp_path / "out", "--resolution", 8, "--image-column", "nonesuch", "--label-column", "kind")
-    assert "'nonesuch'" in message and "'picture'" in message
-    assert not (tmp_path / "out").exists()
-    run(path, tmp_path / "out", "--resolution", 8, "--image-column", "picture", "--label-column", "kind")
-    assert reds(tmp_path / "out") == [10, 20, 30, 40]
-
-
-def test_two_columns_that_fit_must_be_told_apart(tmp_path, table):
-    path = table(image=cells(*COLORS), img=cells(*COLORS[::-1]), label=[0, 1, 1, 0])
-    message = refusal(path, tmp_path / "out", "--resolution", 8)
+def test_parquet_columns_that_are_not_certain_are_asked_for(tmp_path, table):
+    path, out = table(picture=FOUR, kind=[0, 1, 1, 0]), tmp_path / "out"
+    for given, words in (
+        ([], ("--image-column", "'picture'", "'kind'")),
+        (["--image-column", "picture"], ("--label-column", "'picture'", "'kind'")),
+        (["--image-column", "nonesuch", "--label-column", "kind"], ("'nonesuch'", "'picture'")),
+    ):
+        message = refusal(path, out, "--resolution", 8, *given)
+        assert all(word in message for word in words) and not out.exists()
+    run(path, out, "--resolution", 8, "--image-column", "picture", "--label-column", "kind")
+    assert reds(out) == [10, 20, 30, 40]
+    path = table("two.parquet", image=FOUR, img=FOUR[::-1], label=[0, 1, 1, 0])
+    message = refusal(path, tmp_path / "two", "--resolution", 8)
     assert "--image-column" in message and "'image'" in message and "'img'" in message
-    run(path, tmp_path / "out", "--resolution", 8, "--image-column", "img")
-    assert reds(tmp_path / "out") == [40, 30, 20, 10]
+    run(path, tmp_path / "two", "--resolution", 8, "--image-column", "img")
+    assert reds(tmp_path / "two") == [40, 30, 20, 10]
 
 
-def test_damaged_rows_are_named_the_same_way_in_every_run(tmp_path, table):
-    images = cells(*COLORS)
-    images[2]["bytes"] = b"junk"
-    path = table(image=images, label=[0, 1, 1, 0])
+def test_damaged_rows_are_named_the_same_way_in_every_run(tmp_path, table, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: started.append(arguments))
+    bad = [None, {"bytes": b"junk", "path": None}, {"bytes": None, "path": None}]
+    bad += [{"bytes": encoded(flat((1, 2, 3)), "EPS"), "path": "a.jpg"}, {"bytes": None, "path": "/dev/zero"}]
+    path = table(image=[FOUR[0], *bad, FOUR[3]], label=[0, 1, 1, 0, 1, 0, 1])
     for out in ("first", "second"):
         run(path, tmp_path / out, "--resolution", 8)
-    assert [name for name, _ in meta_of(tmp_path / "first")["damaged"]] == ["row 2"]
-    assert np.load(tmp_path / "first" / "labels.npy").tolist() == [0, 1, -1, 0]
+    damaged = meta_of(tmp_path / "first")["damaged"]
+    assert [name for name, _ in damaged] == [f"row {i}" for i in range(1, 6)] and not started
+    assert "there is no image" in damaged[0][1] and "there is no image" in damaged[2][1]
+    assert np.load(tmp_path / "first" / "labels.npy").tolist() == [0, -1, -1, -1, -1, -1, 1]
     assert content(tmp_path / "first") == content(tmp_path / "second")
 
 
-# A missing label, one that is not a single value: neither can be trained on, and neither may pass in silence.
-@pytest.mark.parametrize("labels", [[0, None, 1, 0], ["sea", None, "tree", "sea"], [[0, 1], [1, 1], [1, 0], [0, 0]]])
-def test_labels_that_are_no_classes_are_refused(tmp_path, table, labels):
-    assert "'label'" in refusal(table(image=cells(*COLORS), label=labels), tmp_path / "out", "--resolution", 8)
+# A missing label, a mark for one, or one that is not a single value: none may pass in silence for a class.
+NO_LABELS = {"None": [0, None, 1], "-1": [0, -1, 1], "NaN": [0.0, math.nan, 1.0], "-1.0": [0.0, -1.0, 1.0]}
+NO_LABELS |= {"no text": ["sea", None, "tree"], "empty text": ["sea", "", "tree"], "blank text": ["sea", " \n", "tree"]}
+NO_LABELS |= {"lists": [[0, 1], [1, 1], [1, 0]], "structs": [{"a": 1}, {"a": 0}, {"a": 1}]}
 
 
-def test_unlabelled_rows_of_a_class_label_are_refused(tmp_path, table):
-    # -1 is how the hub marks the rows of a test split whose labels are withheld.
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    rows = {"image": cells(*COLORS), "label": [0, -1, 1, 0]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
-    assert "'label'" in refusal(tmp_path / "test.parquet", tmp_path / "out", "--resolution", 8)
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_labels_that_are_no_classes_are_refused(tmp_path, table, kind):
+    message = refusal(table(image=FOUR[:3], label=NO_LABELS[kind]), tmp_path / "out", "--resolution", 8)
+    assert "'label' has" in message and "rows without a label" in message
 
 
-def test_parquet_file_that_is_none_is_not_called_missing(tmp_path, table):
-    (tmp_path / "photos.parquet").write_bytes(b"junk")
-    message = refusal(tmp_path / "photos.parquet", tmp_path / "out", "--resolution", 8)
-    assert "photos.parquet" in message and "no existing path" not in message
+# ---- splits, and folders that hold more than one thing ----
 
 
-# ---- sources and settings that cannot be used ----
+LAYOUTS = [
+    "train.parquet test.parquet",
+    "b.parquet a.parquet c/a.parquet",
+    "train/1.parquet val/0.parquet train/0.parquet",
+    "data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet data/train2-00000-of-00001.parquet",
+    "data/foo-00000-of-00001.parquet data/bar-00000-of-00001.parquet other.parquet",
+    "my_train_set.parquet my-dev.parquet x/evaluation.1.parquet other.parquet",
+    "plain/training-0.parquet plain/testing3.parquet",
+    "train/x.parquet y.parquet test.parquet",
+    "default/test/0000.parquet default/validation/0000.parquet",
+    "latest.parquet contest.parquet trained.parquet",
+]
 
 
-def test_unknown_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    out = tmp_path / "out"
-    assert "missing.parquet" in refusal(tmp_path / "missing.parquet", out, "--resolution", 8)
+@pytest.mark.parametrize("names", LAYOUTS)
+def test_splits_are_those_of_datasets(tmp_path, names):
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    expected = DataFilesDict.from_patterns(get_data_patterns(str(tmp_path)), base_path=str(tmp_path))
+    found = sources.splits_among(list(sources.files_below(str(tmp_path))))
+    assert found == {
+        str(split): sorted(os.path.relpath(file, tmp_path) for file in files) for split, files in expected.items()
+    }
+
+
+def test_the_split_of_a_folder_of_parquet_files(tmp_path, table, capsys):
+    folder, out = tmp_path / "some [1]", tmp_path / "out"
+    table("some [1]/train-b.parquet", image=FOUR[2:], label=[1, 1])
+    table("some [1]/train-a.parquet", image=FOUR[:2], label=[0, 0])
+    test = table("some [1]/Test.parquet", image=cells(50, 60), label=[0, 1])
+    table("some [1]/.hidden/train.parquet", image=cells(70), label=[1])
+    run(folder, out, "--resolution", 8)
+    assert reds(out) == [10, 20, 30, 40] and np.load(out / "labels.npy").tolist() == [0, 0, 1, 1]
+    assert "split 'train' of train, test" in capsys.readouterr().out
+    for name, given, expected in (
+        ("test", [folder, "--split", "test"], [50, 60]),
+        ("part", [folder, "--split", "train[1:3]"], [20, 30]),
+        ("file", [test], [50, 60]),
+        ("named", [test, "--split", "test"], [50, 60]),
+    ):
+        run(given[0], tmp_path / name, "--resolution", 8, *given[1:])
+        assert reds(tmp_path / name) == expected
+    message = refusal(folder, tmp_path / "none", "--resolution", 8, "--split", "validation")
+    assert "split = 'validation'" in message and "holds train, test" in message
+    (folder / "odd.parquet").touch()
+    run(folder, out, "--resolution", 8)
+    assert "left out, in no split: 1 (odd.parquet)" in capsys.readouterr().out
+
+
+def test_sources_that_cannot_be_used(tmp_path, table):
+    def refused(source, *arguments, resolution=8):
+        message = refusal(source, tmp_path / "out", "--resolution", resolution, *arguments)
+        assert not (tmp_path / "out").exists()
+        return message
+
+    assert "missing.parquet" in refused(tmp_path / "missing.parquet")
+    (tmp_path / "junk.parquet").write_bytes(b"junk")
+    assert "junk.parquet" in (message := refused(tmp_path / "junk.parquet")) and "no existing path" not in message
     (tmp_path / "notes.txt").write_text("text")
-    assert "neither a folder nor a parquet file" in refusal(tmp_path / "notes.txt", out, "--resolution", 8)
-    (tmp_path / "empty").mkdir()
-    assert "no subfolder per class" in refusal(tmp_path / "empty", out, "--resolution", 8)
+    assert "neither a folder nor a parquet file" in refused(tmp_path / "notes.txt")
+    (tmp_path / "bare" / ".hidden").mkdir(parents=True)
+    assert "no subfolder per class" in refused(tmp_path / "bare")
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
-    assert "has no images" in refusal(tmp_path / "hollow", out, "--resolution", 8)
-    # Not a path: taken for a name on the hub, which the tests cannot reach.
-    message = refusal("someone/some-images", out, "--resolution", 8)
-    assert "'someone/some-images' is no existing path, and no dataset" in message
-    assert not out.exists()
+    assert "has no images" in refused(tmp_path / "hollow")
+    assert "'someone/some-images' is no existing path, and no dataset" in refused("someone/some-images")
+
+    both = pictures(tmp_path / "both", "cat/a.png")
+    table("both/stray.parquet", image=FOUR, label=[0, 1, 1, 0])
+    message = refused(both)
+    assert "cat/a.png" in message and "stray.parquet" in message
+    splits = pictures(tmp_path / "splits", "train/cat/a.png", "val/cat/a.png")
+    assert "holds splits, not classes" in (message := refused(splits)) and "train, val" in message
+    for source in ("digits", splits / "train"):
+        assert "split = 'test'" in refused(source, "--split", "test")
+
+    # Without one, digits are 8 x 8; zero is not "without one".
+    for source, resolution in ((splits / "train", 0), ("digits", 0), (splits / "train", -8), ("digits", -8)):
+        message = refused(source, resolution=resolution)
+        assert f"resolution = {resolution}" in message and "--resolution 256" in message
+    assert "resolution = None" in refusal(splits / "train", tmp_path / "out")
+    assert "limit = 0" in refused("digits", "--limit", 0) and "batch_size = 0" in refused("digits", "--batch-size", 0)
 
 
-# Without one, digits are 8 x 8; zero is not "without one".
-@pytest.mark.parametrize(
-    "source, arguments",
-    [
-        ("photos", []),
-        ("photos", ["--resolution", 0]),
-        ("digits", ["--resolution", 0]),
-        ("photos", ["--resolution", -8]),
-        ("digits", ["--resolution", -8]),
-    ],
-)
-def test_resolution_is_needed_and_positive(photos, tmp_path, source, arguments):
-    message = refusal("digits" if source == "digits" else photos, tmp_path / "out", *arguments)
-    assert f"resolution = {arguments[-1] if arguments else None}" in message and "--resolution 256" in message
-
-
-@pytest.mark.parametrize("arguments, words", [(["--limit", 0], "limit = 0"), (["--batch-size", 0], "batch_size = 0")])
-def test_other_numbers_out_of_range(photos, tmp_path, arguments, words):
-    assert words in refusal(photos, tmp_path / "out", "--resolution", 8, *arguments)
-
-
-def test_limit_spreads_over_the_source(tmp_path):
-    images, labels = load_digits()
-    run("digits", tmp_path / "out", "--limit", 7)
-    chosen = [0, 256, 513, 770, 1026, 1283, 1540]  # floor(i * 1797 / 7)
-    assert (stored_images(tmp_path / "out") == np.stack([np.asarray(images[i]) for i in chosen])).all()
-    assert np.load(tmp_path / "out" / "labels.npy").tolist() == labels[chosen].tolist()
-    assert len(meta_of(tmp_path / "out")["class_names"]) == 10
-
-
-def test_limit_above_the_source_takes_all(photos, tmp_path, prepared_photos):
-    run(photos, tmp_path / "out", "--resolution", SIZE, "--limit", 1000)
-    assert (stored_images(tmp_path / "out") == stored_images(prepared_photos)).all()
-
-
-def test_disk_that_is_too_small(tmp_path, monkeypatch):
-    usage = collections.namedtuple("usage", "total used free")
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 70))  # a PNG needs more
-        message = refusal("digits", tmp_path / "out")
-    assert "needs about" in message and "KiB" in message and "--limit" in message
-    assert not (tmp_path / "out").exists()
-    run("digits", tmp_path / "out")  # after making room
-    assert len(PreparedImages(tmp_path / "out")) == 1797
-
-
-def test_foreign_folder_is_refused_and_left_alone(tmp_path):
-    out = tmp_path / "precious"
-    out.mkdir()
-    (out / "thesis.txt").write_text("chapter 1")
-    assert "not made by this program" in refusal("digits", out)
-    assert content(out) == {"thesis.txt": b"chapter 1"}
-
-
-def test_out_that_is_a_file_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("chapter 1")
-    assert "thesis.txt" in refusal("digits", tmp_path / "thesis.txt")
-    assert (tmp_path / "thesis.txt").read_text() == "chapter 1"
-
-
-@pytest.mark.parametrize(
-    "arguments, change",
-    [(["--resolution", 8], "resolution: 16 -> 8"), (["--resolution", SIZE, "--limit", 5], "count: 13 -> 5")],
-)
-def test_other_settings_are_refused(photos, prepared_photos, arguments, change):
-    before = content(prepared_photos)
-    message = refusal(photos, prepared_photos, *arguments)
-    assert change in message and "other settings" in message
-    assert content(prepared_photos) == before
-
-
-def test_other_source_is_refused(photos, prepared_photos):
-    before = content(prepared_photos)
-    message = refusal("digits", prepared_photos, "--resolution", SIZE)
-    assert f"source: '{photos}' -> 'digits'" in message
-    assert content(prepared_photos) == before
-
-
-def test_source_that_has_changed_is_refused(tmp_path):
+def test_source_without_one_readable_image_is_refused(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    for name in "ab":
-        flat((1, 2, 3)).save(tmp_path / "photos" / "cat" / f"{name}.png")
-    run(tmp_path / "photos", tmp_path / "out", "--resolution", 8)
-    os.rename(tmp_path / "photos" / "cat" / "b.png", tmp_path / "photos" / "cat" / "c.png")
-    assert "listing: " in refusal(tmp_path / "photos", tmp_path / "out", "--resolution", 8)
+    (tmp_path / "photos" / "cat" / "a.png").write_bytes(b"junk")
+    assert "none of the 1 images" in refusal(tmp_path / "photos", tmp_path / "out", "--resolution", 8)
+    assert not (tmp_path / "out" / "meta.json").exists()
 
 
-def test_finished_folder_is_reused(photos, prepared_photos, encoder_folder, capsys, monkeypatch):
-    def never(*arguments):
-        raise AssertionError("an image was read or encoded again")
-
-    before = content(prepared_photos)
-    monkeypatch.setattr(prepare, "center_crop", never)
-    monkeypatch.setattr(FrozenEncoder, "forward", never)
-    run(photos, prepared_photos, "--resolution", SIZE, "--encoder", encoder_folder, "--token-grid", 4)
-    printed = capsys.readouterr().out
-    assert f"{prepared_photos}: images already there" in printed and "tokens already there" in printed
-    assert content(prepared_photos) == before
-
-
-# ---- interrupted runs ----
-
-
-class Interrupt:
-    """Calls through to a function, but raises KeyboardInterrupt at call number `at` (from 0); None: never."""
-
-    def __init__(self, function, at):
-        self.function, self.at, self.calls, self.lock = function, at, 0, threading.Lock()
-
-    def __call__(self, *arguments, **options):
-        with self.lock:  # images are read by several threads
-            self.calls += 1
-            stop = self.calls - 1 == self.at
-        if stop:
-            raise KeyboardInterrupt
-        return self.function(*arguments, **options)
-
-    def __get__(self, instance, owner):
-        """So that it can stand for a method."""
-        return lambda *arguments: self(instance, *arguments)
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 4)
-
-
-@pytest.fixture
-def twelve(tmp_path):
-    """Twelve images, three chunks of 4; the third image is damaged, so that its record must survive."""
-    folder = tmp_path / "twelve"
-    for i in range(12):
-        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise_image(20, 20 + i, seed=i)).save(folder / "ab"[i % 2] / f"{i:02}.png")
-    (folder / "a" / "04.png").write_bytes(b"junk")
-    return folder
-
-
-def interrupted(patch, owner, name, at, source, out, *arguments):
-    """Runs the command until that call of `owner.name`, and checks that it was stopped there, unfinished."""
-    patch.setattr(prepare, "estimate", lambda stages, folder: None)  # which reads some images first
-    patch.setattr(owner, name, Interrupt(getattr(owner, name), at))
-    with pytest.raises(SystemExit, match="the same command again"):
-        run(source, out, *arguments)
-    assert not (out / "meta.json").exists()
-
-
-@pytest.mark.parametrize("image", [0, 5, 10])  # in the first, a middle and the last chunk
-def test_interrupted_images_end_up_the_same(twelve, tmp_path, monkeypatch, small_chunks, image):
-    run(twelve, tmp_path / "whole", "--resolution", 8)
-    with monkeypatch.context() as patch:
-        interrupted(patch, prepare, "center_crop", image, twelve, tmp_path / "parts", "--resolution", 8)
-    with pytest.raises(ValueError, match="not finished.*python -m dataset.prepare"):
-        PreparedImages(tmp_path / "parts")
-    counted = Interrupt(prepare.center_crop, None)
-    monkeypatch.setattr(prepare, "center_crop", counted)
-    monkeypatch.setattr(prepare, "estimate", lambda stages, folder: None)
-    run(twelve, tmp_path / "parts", "--resolution", 8)
-    assert content(tmp_path / "parts") == content(tmp_path / "whole")
-    assert set(content(tmp_path / "whole")) >= {"images/00002.bin", "sizes.npy", "labels.npy", "meta.json"}
-    # 11 of the 12 can be read, 3 of them in the first chunk: finished chunks are not read again.
-    assert counted.calls == {0: 11, 5: 8, 10: 4}[image]
-
-
-# Every file that is put in place at once: settings.json, images and record of three chunks, and meta.json.
-@pytest.mark.parametrize("file", range(8))
-def test_interruption_before_any_record_is_in_place(twelve, tmp_path, monkeypatch, small_chunks, file):
-    run(twelve, tmp_path / "whole", "--resolution", 8)
-    with monkeypatch.context() as patch:
-        interrupted(patch, prepare.os, "replace", file, twelve, tmp_path / "parts", "--resolution", 8)
-    run(twelve, tmp_path / "parts", "--resolution", 8)
-    assert content(tmp_path / "parts") == content(tmp_path / "whole")
-
-
-def test_interrupted_twice(twelve, tmp_path, monkeypatch, small_chunks):
-    run(twelve, tmp_path / "whole", "--resolution", 8)
-    for image in (5, 6):  # in the second chunk, then in the third
-        with monkeypatch.context() as patch:
-            interrupted(patch, prepare, "center_crop", image, twelve, tmp_path / "parts", "--resolution", 8)
-    run(twelve, tmp_path / "parts", "--resolution", 8)
-    assert content(tmp_path / "parts") == content(tmp_path / "whole")
-
-
-def test_interrupted_folder_refuses_other_settings_too(twelve, tmp_path, monkeypatch, small_chunks):
-    with monkeypatch.context() as patch:
-        interrupted(patch, prepare, "center_crop", 5, twelve, tmp_path / "parts", "--resolution", 8)
-    assert "resolution: 8 -> 4" in refusal(twelve, tmp_path / "parts", "--resolution", 4)
-
-
-@pytest.mark.parametrize("call", [0, 3])  # batches of 3 in chunks of 4: two calls each
-def test_interrupted_features_end_up_the_same(twelve, tmp_path, encoder_folder, monkeypatch, small_chunks, call):
-    arguments = ["--resolution", 8, "--encoder", encoder_folder, "--batch-size", 3]
-    run(twelve, tmp_path / "whole", *arguments)
-    parts = tmp_path / "parts"
-    run(twelve, parts, "--resolution", 8)
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "estimate", lambda stages, folder: None)
-        patch.setattr(FrozenEncoder, "forward", Interrupt(FrozenEncoder.forward, call))
-        with pytest.raises(SystemExit, match="the same command again"):
-            run(twelve, parts, *arguments)
-    (fingerprint,) = os.listdir(parts / "features")
-    with pytest.raises(ValueError, match=f"no finished features {fingerprint}"):
-        PreparedImages(parts, features=[fingerprint])
-    counted = Interrupt(FrozenEncoder.forward, None)
-    monkeypatch.setattr(FrozenEncoder, "forward", counted)
-    monkeypatch.setattr(prepare, "estimate", lambda stages, folder: None)
-    run(twelve, parts, *arguments)
-    assert content(parts) == content(tmp_path / "whole")
-    assert counted.calls == {0: 6, 3: 4}[call]
-    assert f"features/{fingerprint}/tokens.npy" in content(parts)
+@pytest.mark.parametrize("limit, chosen", [(7, [0, 256, 513, 770, 1026, 1283, 1540]), (5000, range(1797))])
+def test_limit_spreads_over_the_source(tmp_path, digits, limit, chosen):
+    run("digits", tmp_path / "out", "--limit", limit)  # floor(i * 1797 / 7)
+    assert (stored_images(tmp_path / "out") == stored_images(digits)[list(chosen)]).all()
+    assert (np.load(tmp_path / "out" / "labels.npy") == np.load(digits / "labels.npy")[list(chosen)]).all()
+    assert len(meta_of(tmp_path / "out")["class_names"]) == 10
 
 
 # ---- reading ----
@@ -645,41 +598,27 @@ def stream(*arguments, **options):
     return [item for batch in ShuffledBatches(*arguments, **options) for item in batch]
 
 
-def test_each_epoch_is_another_permutation():
-    items = np.array(stream(10, 5, seed=3, start=0, stop=8)).reshape(4, 10)
-    assert all(sorted(epoch) == list(range(10)) for epoch in items.tolist())
-    assert len({tuple(epoch) for epoch in items.tolist()}) == 4
-
-
-def test_order_follows_from_the_seed_alone():
+def test_epochs_are_permutations_that_follow_from_the_seed_alone():
     order = stream(50, 10, seed=3, start=0, stop=10)
+    assert sorted(order[:50]) == sorted(order[50:]) == list(range(50)) != order[:50]
     assert order == stream(50, 10, seed=3, start=0, stop=10)
     assert order == stream(50, 4, seed=3, start=0, stop=25)  # not from the batch size
-    assert order[:50] != stream(50, 10, seed=4, start=0, stop=5)
     # Nor may the next seed's first epoch be this seed's second one.
-    assert order[50:] != stream(50, 10, seed=4, start=0, stop=5)
-    assert order[:50] != list(range(50))
-
-
-@pytest.mark.parametrize("num_items, batch_size", [(13, 8), (5, 12), (16, 8)])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_shares_of_the_processes_make_up_the_global_batches(num_items, batch_size, world):
-    settings = dict(seed=1, start=2, stop=9)
-    whole = list(ShuffledBatches(num_items, batch_size, **settings))
-    shares = [list(ShuffledBatches(num_items, batch_size, rank=rank, world=world, **settings)) for rank in range(world)]
-    assert [sum(parts, []) for parts in zip(*shares)] == whole
-    assert {len(part) for share in shares for part in share} == {batch_size // world}
-    assert all(type(item) is int for batch in whole for item in batch)
+    assert len({tuple(epoch) for epoch in (order[:50], order[50:], stream(50, 10, seed=4, start=0, stop=5))}) == 3
 
 
 # 13 items in eights: every second batch or so reaches into the next epoch. 5 in twelves: one batch spans three.
-@pytest.mark.parametrize("num_items, batch_size", [(13, 8), (5, 12), (8, 8)])
-@pytest.mark.parametrize("start", [0, 1, 2, 5, 9])
-def test_starting_late_skips_steps(num_items, batch_size, start):
+@pytest.mark.parametrize("num_items, batch_size", [(13, 8), (5, 12), (16, 8)])
+def test_steps_and_shares_are_parts_of_one_stream(num_items, batch_size):
     whole = list(ShuffledBatches(num_items, batch_size, seed=1, start=0, stop=10))
-    late = ShuffledBatches(num_items, batch_size, seed=1, start=start, stop=10)
-    assert list(late) == whole[start:]
-    assert len(late) == 10 - start and len(whole) == 10
+    assert all(type(item) is int for batch in whole for item in batch)
+    for world in (1, 2, 4):
+        for start in (0, 1, 2, 5, 9):
+            shares = [ShuffledBatches(num_items, batch_size, 1, start, 10, rank, world) for rank in range(world)]
+            assert {len(share) for share in shares} == {10 - start}
+            parts = list(zip(*shares))
+            assert [sum(part, []) for part in parts] == whole[start:]
+            assert {len(share) for part in parts for share in part} == {batch_size // world}
 
 
 def test_batches_that_span_epochs_drop_nothing():
@@ -702,27 +641,82 @@ def test_content_tells_sources_apart(digits, prepared_photos, tmp_path):
     assert len(set(contents)) == 3 and contents[2] == contents[3]
 
 
-def test_tokens_served_are_the_encoders(digits, encoder_folder):
-    encoder = FrozenEncoder(str(encoder_folder), 4)
-    data = PreparedImages(digits, features=[encoder.fingerprint])
-    items = [0, 1796, 5, 900, 901]
-    batch = data.__getitems__(items)
-    assert set(batch) == {"images", "labels", "tokens_0"}
-    assert batch["tokens_0"].dtype == torch.float16 and batch["tokens_0"].shape == (5, 16, 24)
-    torch.testing.assert_close(batch["tokens_0"].float(), encoder(batch["images"]), rtol=2e-3, atol=2e-4)
-    assert set(PreparedImages(digits).__getitems__(items)) == {"images", "labels"}
-
-
-def test_reader_process_serves_the_same_batches(digits, encoder_folder):
+def test_reader_process_serves_the_same_batches(digits):
     (fingerprint,) = os.listdir(digits / "features")
-
-    def read(num_workers):
-        data = PreparedImages(digits, features=[fingerprint])
-        sampler = ShuffledBatches(len(data), 6, seed=0, start=298, stop=302)  # crosses the end of an epoch
-        return list(DataLoader(data, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=num_workers))
-
-    here, there = read(0), read(1)
+    data = PreparedImages(digits, features=[fingerprint])
+    sampler = ShuffledBatches(len(data), 6, seed=0, start=298, stop=302)  # crosses the end of an epoch
+    here, there = list(load_batches(data, sampler)), list(load_batches(data, sampler, num_workers=1))
     assert len(here) == len(there) == 4
-    for a, b in zip(here, there):
+    for a, b, items in zip(here, there, sampler):
         assert a.keys() == b.keys() == {"images", "labels", "tokens_0"}
         assert all(torch.equal(a[name], b[name]) for name in a)
+        assert a["labels"].tolist() == data.labels[items].tolist()
+    assert list(load_batches(data, [], num_workers=1)) == []
+
+
+class Numbers:
+    """Batches of 64 KB; `act(item)` is called in the process that reads."""
+
+    def __init__(self, act=lambda item: None):
+        self.act = act
+
+    def __getitems__(self, items):
+        self.act(items[0])
+        return torch.full((1 << 14,), float(items[0]))
+
+
+BATCHES = [[i] for i in range(8)]
+
+
+def signal_itself(number):
+    return lambda item: os.kill(os.getpid(), number) if item == 3 else None
+
+
+def test_reader_that_is_killed_is_an_error_by_name():
+    handler = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(OSError, match="/dev/shm have room.*--num-workers 1"):
+        for _ in load_batches(Numbers(signal_itself(signal.SIGKILL)), BATCHES, num_workers=1):
+            # torch's own handler would raise here, of all places, as any child process ends.
+            subprocess.run(["true"], check=True)
+    assert signal.getsignal(signal.SIGCHLD) in (handler, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_readers_leave_signals_to_the_process_that_reads(number):
+    read = list(load_batches(Numbers(signal_itself(number)), BATCHES, num_workers=1))
+    assert [int(batch[0]) for batch in read] == list(range(8))
+
+
+def test_error_of_a_reader_stays_what_it_is():
+    def fail(item):
+        raise ValueError("image 3 has changed")
+
+    for num_workers in (0, 1):
+        with pytest.raises(ValueError, match="image 3 has changed"):
+            list(load_batches(Numbers(fail), BATCHES, num_workers))
+
+
+def test_readers_do_not_outlive_the_program():
+    """Also where the program ends by an error, in the middle of reading."""
+    program = """
+import torch
+from dataset.prepared import load_batches
+class Zeros:
+    def __getitems__(self, items):
+        return torch.zeros(1)
+batches = load_batches(Zeros(), [[0]] * 8, num_workers=1)
+print(next(batches).item(), flush=True)
+1 / 0
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.stdout == "0.0\n" and "ZeroDivisionError" in ended.stderr
+
+
+@pytest.mark.parametrize("size", ["4k", "64k", "150k"])  # too little for a semaphore, a batch, and several of them
+def test_full_shared_memory_is_an_error_by_name(size):
+    def read():
+        return len([batch for batch in load_batches(Numbers(), BATCHES, num_workers=1) if not kept.append(batch)])
+
+    kept = []  # so that their memory stays in use
+    message = on_small_disk("/dev/shm", f"size={size}", read)
+    assert "OSError" in str(message) and "/dev/shm have room" in message and "--num-workers 1" in message

@@ -1,14 +1,15 @@
-"""Preparing latents and features (any number of processes, mirrored copies, checksums), and training on them.
+"""Preparing images, latents and features: any number of processes, stops and full disks, checksums; training on them.
 
 Autoencoder and encoders are tiny and random, saved to a folder and loaded as real ones are. Images are drawn here.
 """
 
-import json
+import collections
+import functools
 import os
 import re
 import shutil
-import subprocess
-import sys
+import socket
+import threading
 
 import numpy as np
 import pytest
@@ -19,15 +20,23 @@ import models  # noqa: F401  (before timm: see its docstring)
 import timm
 from timm.models import save_for_hf
 
-from dataset import bench, prepare
+from dataset import prepare
 from dataset.prepared import PreparedImages
-from models.autoencoder import load_autoencoder
+from models.autoencoder import Latents, load_autoencoder
 from models.encoders import FrozenEncoder
-from runtime import load_file
-from tests.conftest import ROOT, read_lines
-from tests.test_data import content, noise_image, refusal, run, stored_images
+from runtime import lock_folder
+from tests.conftest import read_lines
+from tests.test_data import content, forked, noise_image, on_small_disk, pictures, refusal, run, stored_images
 
 SIZE, COUNT = 16, 22
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_files():
+    """Four images to a file, so that there are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "IMAGES_PER_FILE", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +46,9 @@ def autoencoder_folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("networks") / "vae"
     torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        sample_size=SIZE,
-    ).save_pretrained(folder)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    sizes = dict(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=SIZE)
+    AutoencoderKL(**blocks, **sizes).save_pretrained(folder)
     return folder
 
 
@@ -55,12 +58,8 @@ def dino_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks") / "dino"
     torch.manual_seed(1)
     architecture = dict(img_size=56, embed_dim=12, depth=1, num_heads=2, num_classes=0)
-    save_for_hf(
-        timm.create_model("vit_small_patch14_reg4_dinov2", **architecture),
-        str(folder),
-        model_args=architecture,
-        safe_serialization=True,
-    )
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", **architecture)
+    save_for_hf(model, str(folder), model_args=architecture, safe_serialization=True)
     return folder
 
 
@@ -77,28 +76,22 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(autoencoder_folder, dino_folder, encoder_folder):
-    return [
-        "--resolution",
-        SIZE,
-        "--autoencoder",
-        autoencoder_folder,
-        "--encoder",
-        dino_folder,
-        encoder_folder,
-        "--token-grid",
-        4,
-        "--batch-size",
-        3,
-        "--mirror",
-    ]
+    words = f"--resolution {SIZE} --autoencoder {autoencoder_folder} --encoder {dino_folder} {encoder_folder}"
+    return f"{words} --token-grid 4 --batch-size 3 --mirror".split()
 
 
 @pytest.fixture(scope="module")
-def prepared(photos, arguments, tmp_path_factory):
+def prepared(photos, arguments, small_files, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "photos"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "CHUNK", 4)
-        run(photos, out, *arguments)
+    run(photos, out, *arguments)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(photos, small_files, tmp_path_factory):
+    """The images alone."""
+    out = tmp_path_factory.mktemp("prepared") / "plain"
+    run(photos, out, "--resolution", SIZE)
     return out
 
 
@@ -119,81 +112,10 @@ def test_rows_are_what_the_networks_give(prepared, autoencoder_folder, dino_fold
         torch.testing.assert_close(batch[f"tokens_{i}"].float(), encoder(both), rtol=2e-3, atol=2e-3)
     chosen = data.__getitems__([40, 3, 20])
     assert all(torch.equal(chosen[name], batch[name][[40, 3, 20]]) for name in batch)
-
-
-def test_only_what_is_asked_for_is_served(prepared):
-    (latents,) = os.listdir(prepared / "latents")
-    assert set(PreparedImages(prepared, images=False, latents=latents).__getitems__([0])) == {"labels", "moments"}
+    latents = PreparedImages(prepared, images=False, latents=autoencoder.fingerprint)
+    assert set(latents.__getitems__([0])) == {"labels", "moments"}
     plain = PreparedImages(prepared)
     assert set(plain.__getitems__([0])) == {"labels", "images"} and len(plain) == COUNT - 1
-
-
-def torchrun(processes, *words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = "import sys; from dataset import prepare; prepare.CHUNK = 4; prepare.main(sys.argv[1:])"
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            "--no-python",
-            sys.executable,
-            "-c",
-            script,
-            *map(str, words),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def test_two_processes_write_what_one_does(prepared, photos, arguments, tmp_path):
-    done = torchrun(2, photos, "--out", tmp_path / "out", *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert content(tmp_path / "out") == content(prepared)
-    assert done.stdout.count("left out: a/06.png") == 1
-
-
-@pytest.mark.parametrize("stage, call", [("moments", 3), ("moments", 20)])
-def test_stopped_among_the_latents_it_ends_up_the_same(prepared, photos, arguments, tmp_path, monkeypatch, stage, call):
-    from models.autoencoder import Latents
-
-    monkeypatch.setattr(prepare, "CHUNK", 4)
-    original, calls = getattr(Latents, stage), []
-
-    def until(self, images):
-        calls.append(len(images))
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(self, images)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Latents, stage, until)
-        with pytest.raises(SystemExit, match="the same command again"):
-            run(photos, tmp_path / "out", *arguments)
-    (latents,) = os.listdir(tmp_path / "out" / "latents")
-    with pytest.raises(ValueError, match=f"no finished latents {latents}.*--autoencoder"):
-        PreparedImages(tmp_path / "out", latents=latents)
-    run(photos, tmp_path / "out", *arguments)
-    assert content(tmp_path / "out") == content(prepared)
-
-
-def test_the_networks_may_move(prepared, photos, arguments, autoencoder_folder, tmp_path, monkeypatch, capsys):
-    """What is stored is known by its weights, not by where they lie; the processes' number of images may change too."""
-    monkeypatch.setattr(prepare, "CHUNK", 4)
-    moved = autoencoder_folder.rename(autoencoder_folder.with_name("moved"))
-    try:
-        before = content(prepared)
-        run(photos, prepared, *[moved if word == autoencoder_folder else word for word in arguments], "--batch-size", 5)
-        assert content(prepared) == before
-        assert capsys.readouterr().out.count("already there") == 4
-    finally:
-        moved.rename(autoencoder_folder)
 
 
 def test_mirrored_rows_must_have_been_stored(photos, autoencoder_folder, tmp_path):
@@ -205,16 +127,34 @@ def test_mirrored_rows_must_have_been_stored(photos, autoencoder_folder, tmp_pat
         PreparedImages(tmp_path / "out", latents=latents, mirror=True)
 
 
+def test_networks_may_move_and_finished_work_is_not_done_again(
+    prepared, photos, arguments, autoencoder_folder, monkeypatch, capsys
+):
+    """What is stored is known by its weights, not by where they lie; the networks' number of images may change too."""
+
+    def never(*arguments):
+        raise AssertionError("an image was read or encoded again")
+
+    monkeypatch.setattr(prepare, "center_crop", never)
+    monkeypatch.setattr(FrozenEncoder, "forward", never)
+    moved = autoencoder_folder.rename(autoencoder_folder.with_name("moved"))
+    try:
+        before = content(prepared)
+        words = [moved if word == str(autoencoder_folder) else word for word in arguments]
+        run(photos, prepared, *words, "--batch-size", 5)
+        assert content(prepared) == before
+        assert capsys.readouterr().out.count("already there") == 4
+    finally:
+        moved.rename(autoencoder_folder)
+
+
 def test_checksums_find_what_has_changed(prepared, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     run("", copy, "--verify")
     assert "as they were written" in capsys.readouterr().out
-    for path, place in (
-        (copy / "images" / "00002.bin", 40),
-        (next(copy.glob("latents/*/moments.npy")), -1),
-        (next(copy.glob("features/*/tokens.npy")), 200),
-    ):
+    for pattern, place in (("images/00002.bin", 40), ("latents/*/moments.npy", -1), ("features/*/tokens.npy", 200)):
+        path = next(copy.glob(pattern))
         data = bytearray(path.read_bytes())
         data[place] ^= 1
         path.write_bytes(data)
@@ -222,19 +162,26 @@ def test_checksums_find_what_has_changed(prepared, tmp_path, capsys):
     assert "00002.bin" in message and "moments.npy rows 20 to 21" in message and "tokens.npy rows 0 to 3" in message
     assert message.count(";") == 2
     record = next(copy.glob("latents/*/00001.json"))
-    record.rename(record.with_suffix(".away"))
+    record.unlink()
     assert "is not finished; the same command without --verify" in refusal("", copy, "--verify")
-    record.with_suffix(".away").rename(record)
-    # As the message says: without these records the chunks are made again.
-    for record in (
-        *copy.glob("*/*/meta.json"),
-        copy / "meta.json",
-        copy / "images" / "00002.json",
-        *copy.glob("latents/*/00005.json"),
-        *copy.glob("features/*/00000.json"),
-    ):
-        record.unlink()
+    (copy / "meta.json").unlink()
     assert "is not finished" in refusal("", copy, "--verify")
+
+
+def test_chunks_whose_records_are_deleted_are_made_again(prepared, photos, arguments, tmp_path):
+    """As the message of --verify says."""
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    bad = [copy / "images" / "00002.bin", *copy.glob("latents/*/moments.npy"), *copy.glob("features/*/tokens.npy")]
+    for path in bad:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    last = ["images/00002.json", "latents/*/00005.json", "features/*/00005.json", "meta.json", "*/*/meta.json"]
+    for path in [path for pattern in last for path in copy.glob(pattern)]:
+        path.unlink()
+    run(photos, copy, *arguments)
+    assert content(copy) == content(prepared)
 
 
 def test_estimate_comes_first_and_is_near(photos, arguments, tmp_path, capsys):
@@ -250,10 +197,13 @@ def test_estimate_comes_first_and_is_near(photos, arguments, tmp_path, capsys):
     assert "about" not in capsys.readouterr().out  # nothing is left to estimate
 
 
+# ---- what is refused, and left alone ----
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--autoencoder", "sd-vae"], "'sd-vae' is unknown"),
+        (["--autoencoder", "sd-vae"], "'sd-vae'"),
         (["--resolution", 15], "resolution = 15 is not a multiple"),
         (["--encoder-weights", "a", "b", "c"], "encoder_weights = ('a', 'b', 'c')"),
         (["--token-grid", 0], "token_grid = 0"),
@@ -264,121 +214,260 @@ def test_wrong_settings_are_refused_before_anything_is_written(photos, arguments
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_of_others_and_of_other_settings_are_left_alone(prepared, photos, tmp_path):
+    (tmp_path / "thesis.txt").write_text("chapter 1")
+    for out in (tmp_path, tmp_path / "thesis.txt"):
+        assert f"{out} is not empty and was not made by this program" in refusal("digits", out)
+    assert content(tmp_path) == {"thesis.txt": b"chapter 1"}
+    before, renamed = content(prepared), tmp_path / "photos"
+    shutil.copytree(photos, renamed)
+    (renamed / "b" / "01.png").rename(renamed / "b" / "02.png")
+    for source, words, change in (
+        (photos, ["--resolution", 8], "resolution: 16 -> 8"),
+        (photos, ["--resolution", SIZE, "--limit", 5], "count: 22 -> 5"),
+        (renamed, ["--resolution", SIZE], "listing: "),
+        ("digits", ["--resolution", SIZE], f"source: '{photos}' -> 'digits'"),
+    ):
+        message = refusal(source, prepared, *words)
+        assert change in message and "other settings" in message
+    assert content(prepared) == before
+
+
+def test_disk_that_is_too_small(tmp_path, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 70))  # a PNG needs more
+        message = refusal("digits", tmp_path / "out")
+    assert "needs about" in message and "KiB" in message and "--limit" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_run_at_a_time_writes_into_a_folder(photos, prepared, arguments, tmp_path, monkeypatch):
+    words, out = ["--resolution", SIZE], tmp_path / "out"
+    with lock_folder(out):
+        assert "in use by another run" in refusal(photos, out, *words)
+    with lock_folder(prepared):
+        run(photos, prepared, *arguments)  # all is there, so nothing is written
+    # Another run that begins and ends between our first look and our lock.
+    estimate = prepare.estimate
+
+    def meanwhile(stages, folder):
+        monkeypatch.setattr(prepare, "estimate", estimate)
+        run(photos, out, "--resolution", 8)
+
+    monkeypatch.setattr(prepare, "estimate", meanwhile)
+    assert "resolution: 8 -> 16" in refusal(photos, out, *words)
+    # Really at once: one does it, or all that is left to do.
+    both = tmp_path / "both"
+    outcomes = {str(outcome) for outcome, _ in forked(*[functools.partial(run, photos, both, *words)] * 3)}
+    assert "None" in outcomes and all(text == "None" or "in use by another run" in text for text in outcomes)
+    assert len(PreparedImages(both)) == COUNT - 1
+
+
+# ---- several processes ----
+
+
+def ranks_at(*calls):
+    """Runs each call as one process of a torchrun of two machines."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+
+    def started(rank, call):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(calls)), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        return call()
+
+    return forked(*(functools.partial(started, rank, call) for rank, call in enumerate(calls)))
+
+
+def test_two_processes_write_what_one_does(prepared, photos, arguments, tmp_path):
+    done = ranks_at(*[functools.partial(run, photos, tmp_path / "out", *arguments)] * 2)
+    assert [outcome for outcome, _ in done] == [None, None]
+    assert content(tmp_path / "out") == content(prepared)
+    assert sum(printed.count("left out: a/06.png") for _, printed in done) == 1
+
+
+@pytest.mark.parametrize("earlier", [[], ["--limit", 3]], ids=["empty", "half prepared"])
+def test_machines_without_a_shared_disk_are_refused(photos, tmp_path, earlier):
+    def at(machine):
+        (tmp_path / machine).mkdir()
+        os.chdir(tmp_path / machine)
+        if earlier:  # on each machine's own disk
+            os.makedirs("out/images")
+            shutil.copy(tmp_path / "settings.json", "out")
+        run(photos, "out", "--resolution", SIZE)
+
+    run(photos, tmp_path / "earlier", "--resolution", SIZE)
+    shutil.copy(tmp_path / "earlier" / "settings.json", tmp_path)
+    done = ranks_at(functools.partial(at, "a"), functools.partial(at, "b"))
+    for outcome, _ in done:
+        assert outcome.startswith("SystemExit: error: the processes disagree: what process 0 wrote to out/.lock is")
+        assert "--out on a disk that all of them see" in outcome
+    assert not [*tmp_path.glob("[ab]/out/images/*")]
+
+
+def test_machines_with_other_sources_are_refused(tmp_path):
+    def at(machine, *names):
+        os.chdir(pictures(tmp_path / machine, *names).parent)
+        os.chdir(machine)
+        run("cats", tmp_path / "out", "--resolution", SIZE)
+
+    done = ranks_at(functools.partial(at, "a", "cats/x/1.png"), functools.partial(at, "b", "cats/x/2.png"))
+    assert all("the processes disagree" in outcome and "the same source" in outcome for outcome, _ in done)
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
+# ---- runs that end early ----
+
+
+class Interrupt:
+    """Calls through to a function, but raises KeyboardInterrupt at call number `at` (from 0); None: never."""
+
+    def __init__(self, function, at):
+        self.function, self.at, self.calls, self.lock = function, at, 0, threading.Lock()
+
+    def __call__(self, *arguments, **options):
+        with self.lock:  # images are read by several threads
+            self.calls += 1
+            stop = self.calls - 1 == self.at
+        if stop:
+            raise KeyboardInterrupt
+        return self.function(*arguments, **options)
+
+    def __get__(self, instance, owner):
+        """So that it can stand for a method."""
+        return lambda *arguments: self(instance, *arguments)
+
+
+def counted(patch, owner, name, at=None):
+    patch.setattr(prepare, "estimate", lambda stages, folder: None)  # which reads some images first
+    patch.setattr(owner, name, Interrupt(getattr(owner, name), at))
+    return vars(owner)[name]
+
+
+# What is called, at which of its calls each of the runs is stopped, and how many are left for the last one. 21 images
+# can be read, 3 of them in the first file of 4. Settings, images and records of six files, labels, sizes, meta are 16
+# files put in place; a network's settings, array, six records and meta are 9. Networks take 3 images at a time, and
+# mirrored ones as often: 4 calls for each full file, 2 for the last one.
+STOPS = [
+    *((prepare, "center_crop", stops, left) for stops, left in (([0], 21), ([9], 14), ([20], 2), ([5, 6], 14))),
+    *((os, "replace", [call], None) for call in (0, 1, 2, 7, 13, 14, 15, 17, 24)),
+    *((Latents, "moments", [call], left) for call, left in ((3, 22), (21, 2))),
+    *((FrozenEncoder, "forward", [call], left) for call, left in ((20, 24), (25, 22))),
+]
+
+
+@pytest.mark.parametrize("owner, name, stops, left", STOPS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_stopped_anywhere_it_ends_up_the_same(
+    prepared, plain, photos, arguments, tmp_path, monkeypatch, owner, name, stops, left
+):
+    out, images_alone = tmp_path / "out", owner is prepare or owner is os and stops[0] < 16
+    words, whole = (["--resolution", SIZE], plain) if images_alone else (arguments, prepared)
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            counted(patch, owner, name, stop)
+            with pytest.raises(SystemExit, match="the same command again"):
+                run(photos, out, *words)
+    if images_alone:
+        assert not (out / "settings.json").exists() or "16 -> 4" in refusal(photos, out, "--resolution", 4)
+        with pytest.raises(ValueError, match="(not finished|not a prepared folder).*python -m dataset.prepare"):
+            PreparedImages(out)
+    elif owner is Latents:
+        (latents,) = os.listdir(out / "latents")
+        with pytest.raises(ValueError, match=f"no finished latents {latents}.*--autoencoder"):
+            PreparedImages(out, latents=latents)
+    with monkeypatch.context() as patch:
+        calls = counted(patch, owner, name)
+        run(photos, out, *words)
+    assert content(out) == content(whole) and left in (None, calls.calls)
+
+
+@pytest.mark.parametrize("file", ["settings.json", "images/00001.bin", "images/00001.json", "labels.npy", "meta.json"])
+def test_full_disk_is_named_and_the_next_try_works(plain, photos, tmp_path, file):
+    out = tmp_path / "out"
+    if file == "settings.json":
+        out.mkdir()
+    else:
+        shutil.copytree(plain, out)
+        for path in (out / "meta.json", out / file, (out / file).with_suffix(".json")):
+            path.unlink(missing_ok=True)
+    (out / f"{file}.unfinished").symlink_to("/dev/full")
+    message = refusal(photos, out, "--resolution", SIZE)
+    assert f"no space left for {out / file}; make room" in message
+    run(photos, out, "--resolution", SIZE)
+    assert content(out) == content(plain)
+
+
+def test_small_disk_stops_before_an_array_and_not_within(photos, arguments, tmp_path, monkeypatch):
+    """A page of a mapped file that finds no room kills the process."""
+
+    def tried():
+        monkeypatch.setattr(prepare, "estimate", lambda stages, folder: None)
+        return refusal(photos, tmp_path / "disk" / "out", *arguments), os.listdir(tmp_path / "disk" / "out" / "latents")
+
+    (tmp_path / "disk").mkdir()
+    outcome = on_small_disk(tmp_path / "disk", "size=100k", tried)
+    assert "no space left for" in outcome[0] and "moments.npy" in outcome[0] and len(outcome[1]) == 1
+
+
+def test_read_only_folders(photos, prepared, arguments, tmp_path):
+    def tried():
+        shutil.copytree(prepared, tmp_path / "disk" / "done")
+        os.system(f"mount -o remount,ro {tmp_path / 'disk'}")
+        run(photos, tmp_path / "disk" / "done", *arguments)
+        return refusal(photos, tmp_path / "disk" / "out", *arguments)
+
+    (tmp_path / "disk").mkdir()
+    message = on_small_disk(tmp_path / "disk", "size=9m", tried)
+    assert "disk/out' cannot be written to" in message and "Read-only" in message
+
+
 # ---- training on them ----
 
 
-def train(prepared, out, *words):
+def train(prepared, judge_folder, out, *words):
     import train_repa_dar
 
-    train_repa_dar.main(
-        [
-            str(word)
-            for word in (
-                "--data",
-                prepared,
-                "--out",
-                out,
-                "--depth",
-                2,
-                "--hidden-size",
-                16,
-                "--num-heads",
-                2,
-                "--projector-dim",
-                8,
-                "--align-depth",
-                1,
-                "--chunk-size",
-                2,
-                "--batch-size",
-                8,
-                "--max-steps",
-                20,
-                "--log-every",
-                10,
-                "--eval-every",
-                20,
-                "--eval-samples",
-                4,
-                "--eval-batch-size",
-                4,
-                "--sample-steps",
-                2,
-                "--tensorboard",
-                "False",
-                "--lr",
-                "3e-3",
-                "--num-workers",
-                0,
-                *words,
-            )
-        ]
-    )
+    sizes = "--depth 2 --hidden-size 16 --num-heads 2 --projector-dim 8 --align-depth 1 --chunk-size 2 --batch-size 8"
+    steps = "--max-steps 20 --log-every 10 --tensorboard False --lr 3e-3 --num-workers 0"
+    judged = f"--eval-encoder {judge_folder} --eval-every 20 --eval-samples 4 --eval-batch-size 4 --sample-steps 2"
+    train_repa_dar.main([*f"--data {prepared} --out {out} {sizes} {steps} {judged}".split(), *map(str, words)])
 
 
 @pytest.mark.parametrize("routing", ["residual", "dar"])
 @pytest.mark.parametrize("alignment, features", [("none", "prepared"), ("repa", "prepared"), ("repa", "online")])
 def test_every_arm_trains_on_latents(
-    prepared, autoencoder_folder, dino_folder, encoder_folder, tmp_path, capsys, routing, alignment, features
+    prepared, autoencoder_folder, dino_folder, encoder_folder, judge_folder, tmp_path, routing, alignment, features
 ):
     """Two encoders at once, mirrored copies, sampling and decoding."""
-    train(
-        prepared,
-        tmp_path / "run",
-        "--autoencoder",
-        autoencoder_folder,
-        "--encoder",
-        dino_folder,
-        encoder_folder,
-        "--routing",
-        routing,
-        "--alignment",
-        alignment,
-        "--encoder-features",
-        features,
-        "--mirror",
-    )
+    words = f"--autoencoder {autoencoder_folder} --encoder {dino_folder} {encoder_folder} --mirror --routing {routing}"
+    words += f" --alignment {alignment} --encoder-features {features}"
+    train(prepared, judge_folder, tmp_path / "run", *words.split())
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     losses = [line["denoising_loss"] for line in lines if "loss" in line]
     assert losses[1] < losses[0] and any("frechet_distance" in line for line in lines)
     grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "0000020.png"))
     assert grid.ndim == 3 and grid.std() > 0
-    printed = capsys.readouterr().out
-    assert f"trained on {autoencoder_folder}, 4 x 8 x 8" in printed and "42 images of 16 pixels" in printed
-    model = load_file(tmp_path / "run" / "last.pt")["model"]
-    assert sum(name.startswith("projectors") and name.endswith("4.weight") for name in model) == (
-        2 if alignment == "repa" else 0
-    )
-    assert ("router.aggregators.0.query" in model) == (routing == "dar")
 
 
-def test_a_dry_run_says_what_it_takes_and_writes_nothing(prepared, autoencoder_folder, tmp_path, capsys):
-    train(
-        prepared,
-        tmp_path / "run",
-        "--autoencoder",
-        autoencoder_folder,
-        "--eval-every",
-        0,
-        "--dry-run",
-        "--micro-batch-size",
-        4,
-    )
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(prepared, autoencoder_folder, judge_folder, tmp_path, capsys):
+    words = f"--autoencoder {autoencoder_folder} --eval-every 0 --dry-run --micro-batch-size 4"
+    train(prepared, judge_folder, tmp_path / "run", *words.split())
     printed = capsys.readouterr().out
+    print(printed)
     for words in (
         "parameters 0.0",
-        "GFLOP of matrix products for an image",
         "8 global = 1 processes x 8 local, in 2 accumulated parts of 4",
         "2.625 steps in an epoch",
         "16 tokens",
-        "memory     about",
         "GiB for a checkpoint",
     ):
         assert words in printed, words
     assert not (tmp_path / "run").exists()
 
 
-def test_autoencoder_decoder_and_images_must_fit(prepared, autoencoder_folder, digits, tmp_path):
+def test_autoencoder_decoder_and_images_must_fit(prepared, autoencoder_folder, judge_folder, tmp_path):
     from diffusers import AutoencoderKL
 
     other = tmp_path / "other"
@@ -389,19 +478,6 @@ def test_autoencoder_decoder_and_images_must_fit(prepared, autoencoder_folder, d
         (["--mirror", "--autoencoder", other], "no finished latents"),
     ):
         with pytest.raises(SystemExit, match=message):
-            train(prepared, tmp_path / "run", "--autoencoder", autoencoder_folder, "--eval-every", 0, *words)
-
-
-def test_reader_benchmark(prepared, tmp_path, capsys):
-    bench.main(
-        [str(prepared), "--batch-size", "4", "--num-workers", "0", "--steps", "3", "--out", str(tmp_path / "r.json")]
-    )
-    rates = json.loads((tmp_path / "r.json").read_text())["images_per_second"]
-    (latents,) = os.listdir(prepared / "latents")
-    assert set(rates) == {
-        "images",
-        f"latents {latents}",
-        f"latents {latents} + images",
-        *(f"latents {latents} + tokens {name}" for name in os.listdir(prepared / "features")),
-    }
-    assert all(rate > 0 for rate in rates.values()) and "images/s   images" in capsys.readouterr().out
+            train(
+                prepared, judge_folder, tmp_path / "run", "--autoencoder", autoencoder_folder, "--eval-every", 0, *words
+            )

@@ -1,20 +1,33 @@
-"""The stand-in encoder: learns the classes, loads as a frozen encoder, repeats exactly, and overwrites nothing."""
+"""The stand-ins: they learn the classes, load as encoder and judge, repeat exactly, and overwrite nothing."""
 
 import json
+import os
 
 import pytest
 import torch
 
+import models  # noqa: F401  (before timm: see its docstring)
+import timm
+
 from dataset import standin_encoder
 from dataset.prepared import PreparedImages
+from eval.features import PooledFeatures
 from models.encoders import FrozenEncoder
+from runtime import lock_folder
+from tests.test_data import content
+
+SMALL = ["--epochs", "3", "--width", "32", "--depth", "2"]
+TINY = ["--epochs", "1", "--width", "32", "--depth", "1", "--batch-size", "512"]  # three steps
+
+
+def train(data, out, *words):
+    standin_encoder.main([str(data), "--out", str(out), *words])
+    return out
 
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("standin") / "encoder"
-    standin_encoder.main([str(digits), "--out", str(folder), "--epochs", "3", "--width", "32", "--depth", "2"])
-    return folder
+    return train(digits, tmp_path_factory.mktemp("standin") / "encoder", *SMALL)
 
 
 def test_classifies_and_loads(trained, digits):
@@ -31,20 +44,39 @@ def test_classifies_and_loads(trained, digits):
     assert encoder.mean.flatten().tolist() == encoder.std.flatten().tolist() == [0.5, 0.5, 0.5]
 
 
-def test_same_options_make_the_same_encoder(trained, digits, tmp_path):
+def test_convnet_judges(digits, tmp_path):
+    """What is loaded from the folder classifies all digits by its pooled features: the weights are the trained ones."""
+    folder = train(digits, tmp_path / "judge", "--kind", "convnet", "--epochs", "6", "--lr", "4e-3")
+    record, data = json.loads((folder / "training.json").read_text()), PreparedImages(digits)
+    assert record["held_out_accuracy"] > 0.9 and record["options"]["kind"] == "convnet"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    whole = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = data.__getitems__(range(len(data)))["images"]
+    with torch.no_grad():
+        pooled = model((images / 255 - 0.5) / 0.5)
+        right = whole.head.fc(pooled).argmax(-1) == data.labels
+    assert pooled.shape == (1797, 64) and right.float().mean() > 0.9
+    assert right[::10].float().mean().item() == pytest.approx(record["held_out_accuracy"], abs=1e-6)
+    torch.testing.assert_close(PooledFeatures(str(folder))(images[:7]), pooled[:7], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no square patches"):
+        FrozenEncoder(str(folder), 4)
+
+
+def test_same_options_make_the_same_encoder(trained, digits, tmp_path, capsys):
     torch.manual_seed(99)  # what happened before must not matter
-    again = tmp_path / "again"
-    standin_encoder.main([str(digits), "--out", str(again), "--epochs", "3", "--width", "32", "--depth", "2"])
+    again = train(digits, tmp_path / "again", *SMALL)
     assert FrozenEncoder(str(again), 4).fingerprint == FrozenEncoder(str(trained), 4).fingerprint
-
-
-def test_finished_encoder_is_kept(trained, digits, capsys):
-    before = {path: path.read_bytes() for path in trained.iterdir()}
-    standin_encoder.main([str(digits), "--out", str(trained), "--epochs", "3", "--width", "32", "--depth", "2"])
+    before = content(again)
+    record = json.loads((again / "training.json").read_text())
+    del record["options"]["kind"]  # as the version before wrote it
+    (again / "training.json").write_text(json.dumps(record))
+    train(digits, again, *SMALL)
     assert "already trained" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="other options"):
-        standin_encoder.main([str(digits), "--out", str(trained), "--epochs", "4"])
-    assert before == {path: path.read_bytes() for path in trained.iterdir()}
+    for words, change in ((["--epochs", "4"], "epochs: 3 -> 4"), ([*SMALL, "--kind", "convnet"], "'vit' -> 'convnet'")):
+        with pytest.raises(SystemExit, match=f"made with other settings .*{change}"):
+            train(digits, again, *words)
+    (again / "training.json").write_bytes(before["training.json"])
+    assert content(again) == before
 
 
 @pytest.mark.parametrize(
@@ -55,16 +87,35 @@ def test_finished_encoder_is_kept(trained, digits, capsys):
         (["--lr", "0"], "lr = 0"),
         (["--width", "100"], "width = 100"),
         (["--patch-size", "3"], "patch_size = 3 .* 8 pixels"),
+        (["--kind", "convnet", "--width", "18"], "width = 18: take a multiple of 4"),
+        (["--kind", "convnet", "--patch-size", "4"], "patch_size = 4: images of 8 pixels are too small"),
     ],
 )
 def test_wrong_options_are_refused(digits, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
-        standin_encoder.main([str(digits), "--out", str(tmp_path / "encoder"), *arguments])
+        train(digits, tmp_path / "encoder", *arguments)
     assert not (tmp_path / "encoder").exists()
 
 
-def test_foreign_folder_is_left_alone(digits, tmp_path):
+def test_folders_of_others_and_those_in_use_are_left_alone(digits, tmp_path):
+    with lock_folder(tmp_path / "used"), pytest.raises(SystemExit, match="in use by another run"):
+        train(digits, tmp_path / "used", *SMALL)
+    assert os.listdir(tmp_path / "used") == [".lock"]
     (tmp_path / "config.json").write_text("precious")
     with pytest.raises(SystemExit, match="not empty and was not made by this program"):
-        standin_encoder.main([str(digits), "--out", str(tmp_path)])
+        train(digits, tmp_path)
     assert (tmp_path / "config.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("file", ["training.json", "model.safetensors", "config.json"])
+def test_full_disk_is_named_and_the_next_try_works(digits, tmp_path, file):
+    out, whole = tmp_path / "out", train(digits, tmp_path / "whole", *TINY)
+    out.mkdir()
+    if file != "training.json":  # its own folder, where it got that far
+        record = json.loads((whole / "training.json").read_text())
+        (out / "training.json").write_text(json.dumps({"options": record["options"]}))
+    (out / f"{file}.unfinished").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match=f"no space left for {out / file}"):
+        train(digits, out, *TINY)
+    train(digits, out, *TINY)
+    assert content(out) == content(whole)
