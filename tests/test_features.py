@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import models  # noqa: F401 - before timm: see its docstring
@@ -75,8 +76,16 @@ def test_features_of_inception(network):
     np.testing.assert_allclose(found["logits"], unbiased, rtol=1e-4, atol=1e-4)
 
 
-def test_images_of_any_size_are_resized_by_the_network(network):
-    assert all(network(images(1, size))["pool3"].shape == (1, 2048) for size in (8, 31))
+def test_images_of_any_size_and_either_format_of_weights(network, weights, tmp_path, monkeypatch):
+    def checked(file, original=torch.load, **options):
+        assert options["weights_only"] or not isinstance(file, str), "the library reads the user's file, code and all"
+        return original(file, **options)
+
+    save_file(torch.load(weights), tmp_path / "random.safetensors")
+    monkeypatch.setattr(torch, "load", checked)
+    for size, judge in ((8, network), (31, InceptionFeatures(tmp_path / "random.safetensors"))):
+        found = judge(images(1, size))["pool3"]
+        assert found.shape == (1, 2048) and torch.equal(found, network(images(1, size))["pool3"])
     with pytest.raises(ValueError, match="uint8"):
         network(images(1).float())
 

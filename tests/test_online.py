@@ -326,11 +326,16 @@ def test_processes_add_up_to_one(data, evaluation, world, sampler, steps):
     assert len(list(data.folder.glob("statistics-*"))) == 1
 
 
-def test_more_processes_than_samples(evaluation):
-    group = Group(4)
-    results = group.run(lambda ranks: evaluation(ranks, eval_samples=3)(Recall(by_label)))
-    assert group.reduced[1][0] == 3
-    assert len({distances["frechet_distance"] for distances, _ in results}) == 1
+def test_more_processes_than_samples_and_one_that_has_no_reference(evaluation):
+    group, expected = Group(4), distance_to(evaluation(eval_samples=3), Recall(by_label))
+
+    def judge(ranks):
+        this = evaluation(ranks, eval_samples=3)
+        this.judges[0].reference = None if ranks.rank == 2 else this.judges[0].reference
+        return distance_to(this, Recall(by_label))
+
+    assert group.run(judge) == pytest.approx([expected] * 4, rel=1e-3)
+    assert group.reduced[1][0] == 3  # all compute the reference first, together
 
 
 def test_labels_are_as_frequent_as_in_the_training_set(data, evaluation):

@@ -62,16 +62,24 @@ def npz(folder):
     return np.load(folder / f"{folder.name}.npz")
 
 
-def sending(number, where, name, when):
-    """The function `where.name`, which first sends its process a signal where `when` says so of its arguments."""
+def ending(end, where, name, when):
+    """The function `where.name`, which first calls `end` where `when` says so of its arguments."""
     original = getattr(where, name)
 
     def patched(*arguments, **options):
         if when(*arguments):
-            os.kill(os.getpid(), number)
+            end()
         return original(*arguments, **options)
 
     return patched
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupted():
+    raise KeyboardInterrupt  # as Python does on Ctrl-C, unless it was started in the background
 
 
 def settings(**changes):
@@ -112,7 +120,7 @@ def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
     """In the second chunk, before the third is whole, and in the npz; then by another number of processes."""
 
     def run(*patch):
-        setattr(*patch[:2], sending(signal.SIGKILL, *patch))
+        setattr(*patch[:2], ending(killed, *patch))
         sampling.main(words)
 
     folder = tmp_path / "killed" / whole.name
@@ -137,7 +145,7 @@ def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
 def test_ctrl_c_says_that_the_same_command_goes_on(checkpoint, whole, tmp_path, capfd, monkeypatch):
     folder = tmp_path / whole.name
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command again goes on from here"):
-        patch.setattr(sampling, "sample_images", sending(signal.SIGINT, sampling, "sample_images", in_second_chunk))
+        patch.setattr(sampling, "sample_images", ending(interrupted, sampling, "sample_images", in_second_chunk))
         sampling.main(arguments(checkpoint, folder))
     sampling.main(arguments(checkpoint, folder))
     assert f"{COUNT - 64} of {COUNT} images" in capfd.readouterr().out
@@ -408,8 +416,18 @@ def test_processes_that_do_not_see_one_folder_are_refused(checkpoint, tmp_path, 
     assert not list(tmp_path.rglob("*.npy"))
 
 
-@pytest.mark.parametrize("content", [np.zeros((64, 8, 8, 3)), b"", b"no array", "half"])
-def test_damaged_chunks_are_named(checkpoint, whole, tmp_path, content):
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (np.zeros((64, 8, 8, 3)), r"float64 \(64, 8, 8, 3\)"),
+        (np.zeros((63, 8, 8, 3), np.uint8), r"uint8 \(63, 8, 8, 3\)"),
+        (np.array([None] * 64), "no array .Object arrays cannot be loaded"),  # their loading runs code
+        (b"", "no array"),
+        (b"a: 1", "no array"),
+        ("half", "no array"),
+    ],
+)
+def test_damaged_chunks_are_named(checkpoint, whole, tmp_path, content, found):
     folder = tmp_path / "out"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.npz"))
     path = folder / "samples" / "00001.npy"
@@ -417,7 +435,7 @@ def test_damaged_chunks_are_named(checkpoint, whole, tmp_path, content):
         np.save(path, content)
     else:
         path.write_bytes(path.read_bytes()[:5000] if content == "half" else content)
-    with pytest.raises(SystemExit, match="error: .*00001.npy holds .* delete it and give the same command") as error:
+    with pytest.raises(SystemExit, match=f"error: .*00001.npy holds {found}.* delete it and give the same") as error:
         sampling.main(arguments(checkpoint, folder))
     assert "\n" not in str(error.value) and not list(folder.glob("out.npz*"))
 
