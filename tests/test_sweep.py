@@ -457,8 +457,9 @@ def test_jobs_run_by_submitit(cells, fake, tmp_path):
     (tmp_path / "sweep" / "broken").touch()
     made = cells("--seeds", 0, 1, "--max-steps", 3)
     debug = options(cluster="debug", slurm=("time=5",))
-    sweep.run_all(made, debug, [{}], types.SimpleNamespace(signal=0), lambda cells: None)
+    sweep.run_all(made, debug, [{"OMP_NUM_THREADS": "3"}], types.SimpleNamespace(signal=0), lambda cells: None)
     assert [(cell.state, cell.reason) for cell in made] == [("done", ""), ("failed", "exit status 3: reason: broken")]
+    assert fake(0)[0]["threads"] == "3"
     with pytest.raises(ValueError, match="colour"):
         sweep.make_executor(dataclasses.replace(debug, slurm=("time=5", "colour=red")), tmp_path)
 
