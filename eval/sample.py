@@ -301,7 +301,6 @@ def claim(folder: Path, settings: Settings):
     found, wanted = read_settings(folder)["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))
     changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
     if found and changed:
-        lock.close()
         raise ValueError(f"{folder} holds samples of other settings ({'; '.join(changed)}); give another --out")
     return lock
 
