@@ -201,7 +201,9 @@ def test_timm_name_with_a_classifier_in_its_weights(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = model.forward_features(preprocessed(images, (0.5,) * 3, (0.5,) * 3, 160))[:, 1:]
     for weights in ("", str(tmp_path / "weights.pth")):
-        torch.testing.assert_close(FrozenEncoder("test_vit", 10, weights)(images), expected, rtol=1e-4, atol=1e-4)
+        encoder = FrozenEncoder("test_vit", 10, weights)
+        torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-4)
+        assert not any("head" in name for name, _ in encoder.named_parameters())
 
 
 def test_weights_in_pytorchs_cache_are_found_offline(tmp_path, monkeypatch):
