@@ -15,7 +15,7 @@ import config as configuration
 from models.sit import FREQUENCIES, MAX_PERIOD, SIT_MODELS, SiT
 from runtime import MetricsLog, Ranks, environment, lock_folder, replaced
 
-FORMAT = 2  # of last.pt; the random numbers of format 1 were others, so its runs cannot go on
+FORMAT = 2  # of last.pt; format 1 drew other random numbers, so its runs cannot go on
 
 
 class EMA:
@@ -80,7 +80,8 @@ class RunFolder:
 
         def kept(record):
             repeated = progress["evaluation_due"] and "evaluation_seconds" in record
-            return record["step"] < progress["step"] + (not repeated) and checkpoint is not None
+            last = progress["step"] - 1 if repeated else progress["step"]
+            return checkpoint is not None and record["step"] <= last
 
         owing = any(value for key, value in progress.items() if key.endswith("_due"))
         if self.ranks.main and (progress["step"] < self.config.max_steps or owing):
@@ -148,6 +149,8 @@ def load_file(path: str | Path, device="cpu", mmap: bool = False):
             return safetensors.torch.load_file(path, device=str(device))
         with torch.serialization.safe_globals([argparse.Namespace]):  # REPA keeps its arguments in one
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # bytes of other kinds of files raise many kinds
         raise ValueError(
             f"{str(path)!r} is not a weights file, or holds code, which is never executed ({type(error).__name__})"
@@ -226,8 +229,8 @@ def released_arguments(weights: dict, name: str) -> dict:
 def load_published(model: SiT, state_dict: dict, new_labels: bool = False) -> tuple[list, list]:
     """Load SiT's or REPA's released weights, or our own, into a model of the same size.
 
-    Three things may differ and are mended. Released SiT models predict a variance beside the velocity, of which the
-    velocity half is kept, and by which they are known: their time runs from noise to data and is reversed.
+    Three things may differ and are converted. Released SiT models predict a variance beside the velocity, of which the
+    velocity half is kept, which identifies them: their time runs from noise to data and is reversed.
     Projectors that only one side has are left out: the model's keep their initial values.
     Weights without routers and skips, of residual routing, leave those of the model as they are. A timestep query
     w + e(t) then starts with the e(t) of those weights instead of zero, so that aggregation is no plain mean at first.
@@ -266,7 +269,10 @@ def load_published(model: SiT, state_dict: dict, new_labels: bool = False) -> tu
 
 @torch.no_grad()
 def _reverse_time(model):
-    """v(x, t) becomes -v(x, 1 - t), by cos f(1 - t) = cos f cos ft + sin f sin ft, sin f(1 - t) = sin f cos ft - ..."""
+    """v(x, t) becomes -v(x, 1 - t).
+
+    cos f(1 - t) = cos f cos ft + sin f sin ft, and sin f(1 - t) = sin f cos ft - cos f sin ft.
+    """
     frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(0, 1, 2 / FREQUENCIES, dtype=torch.float64))
     embedding, head = model.t_embedder.mlp[0].weight, model.final_layer.linear
     of_cos, of_sin = embedding.double().chunk(2, dim=1)  # (D, 128) each

@@ -22,7 +22,7 @@ import yaml
 
 PRESETS = Path(__file__).parent / "configs"
 
-# Values of other options with which nothing reads an option.
+# Values of other options that make an option have no effect.
 NOT_ROUTED = {"routing": ("residual", "unet")}
 NOT_DAR = {"routing": ("residual", "unet", "attnres")}
 NOT_ALIGNED = {"alignment": ("none",)}
@@ -33,9 +33,9 @@ def option(default: Any, least=None, above=None, idle_with=None, free=False, arm
     """A field of Config.
 
     least, above: bounds of a number.
-    idle_with: {option: values} with which nothing reads this one.
+    idle_with: {option: values} that make this one have no effect.
     free: a run may go on with another value, which changes nothing but rounding in its weights.
-    arm:  it says how a run learns, so runs that differ in it are different arms of a comparison.
+    arm:  it says how a run learns or is judged, so runs that differ in it are different arms of a comparison.
     model: an argument of SiT.
     """
     facts = {"least": least, "above": above, "idle_with": idle_with or {}, "free": free, "arm": arm, "model": model}
@@ -255,7 +255,8 @@ def parse(argv: list[str] | None = None) -> Config:
                 file=sys.stderr,
             )
         for key in unread:
-            causes = [f"{switch} = {getattr(config, switch)}" for switch in FIELDS[key].metadata["idle_with"]]
+            idle_with = FIELDS[key].metadata["idle_with"].items()
+            causes = [f"{switch} = {value}" for switch, off in idle_with if (value := getattr(config, switch)) in off]
             print(f"note: {key} has no effect with {', '.join(causes)}", file=sys.stderr)
     return config
 
@@ -355,8 +356,8 @@ def idle(settings: dict) -> set:
 
 
 def differences(wanted: dict, saved: dict) -> list[str]:
-    """Lines 'key: saved -> wanted' for what keeps a run with settings `saved` from going on with `wanted`."""
-    known = {key: DEFAULTS[key] for key in wanted.keys() & DEFAULTS.keys()}  # an option that is younger than the run
+    """Lines 'key: saved -> wanted': the changed options that forbid resuming a run with settings `saved`."""
+    known = {key: DEFAULTS[key] for key in wanted.keys() & DEFAULTS.keys()}  # an option added since the run
     saved = known | saved
     new, old = plain(wanted), plain(saved)
     return [
@@ -367,7 +368,10 @@ def differences(wanted: dict, saved: dict) -> list[str]:
 
 
 def folder_name(settings: dict) -> str:
-    """A folder name "key=value,key=value" that no other settings have: a digest stands for what a name cannot hold."""
+    """A folder name "key=value,key=value", unique to these settings.
+
+    A hash is added where the name is too long, ambiguous, or has characters that a folder name cannot hold.
+    """
     words = {key: value if isinstance(value, tuple | list) else [value] for key, value in settings.items()}
     name = ",".join(f"{key}={'+'.join(map(str, each))}".removeprefix("=") for key, each in words.items())
     held = re.sub(r"[^\w.,=+-]", "-", name, flags=re.ASCII)
@@ -420,7 +424,15 @@ def document() -> str:
                 lines += ["", f"## {above.capitalize()}", "", "| option | default | meaning |", "| --- | --- | --- |"]
             kind, default = ast.unparse(spec.annotation), DEFAULTS[spec.target.id]
             choices = f"{kind[8:-1].replace(chr(39), '').replace(', ', ' | ')}. " if kind.startswith("Literal") else ""
-            meaning = (choices + words.value.value).replace("|", "\\|")
+            facts, said = FIELDS[spec.target.id].metadata, [choices + words.value.value]
+            said += [f"At least {facts['least']}."] if facts["least"] is not None else []
+            said += [f"Above {facts['above']}."] if facts["above"] is not None else []
+            off = [
+                f"`{key} = {' or '.join(str(v) or repr(v) for v in values)}`"
+                for key, values in facts["idle_with"].items()
+            ]
+            said += [f"No effect with {' or '.join(off)}."] if off else []
+            meaning = " ".join(said).replace("|", "\\|")
             lines.append(f"| `{spec.target.id}` | `{default!r}` | {meaning} |")
     return "\n".join(lines)
 

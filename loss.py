@@ -48,8 +48,9 @@ class Loss:
         """Random numbers for clean images of this shape (B, C, H, W)."""
         options = {"generator": generator, "device": generator.device}
         noise = torch.randn(shape, **options)
-        normal, uniform, label = (draw(shape[0], **options) for draw in (torch.randn, torch.rand, torch.rand))
-        return Draws(sample_times(uniform, normal, self.time_sampling, self.path), noise, label)
+        normal, uniform = torch.randn(shape[0], **options), torch.rand(shape[0], **options)
+        times = sample_times(uniform, normal, self.time_sampling, self.path)
+        return Draws(times, noise, label=torch.rand(shape[0], **options))
 
     def __call__(
         self, model: Callable, x: torch.Tensor, labels: torch.Tensor, draws: Draws, tokens: list | None = None

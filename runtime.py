@@ -159,7 +159,9 @@ class Stop:
             signal.signal(number, handler)
 
     def _set(self, number, frame):
-        alone = self.ranks is None or self.ranks.world == 1  # torchrun repeats by itself what it is sent
+        alone = (
+            self.ranks is None or self.ranks.world == 1
+        )  # torchrun forwards signals, so a second one is no second Ctrl-C
         if self.signal and number == signal.SIGINT and alone:
             raise SystemExit(128 + number)
         if not self.signal and (self.ranks is None or self.ranks.main):
@@ -176,7 +178,7 @@ class Stop:
 
 @contextlib.contextmanager
 def tf32(enabled: bool):
-    """Whether float32 products are rounded to TF32 in this block; convolutions otherwise are, by default."""
+    """Turns TF32 for float32 products on or off in this block; PyTorch's default is on for convolutions only."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     torch.backends.cudnn.allow_tf32 = enabled
@@ -346,7 +348,7 @@ class Tally:
         state["longest"] = torch.maximum(state["longest"], state["in_row"])
 
     def read(self) -> tuple[dict, int, int]:
-        """Means over the interval ({} if every step was skipped), steps skipped in all, and the longest row of them.
+        """Means over the interval ({} if every step was skipped), steps skipped in all, and the most of them in a row.
 
         Starts a new interval.
         """

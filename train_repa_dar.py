@@ -1,10 +1,10 @@
-"""Trains SiT with residual or DAR routing, or that of two baselines, with or without REPA.
+"""Trains SiT with residual, DAR or one of two baseline routings, with or without REPA.
 
     python train_repa_dar.py --config digits --routing dar --alignment repa
     torchrun --nproc_per_node=8 train_repa_dar.py --config cifar10 --routing dar --alignment repa
 
-`make quickstart` shows how the data of the first are prepared. The same command again resumes the run, bit for bit on a
-CPU. `--help` lists every option, docs/configuration.md explains them.
+`make quickstart` shows how to prepare the data for the first command. The same command again resumes the run, bit for
+bit on a CPU. `--help` lists every option, docs/configuration.md explains them.
 
 Shapes: B batch, C channels, H = W size, T tokens.
 """
@@ -41,6 +41,7 @@ def main(argv=None):
             trainer = Trainer(config, ranks)
             trainer.describe()
             if config.dry_run:
+                trainer.wrapped = None  # see __exit__
                 return
             trainer.open_folder()
         with plain_errors(OSError), trainer:
@@ -78,7 +79,7 @@ class Trainer:
         self.ema = EMA(self.model, config.ema_decays)
         self.tally = Tally(self.device)
         self.parts = {"model": self.model, "emas": self.ema, "optimizer": self.optimizer, "tally": self.tally}
-        # Seconds are of training alone. What is due is remembered if the run is cut short.
+        # Seconds are of training alone. Checkpoints hold what is due, so that interrupted work is repeated.
         self.progress = {"step": 0, "seconds": 0.0, "logged_step": 0, "logged_seconds": 0.0}
         self.progress |= {"evaluation_due": False, "diagnosis_due": False}
         self.evaluate = None
@@ -100,7 +101,9 @@ class Trainer:
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
             absent = f"not in it: {abridged(missing)}; not used: {abridged(unused)}"
-            self.say(f"initial weights from {config.init_from}; {absent}" + "; label table: anew" * config.new_labels)
+            self.say(
+                f"initial weights from {config.init_from}; {absent}" + "; label table reinitialised" * config.new_labels
+            )
         return model
 
     def open_folder(self):
@@ -144,7 +147,7 @@ class Trainer:
                 progress["step"] += 1
                 bar.update()
                 stopped_by, last = stop.agreed(), progress["step"] == config.max_steps
-                # A line ends with the alignment, so that none is a mean over steps with and without it.
+                # Also at the last aligned step, so that no line averages steps with and without alignment.
                 log_due = last or self.due(config.log_every) or progress["step"] == self.aligned_steps
                 snapshot = self.due(config.snapshot_every)
                 save_due = last or stopped_by or snapshot or self.due(config.checkpoint_every)
@@ -172,7 +175,7 @@ class Trainer:
         return every > 0 and self.progress["step"] % every == 0
 
     def batches(self):
-        """What each step from the present one on takes; what only the alignment needs is no longer read after it."""
+        """Batches from the current step on; after alignment ends, what only it needs is no longer read."""
         step, change, end = self.progress["step"], self.aligned_steps, self.config.max_steps
         yield from self.inputs.batches(self.inputs.data, step, change, self.ranks)
         yield from self.inputs.batches(self.inputs.plain_data, max(step, change), end, self.ranks)
@@ -218,16 +221,16 @@ class Trainer:
         """From here on the model only denoises, and its projectors stay as they are.
 
         Of HASTE (arXiv 2505.16792) this is the end after a fixed number of steps; its alignment of attention maps and
-        its trigger by gradients are not taken.
+        its trigger by gradients are not implemented.
         """
         for model in (self.model, *self.ema.models.values()):
             model.align_depth = ()
         # Without a gradient, rather than with one of zero, which would let AdamW go on by its momentum.
         self.model.projectors.requires_grad_(False)
         self.flops = 3 * flops_per_image(self.config.model, self.arguments | {"align_dims": ()})
-        if self.ranks.world > 1:  # it would wait for the gradients of those that it began with
+        if self.ranks.world > 1:  # the old wrapper would wait for the projectors' gradients
             self.wrapped = None
-            gc.collect()  # the buffers of the old one go first
+            gc.collect()  # frees the old wrapper's buffers first
             self.wrapped = DistributedDataParallel(self.model)
 
     def save(self, snapshot=False):

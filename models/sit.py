@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H = W input size, T tokens, D width.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,12 +37,12 @@ class SiT(nn.Module):
     final_aggregator: "auto" is "shared" with alignment and "dedicated" without (DAR, Appendix C.3).
     route_backend: "auto", "torch" or "triton" (`kernels.route`).
     align_depth: 1-based block numbers; the state after block k is projected, which with DAR and AttnRes is z_k, the
-        aggregate passed on to block k + 1 (DAR, Section 3), and with long skips the stream before it takes up one.
+        aggregate passed on to block k + 1 (DAR, Section 3), and with long skips the stream before a skip is added.
         align_dims: one width per encoder; () builds no projector.
     projector: "mlp", whose hidden width is projector_dim, or "conv" (models/projector.py).
     checkpoint_activations: recompute every sublayer in the backward pass instead of keeping what it needs. States and
         sources are kept; values and gradients are the same.
-    Raises ValueError on any value outside what is said here.
+    Raises ValueError on invalid arguments.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class SiT(nn.Module):
                 raise ValueError(problem)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.checkpoint_activations, self.routing = num_classes, checkpoint_activations, routing
-        self.align_depth, self.num_encoders = align_depth, len(align_dims)  # without encoders nothing is projected
+        self.align_depth, self.num_encoders = align_depth if align_dims else (), len(align_dims)
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -133,7 +134,7 @@ class SiT(nn.Module):
         make_stream: builds what joins the sublayers, in place of `self.stream`.
         Returns the velocity (B, C, H, W) and a list of (B, T, dim), by depth and then by encoder.
         """
-        # The convolution leaves D before T in memory, and every state would inherit that.
+        # PatchEmbed returns a transposed view; contiguous once, here, rather than in every state.
         tokens = (self.x_embedder(x) + self.pos_embed).contiguous()  # (B, T, D)
         e = self.t_embedder(t)  # (B, D)
         c = e + self.y_embedder(y, label_draw)  # (B, D)
@@ -271,15 +272,10 @@ def _xavier(module):
             nn.init.zeros_(module.bias)
 
 
-def _sized(depth, hidden_size, num_heads, patch_size):
-    def build(**kwargs):
-        return SiT(
-            **{"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": patch_size, **kwargs}
-        )
-
-    return build
-
-
 # Depth, width, heads. Plus is the control in DAR's Table 1: XL, widened to the parameters of XL with dynamic queries.
 SIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "Plus": (28, 1216, 16)}
-SIT_MODELS = {f"SiT-{name}/{patch}": _sized(*size, patch) for name, size in SIT_SIZES.items() for patch in (2, 4, 8)}
+SIT_MODELS = {
+    f"SiT-{name}/{patch}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    for name, (depth, width, heads) in SIT_SIZES.items()
+    for patch in (2, 4, 8)
+}

@@ -36,8 +36,8 @@ class RoutedStream:
     """
 
     def __init__(self, router: DepthRouter, tokens: torch.Tensor, t_embedding: torch.Tensor):
-        # Under autocast the kernels take the half precision that sublayers give. PyTorch would keep a float32 copy for
-        # the backward of every aggregator that reads a source; there one cast for all of them is cheaper.
+        # Under autocast the fused kernels read half-precision sources. The PyTorch backend would save a float32 copy of
+        # a source for every aggregator that reads it, so there the sources stay float32.
         if resolve_backend(router.backend, tokens.device) == "triton":
             tokens = tokens.to(autocast_dtype(tokens))
         self.router, self.v, self.t_embedding = router, [tokens], t_embedding
@@ -66,8 +66,8 @@ class SkipStream(ResidualStream):
 
         h <- h + W [h; s] + b
 
-    W = 0 and b = 0 at first, so that training starts as the residual model; U-ViT draws the whole map at random. The
-    identity stands apart so that autocast keeps the stream in float32. An odd n has a middle block without skip; with
+    W = 0 and b = 0 at first, so that training starts as the residual model; U-ViT draws the whole map at random. h is
+    added outside W so that the stream stays float32 under autocast. An odd n has a middle block without skip; with
     an even n the innermost s is h itself.
     skips: linear maps (2 D) -> (D) from `long_skips`, in the order in which they are used.
     """
@@ -78,7 +78,7 @@ class SkipStream(ResidualStream):
 
     def read(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As in residual addition. The returned state (B, T, D) is the one before it takes up a skip."""
-        h, (k, of_mlp) = self.h, divmod(self.reads, 2)  # after k blocks, unless the MLP reads it
+        h, (k, of_mlp) = self.h, divmod(self.reads, 2)  # k blocks are done; of_mlp: the next block's MLP reads
         self.reads += 1
         first = self.num_blocks - len(self.skips)
         if not of_mlp and 1 <= k <= len(self.skips):

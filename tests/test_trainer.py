@@ -585,7 +585,7 @@ def test_a_residual_checkpoint_starts_a_dar_run_for_other_classes(command, tmp_p
     run(command(tmp_path / "dar", *settings, "--new-labels", data=few))
     printed = capsys.readouterr().out
     assert "not in it: router.aggregators.0.norm_weight, " in printed and " more; not used: none" in printed
-    assert "label table: anew" in printed
+    assert "label table reinitialised" in printed
     before, after = (load_file(tmp_path / arm / "last.pt") for arm in ("residual", "dar"))
     for name, rows in (
         ("blocks.0.mlp.fc1.weight", slice(None)),
