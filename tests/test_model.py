@@ -114,7 +114,7 @@ def reference(w, x, t, y, settings):
         qkv = linear(f"{name}.qkv", layer_norm(h) * (1 + scale) + shift)
         for n in range(num_heads):
             q, k, v = (qkv[..., part * D + n * width : part * D + (n + 1) * width] for part in range(3))
-            if f"{name}.q_norm.weight" in w:
+            if settings.get("qk_norm"):  # timm's, one head at a time
                 q = layer_norm(q, 1e-5) * w[f"{name}.q_norm.weight"] + w[f"{name}.q_norm.bias"]
                 k = layer_norm(k, 1e-5) * w[f"{name}.k_norm.weight"] + w[f"{name}.k_norm.bias"]
             scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(width))
@@ -151,7 +151,7 @@ def reference(w, x, t, y, settings):
         for _ in settings["align_dims"]:
             name = f"projectors.{len(aligned)}"
             z = states[2 * k]  # follows block k
-            if f"{name}.weight" in w:
+            if settings.get("projector") == "conv":
                 aligned.append(convolution(name, z))
             else:
                 aligned.append(linear(f"{name}.4", silu(linear(f"{name}.2", silu(linear(f"{name}.0", z))))))
