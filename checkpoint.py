@@ -244,7 +244,8 @@ def load_published(model: SiT, state_dict: dict, new_labels: bool = False) -> tu
         if name in state_dict and len(state_dict[name]) == 2 * len(own[name]):
             both = state_dict[name].unflatten(0, (model.patch_size**2, 2, model.in_channels))
             state_dict[name] = both[:, 0].flatten(0, 1)  # (p * p * C, ...)
-    if new_labels and table in state_dict and state_dict[table].shape[1:] == own[table].shape[1:]:
+    same_width = table in state_dict and state_dict[table].shape[1:] == own[table].shape[1:]
+    if new_labels and same_width:
         state_dict[table] = torch.cat([own[table][:-1], state_dict[table][-1:].to(own[table])])
     missing = sorted(own.keys() - state_dict.keys())
     unused = sorted(state_dict.keys() - own.keys())
@@ -259,7 +260,8 @@ def load_published(model: SiT, state_dict: dict, new_labels: bool = False) -> tu
     ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        labels = "; --new-labels starts the label table anew" if any(table in text for text in problems) else ""
+        other_classes = same_width and state_dict[table].shape != own[table].shape
+        labels = "; --new-labels starts the label table anew" if other_classes else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}{labels}")
     model.load_state_dict(state_dict, strict=False)
     if reverse:
