@@ -117,6 +117,8 @@ class OnlineEvaluation:
 
     def _inception(self):
         config, count = self.config, self.config.eval_samples
+        if config.fid_reference and not Path(config.fid_reference).is_file():  # said before anything is downloaded
+            raise ValueError(f"fid_reference = {config.fid_reference!r}: there is no such file")
         network = features.InceptionFeatures(config.inception).to(self.ranks.device)
         given = npz_statistics(config.fid_reference, network) if config.fid_reference else None
         if given == {}:

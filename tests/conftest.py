@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on a CPU; tests/test_gpu.py undoes this
 os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on a CPU where a test asks for them
+os.environ["COLUMNS"] = "1000"  # messages are not wrapped in the middle of a path
 os.environ["OMP_NUM_THREADS"] = "1"  # shapes are so small that threads only wait for each other
 
 import json

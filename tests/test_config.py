@@ -181,10 +181,7 @@ WRONG_FOR_A_RUN = {
         "--eval-encoder inception --inception {missing}": "{missing}",
         "--eval-encoder inception --inception {file}": "{file}",
     },
-    "fid_reference": {
-        "--eval-encoder inception --fid-reference {missing}": "{missing}",
-        "--eval-encoder inception --fid-reference {file}": "{file}",
-    },
+    "fid_reference": {"--eval-encoder inception --fid-reference {missing}": "{missing}"},
     "diagnose_images": {"--diagnose-every 1 --diagnose-images 10000": "diagnose_images = 10000"},
 }
 
