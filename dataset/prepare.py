@@ -132,6 +132,7 @@ def claim(stages: list, ranks: Ranks):
     Raises ValueError where the folder is foreign, in use, or not shared.
     """
     folder, lock = stages[0].folder, None
+    mark = folder / ".shared"
     if ranks.main:
         for stage in stages:
             check_folder(stage.folder, "settings.json", stage.settings)
@@ -142,18 +143,16 @@ def claim(stages: list, ranks: Ranks):
             lock = lock_folder(folder)
             for stage in stages:  # another run may have come first
                 check_folder(stage.folder, "settings.json", stage.settings)
-            lock.write(secrets.token_hex(8))
-            lock.flush()
-            os.fsync(lock.fileno())
+            with replaced(mark) as file:
+                file.write(secrets.token_hex(8).encode())
     ranks.barrier()
-    mark = folder / ".lock"
     facts = {f"what process 0 wrote to {mark}": mark.read_text() if mark.is_file() else ""}
     for stage in stages:
         stage.finished = stage.meta.is_file()
         facts[str(stage.folder)] = {**stage.settings, "finished": stage.finished}
     ranks.agree(facts, "give all of them the same source and networks, and --out on a disk that all of them see")
     if lock:
-        lock.truncate(0)
+        mark.unlink()
     return lock or contextlib.nullcontext()
 
 
@@ -167,7 +166,7 @@ def check_folder(folder: Path, record: str, settings: dict):
             remedy = "give another --out, or delete that folder first"
             raise ValueError(f"{folder} was made with other settings ({'; '.join(changed)}); {remedy}")
     elif folder.exists():
-        ours = {".lock", f"{record}.unfinished"}  # of a run that ended at once
+        ours = {".lock", ".shared", f"{record}.unfinished"}  # of a run that ended at once
         if not folder.is_dir() or {path.name for path in folder.iterdir()} - ours:
             raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
 

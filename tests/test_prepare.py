@@ -110,6 +110,7 @@ def test_rows_are_what_the_networks_give(prepared, autoencoder_folder, dino_fold
     torch.testing.assert_close(batch["moments"].float(), autoencoder.moments(both), rtol=2e-3, atol=1e-3)
     for i, encoder in enumerate(encoders):
         torch.testing.assert_close(batch[f"tokens_{i}"].float(), encoder(both), rtol=2e-3, atol=2e-3)
+    assert all((np.load(path)[[3, COUNT + 3]] == 0).all() for path in prepared.glob("*/*/*.npy"))
     chosen = data.__getitems__([40, 3, 20])
     assert all(torch.equal(chosen[name], batch[name][[40, 3, 20]]) for name in batch)
     latents = PreparedImages(prepared, images=False, latents=autoencoder.fingerprint)
@@ -235,9 +236,8 @@ def test_folders_of_others_and_of_other_settings_are_left_alone(prepared, photos
 
 def test_disk_that_is_too_small(tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 70))  # a PNG needs more
-        message = refusal("digits", tmp_path / "out")
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 70))  # a PNG needs more
+    message = refusal("digits", tmp_path / "out")
     assert "needs about" in message and "KiB" in message and "--limit" in message
     assert not (tmp_path / "out").exists()
 
@@ -288,34 +288,24 @@ def test_two_processes_write_what_one_does(prepared, photos, arguments, tmp_path
     assert sum(printed.count("left out: a/06.png") for _, printed in done) == 1
 
 
-@pytest.mark.parametrize("earlier", [[], ["--limit", 3]], ids=["empty", "half prepared"])
-def test_machines_without_a_shared_disk_are_refused(photos, tmp_path, earlier):
+@pytest.mark.parametrize("kind", ["empty disks", "half prepared disks", "other sources"])
+def test_machines_that_share_no_disk_or_source_are_refused(tmp_path, monkeypatch, kind):
+    others = kind == "other sources"
+
     def at(machine):
-        (tmp_path / machine).mkdir()
-        os.chdir(tmp_path / machine)
-        if earlier:  # on each machine's own disk
-            os.makedirs("out/images")
-            shutil.copy(tmp_path / "settings.json", "out")
-        run(photos, "out", "--resolution", SIZE)
+        os.chdir(pictures(tmp_path / machine, f"cats/x/{machine if others else 'a'}.png"))
+        if kind == "half prepared disks":
+            os.mkdir("out")
+            shutil.copy(tmp_path / "c" / "out" / "settings.json", "out")
+        run("cats", tmp_path / "out" if others else "out", "--resolution", SIZE)
 
-    run(photos, tmp_path / "earlier", "--resolution", SIZE)
-    shutil.copy(tmp_path / "earlier" / "settings.json", tmp_path)
-    done = ranks_at(functools.partial(at, "a"), functools.partial(at, "b"))
-    for outcome, _ in done:
-        assert outcome.startswith("SystemExit: error: the processes disagree: what process 0 wrote to out/.lock is")
-        assert "--out on a disk that all of them see" in outcome
-    assert not [*tmp_path.glob("[ab]/out/images/*")]
-
-
-def test_machines_with_other_sources_are_refused(tmp_path):
-    def at(machine, *names):
-        os.chdir(pictures(tmp_path / machine, *names).parent)
-        os.chdir(machine)
-        run("cats", tmp_path / "out", "--resolution", SIZE)
-
-    done = ranks_at(functools.partial(at, "a", "cats/x/1.png"), functools.partial(at, "b", "cats/x/2.png"))
-    assert all("the processes disagree" in outcome and "the same source" in outcome for outcome, _ in done)
-    assert os.listdir(tmp_path / "out") == [".lock"]
+    monkeypatch.chdir(pictures(tmp_path / "c", "cats/x/a.png"))
+    run("cats", "out", "--resolution", SIZE)
+    for outcome, _ in ranks_at(functools.partial(at, "a"), functools.partial(at, "b")):
+        fact = f"{tmp_path / 'out'} is {{" if others else "what process 0 wrote to out/.shared is '"
+        assert outcome.startswith(f"SystemExit: error: the processes disagree: {fact}"), outcome
+        assert "the same source and networks, and --out on a disk that all of them see" in outcome
+    assert not [*tmp_path.glob("[abo]*/out/images/*"), *tmp_path.glob("out/images/*")]
 
 
 # ---- runs that end early ----
