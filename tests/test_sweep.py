@@ -305,7 +305,7 @@ while step < int(words["max-steps"]):
     print(f" {step} 9.1step/s", end=chr(13), flush=True)
     if (out.parent / "broken").exists() and out.name.endswith("seed=1"):
         print("line", "\\nreason: broken", file=sys.stderr)
-        sys.exit(3)
+        sys.exit(int((out.parent / "broken").read_text()))
     time.sleep(0.02)
 (out / "complete").touch()
 """
@@ -368,7 +368,7 @@ def test_a_cell_fails_while_another_command_runs_one_and_the_rest_goes_on(argume
     """The cell that runs elsewhere is left alone, and looked at again until it is complete."""
     elsewhere, out = tmp_path / "sweep" / "seed=0", tmp_path / "sweep"
     words = arguments("--seeds", 0, 1, 2, "--metric", "loss", "--max-steps", 20)
-    (out / "broken").touch()
+    (out / "broken").write_text("3")
     lock = lock_folder(elsewhere)
     with once((out / "seed=2" / "complete").exists, lambda: ((elsewhere / "complete").touch(), lock.close())):
         message = exit_code(words)
@@ -454,12 +454,16 @@ SLURM = options(cluster="slurm", slurm=("time=90", "partition=fast", "mem_gb=3")
 
 def test_jobs_run_by_submitit(cells, fake, tmp_path):
     """In submitit's executor for debugging, which runs each job in this process when it is asked for its state."""
-    (tmp_path / "sweep" / "broken").touch()
+    (tmp_path / "sweep" / "broken").write_text("3")
     made = cells("--seeds", 0, 1, "--max-steps", 3)
     debug = options(cluster="debug", slurm=("time=5",))
     sweep.run_all(made, debug, [{"OMP_NUM_THREADS": "3"}], types.SimpleNamespace(signal=0), lambda cells: None)
     assert [(cell.state, cell.reason) for cell in made] == [("done", ""), ("failed", "exit status 3: reason: broken")]
     assert fake(0)[0]["threads"] == "3"
+    (tmp_path / "sweep" / "broken").write_text("143")  # on a signal that did not come from here
+    made[1].state = "waiting"
+    sweep.run_all(made, debug, [{}], types.SimpleNamespace(signal=0), lambda cells: None)
+    assert (made[1].state, made[1].reason) == ("stopped", "by a signal")
     with pytest.raises(ValueError, match="colour"):
         sweep.make_executor(dataclasses.replace(debug, slurm=("time=5", "colour=red")), tmp_path)
 
