@@ -420,15 +420,6 @@ def test_dtypes_may_differ(guarded, modulate):
     compare(inputs | half, ("x", "h") if modulate else ("h",))
 
 
-LAYOUTS = [  # a shape, and the view of it that is (2, 3, 7) and not contiguous
-    ((3, 2, 7), lambda v: v.transpose(0, 1)),
-    ((2, 3, 14), lambda v: v[..., ::2]),
-    ((2, 7, 7), lambda v: v[:, 2:-2]),
-    ((2, 1, 7), lambda v: v.expand(-1, 3, -1)),
-    ((7, 3, 2), lambda v: v.permute(2, 1, 0)),
-]
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 def test_layout_does_not_matter(guarded, transposed):
     """Of sources, query, norm weight and cotangents, which .sum() and .mean() send back expanded. shift and scale are
@@ -436,14 +427,16 @@ def test_layout_does_not_matter(guarded, transposed):
     B, T, D = 2, 3, 7
     generator = torch.Generator().manual_seed(0)
     inputs = draw(5, B, T, D, 3)
-    for i, (shape, _) in enumerate(LAYOUTS):
+    for i, shape in enumerate([(T, B, D), (B, T, 2 * D), (B, T + 4, D), (B, 1, D), (D, T, B)]):
         inputs[f"source {i}"] = torch.randn(shape, generator=generator)
     inputs["query"], inputs["norm_weight"] = torch.randn(T, B, D, generator=generator), torch.randn(D, 2)
     whole = torch.randn(B, 6 * D, generator=generator)
     modulation = {"whole": whole.T.contiguous() if transposed else whole}
 
     def seen(given):
-        arranged = {f"source {i}": view(given[f"source {i}"]) for i, (_, view) in enumerate(LAYOUTS)}
+        a, b, c, d, e = listed(given)
+        views = a.transpose(0, 1), b[..., ::2], c[:, 2:-2], d.expand(B, T, D), e.permute(2, 1, 0)
+        arranged = {f"source {i}": view for i, view in enumerate(views)}
         arranged |= {"query": given["query"].transpose(0, 1), "norm_weight": given["norm_weight"][:, 1]}
         if "whole" in given:
             chunks = (given["whole"].T if transposed else given["whole"]).chunk(6, -1)
@@ -526,11 +519,9 @@ def operator_cases(rank):
     shift, scale = torch.cat([inputs["shift"], inputs["scale"]], 1).chunk(2, 1)
     h, lse = OPERATORS.route(sources, query, g, 1e-6)
     dh = draw_like(h)
-    leaves = [[v.clone().requires_grad_() for v in sources], *(p.clone().requires_grad_() for p in (query, g)), 1e-6]
-    turned = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in sources]
+    turned = [v.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for v in sources]
     return {
-        "route": leaves,
-        "route, transposed": (turned, query, g, 1e-6),
+        "route": (turned, query.clone().requires_grad_(), g.clone().requires_grad_(), 1e-6),
         "route_modulate": (sources, query, g, shift, scale, 1e-6, 1e-6, BF16),
         "route_backward": (dh, h, lse, sources, [dh, h], query, g, 1e-6),
         "modulate_backward": (dh, h, h, shift, scale, 1e-6),
@@ -538,7 +529,7 @@ def operator_cases(rank):
     }
 
 
-OPCHECKS = [("route", 2), ("route, transposed", 3), ("route_modulate", 1), ("route_backward", 1), ("route_backward", 3)]
+OPCHECKS = [("route", 3), ("route_modulate", 1), ("route_backward", 1), ("route_backward", 3)]
 
 
 @pytest.mark.parametrize("name, rank", [*OPCHECKS, ("modulate_backward", 2), ("modulate_backward, no dh", 2)])
@@ -744,7 +735,8 @@ def test_without_triton_there_is_pytorch(monkeypatch):
 def test_auto_is_plain_pytorch_on_a_cpu(no_triton):
     inputs = draw(3, 2, 3, 5, 2, modulate=True)
     sources = listed(inputs)
-    compare(inputs, ("x", "h"), backend="auto", functions=(fused, lambda given, backend: defined(given)))
+    functions = functools.partial(fused, backend="auto"), defined
+    compare(inputs, ("x", "h"), functions=functions, eps=0.3, norm_eps=0.05)
     h = route(sources, inputs["query"], inputs["norm_weight"])
     x, h_too, returned = route_modulate(**{k: v for k, v in inputs.items() if "source" not in k}, sources=sources)
     assert torch.equal(h, h_too) and all(ours is theirs for ours, theirs in zip(returned, sources, strict=True))
