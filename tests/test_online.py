@@ -375,7 +375,7 @@ def test_fid_of_the_first_samples_and_of_all(data, evaluation, judge_folder, mon
     def flat(x, y):  # a grey level of its own for each sample
         return (128 + 40 * x[:, :1, :1, :1]).clamp(0, 255).to(torch.uint8).expand(-1, 3, 8, 8)
 
-    changes = {"eval_encoder": ("inception", str(judge_folder)), "fid_reference": "some.npz" if given else ""}
+    changes = {"eval_encoder": ("inception", str(judge_folder)), "fid_reference": __file__ if given else ""}
     noise = IndexedNoise([derive_seed(5, Use.SAMPLE, i) for i in range(30)], (3, 8, 8), "cpu")()
     found = judged(flat(noise, None))["pool3"]
     against = moments(other if given else judged(all_images(data))["pool3"])
