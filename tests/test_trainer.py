@@ -144,6 +144,7 @@ def test_killed_anywhere_and_restarted_is_the_same_run(command, tmp_path, whole)
         KILL_IN_CHECKPOINT.format(step=20),
         KILL_IN_LOG.format(step=25),
         KILL_IN_EVALUATION,
+        KILL_AT_STEP.format(step=31),  # after that evaluation, which the checkpoint still owes
     ):
         assert run_patched(command(killed), patch) == -signal.SIGKILL
     assert run_patched(command(killed), "") == 0
