@@ -95,22 +95,16 @@ def train(options: Options):
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
         shift = data.resolution // 16  # augmentation in pixels; none for digits, which one pixel deforms
-        for rows in tqdm(
-            ShuffledBatches(len(kept), options.batch_size, seed, 0, steps), desc=f"stand-in {options.kind}"
-        ):
+        order = ShuffledBatches(len(kept), options.batch_size, seed, 0, steps)
+        for rows in tqdm(order, f"stand-in {options.kind}"):
             images, labels = batch(kept[rows])
             padded = F.pad(images, [shift] * 4, mode="replicate")
             left, top = torch.randint(0, 2 * shift + 1, (2,)).tolist()
             images = padded[:, :, top : top + data.resolution, left : left + data.resolution]
-            if convnet:  # mixup (arXiv 1710.09412) and smoothed labels
-                share = torch.rand(()).item()
-                images = share * images + (1 - share) * images.flip(0)
-                targets = F.one_hot(labels, data.num_classes).float()
-                loss = F.cross_entropy(
-                    model(images), share * targets + (1 - share) * targets.flip(0), label_smoothing=0.1
-                )
-            else:
-                loss = F.cross_entropy(model(images), labels)
+            if convnet:  # mixup (arXiv 1710.09412), and smoothed labels
+                share, labels = torch.rand(()).item(), F.one_hot(labels, data.num_classes).float()
+                images, labels = (share * x + (1 - share) * x.flip(0) for x in (images, labels))
+            loss = F.cross_entropy(model(images), labels, label_smoothing=0.1 * convnet)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -134,17 +128,17 @@ def train(options: Options):
 def build(options: Options, data: PreparedImages):
     """An untrained model, and the arguments that build it again. Raises ValueError where they do not fit the data."""
     patch, width, convnet = options.patch_size, options.width, options.kind == "convnet"
-    num_heads = max(1, width // 32)
+    num_heads, stem = max(1, width // 32), max(1, patch // 2)
     if data.resolution % patch:
         raise ValueError(f"patch_size = {patch} does not divide the images' {data.resolution} pixels")
-    if convnet and data.resolution < 4 * patch:
+    if convnet and data.resolution < 8 * stem:
         raise ValueError(f"patch_size = {patch}: images of {data.resolution} pixels are too small for four stages")
     if width % (4 if convnet else num_heads):
         raise ValueError(f"width = {width}: take a multiple of {4 if convnet else 32}")
     if convnet:
         name, first, head = "convnext_tiny", "stem.0", "head.fc"
         architecture = dict(depths=(1, 1, 1, 1), dims=(width // 4, width // 2, width, width), kernel_sizes=3)
-        architecture |= dict(patch_size=max(1, patch // 2), ls_init_value=1.0, num_classes=data.num_classes)
+        architecture |= dict(patch_size=stem, ls_init_value=1.0, num_classes=data.num_classes)
         model = timm.create_model(name, **architecture)
     else:
         name, first, head = "vit_tiny_patch16_224", "patch_embed.proj", "head"

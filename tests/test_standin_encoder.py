@@ -9,7 +9,7 @@ import torch
 import models  # noqa: F401  (before timm: see its docstring)
 import timm
 
-from dataset import standin_encoder
+from dataset import prepare, standin_encoder
 from dataset.prepared import PreparedImages
 from eval.features import PooledFeatures
 from models.encoders import FrozenEncoder
@@ -95,6 +95,12 @@ def test_wrong_options_are_refused(digits, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         train(digits, tmp_path / "encoder", *arguments)
     assert not (tmp_path / "encoder").exists()
+
+
+def test_convnet_refuses_images_that_it_cannot_halve_three_times(tmp_path):
+    prepare.main(["digits", "--resolution", "4", "--limit", "20", "--out", str(tmp_path / "data")])
+    with pytest.raises(SystemExit, match="patch_size = 1: images of 4 pixels are too small"):
+        train(tmp_path / "data", tmp_path / "judge", "--kind", "convnet", "--patch-size", "1")
 
 
 def test_folders_of_others_and_those_in_use_are_left_alone(digits, tmp_path):
