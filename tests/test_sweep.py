@@ -320,7 +320,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "POLL", dict.fromkeys(("local", "slurm", "debug"), 0.05))
     monkeypatch.setattr(sweep, "complete", lambda cell: (cell.folder / "complete").exists())
     monkeypatch.setattr(sweep, "write_result", lambda *anything: "the table")
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.signal(signal.SIGTERM, lambda *anything: None)  # one that comes too late must not end the tests
     yield lambda seed: read_lines(tmp_path / "sweep" / f"seed={seed}" / "starts")
     signal.signal(signal.SIGTERM, handler)  # which a job in this process replaces
 
@@ -388,7 +388,9 @@ def test_a_run_of_several_processes(cells, monkeypatch):
     monkeypatch.setattr(sweep, "Process", lambda *arguments: calls.append(arguments))
     sweep.start(cell, options(gpus_per_run=2))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(sweep.TRAINER)]
-    assert calls == [([*launch, *cell.words], str(cell.folder / "log"), cell.place)]
+    sweep.start(cell, options())
+    alone = [sys.executable, str(sweep.TRAINER)]
+    assert calls == [([*words, *cell.words], str(cell.folder / "log"), cell.place) for words in (launch, alone)]
 
 
 def test_what_cannot_start_fails_and_a_full_disk_is_named(cells, fake, tmp_path, monkeypatch):
@@ -502,7 +504,7 @@ def test_a_job_whose_time_is_up_is_saved_queued_again_and_goes_on(cells, fake, t
 
 def test_slurm_jobs_outlive_the_sweep_and_are_cancelled(cells, fake, monkeypatch):
     """With submitit's stand-ins for Slurm's commands."""
-    (cell,), calls = cells(), []
+    (cell,), calls, forced = cells(), [], []
     cell.folder.mkdir()
     with mocked_slurm() as slurm:
 
@@ -510,7 +512,12 @@ def test_slurm_jobs_outlive_the_sweep_and_are_cancelled(cells, fake, monkeypatch
             calls.append(job.job_id)
             slurm.set_job_state(job.job_id, "CANCELLED")
 
+        def done(job, force_check=False, original=submitit.SlurmJob.done):
+            forced.append(force_check)
+            return original(job, force_check)
+
         monkeypatch.setattr(submitit.SlurmJob, "cancel", cancel)
+        monkeypatch.setattr(submitit.SlurmJob, "done", done)
         assert sweep.make_places(SLURM, 5) == [{}] * 5
         cell.place = {}
         sweep.start(cell, SLURM)  # and then the login node reboots
@@ -529,9 +536,10 @@ def test_slurm_jobs_outlive_the_sweep_and_are_cancelled(cells, fake, monkeypatch
         began = time.monotonic()
         sweep.run_all([again], SLURM, [{}], stop, show)
         assert time.monotonic() - began < 10  # it does not wait for a result that will not come
+        assert forced == [True, True, False, False, True]  # once cancelled, Slurm is asked at once
         assert states[0] == "running" and (again.state, again.reason) == ("stopped", "by a signal")
         assert calls == [cell.job.job_id] and slurm.job_count == int(cell.job.job_id) + 1  # not sent again
-        assert sweep.earlier_job(again, SLURM) is None
+        assert sweep.earlier_job(again, SLURM) is None and not (cell.folder / "job").exists()
 
 
 def test_earlier_jobs_make_no_further_places(cells, fake, monkeypatch):
