@@ -1,6 +1,6 @@
 """Trains a grid of runs: alignment depth x chunk size, crossed with any other option of a run.
 
-    python sweep.py --config cifar10 --out sweeps/depth-chunk --routing dar --alignment repa \\
+    python sweep.py --config digits --out sweeps/depth-chunk --routing dar --alignment repa \\
         --align-depth 2 4 6 --chunk-size 1 2 4 8 --seeds 0 1
 
 Every option of train_repa_dar.py (see its --help) takes several values here, and every combination is a cell: a run in
@@ -47,7 +47,6 @@ REQUEUES = 1000  # a run that needs many time slots is queued again for each
 LINGER = 300  # seconds that a stopped job leaves to Slurm to requeue or end it
 POLL = {"local": 1.0, "slurm": 5.0}  # seconds between two looks at the running cells
 ORDER = ("running", "failed", "stopped", "queued", "elsewhere", "waiting", "done")  # of the rows of the table
-LOG_TAIL = 1 << 16  # bytes of metrics.jsonl that a look reads
 
 
 @dataclass(frozen=True)
@@ -442,7 +441,7 @@ def newest(cell: Cell) -> dict:
     if not path.is_file():
         return {}
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - LOG_TAIL))
+        file.seek(max(0, path.stat().st_size - (1 << 16)))  # the log of a long run is read every second
         lines = file.read().decode(errors="replace").splitlines()  # the first and the last may be cut
     return functools.reduce(operator.or_, map(parsed, lines), {})
 
