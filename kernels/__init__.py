@@ -113,7 +113,7 @@ def route_modulate(
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of autocast where that is on for this tensor's device, otherwise the tensor's own."""
     device = tensor.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    enabled = not tensor.is_meta and torch.is_autocast_enabled(device)  # which knows no device "meta"
     return torch.get_autocast_dtype(device) if enabled else tensor.dtype
 
 
@@ -149,4 +149,4 @@ def _checked(sources, query, norm_weight, backend, return_weights=False):
         if backend == "triton":
             raise ValueError(f"backend 'triton' does not do {beyond[0]}; choose 'torch' or 'auto'")
         chosen = "torch"
-    return [v.to(dtype) for v in sources], chosen
+    return [v if v.dtype == dtype else v.to(dtype) for v in sources], chosen

@@ -33,6 +33,13 @@ TOLERANCE = 2e-2  # of a norm in bf16: operands with 2^-9 each, and logits that 
 QUANTILES = (0.2, 0.5, 0.8)
 PARTS = ("operators", "stacks", "steps")
 METHODS = ("eager", "compiled", "fla", "liger", "fused")
+STEPS = {
+    "residual": {},
+    "DAR eager": {"routing": "dar", "route_backend": "torch"},
+    "DAR fused": {"routing": "dar", "route_backend": "triton"},
+    "DAR fused, dynamic": {"routing": "dar", "route_backend": "triton", "query": "dynamic"},
+}
+COMPILED = {f"{name}, compiled": name for name in STEPS if name != "DAR eager"}  # whose 522 reads would be unrolled
 PEERS = {"fla": "flash-linear-attention", "liger": "liger-kernel"}
 
 
@@ -55,6 +62,8 @@ class Options:
     """Blocks, if not those of the model."""
     input_size: int = 32
     chunk_sizes: tuple[int, ...] = (1, 4, 8)
+    step_arms: tuple[Literal[(*STEPS, *COMPILED)], ...] = (*STEPS, *COMPILED)
+    """Of the training steps; compiling DAR takes minutes."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu, with TRITON_INTERPRET=1, tries the script; its times mean nothing."""
 
@@ -69,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"error: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device here; with TRITON_INTERPRET=1, --device cpu tries the script")
+    if device.type == "cuda":  # a backward pass runs where its forward pass ran, and the default stream is not recorded
+        torch.cuda.set_stream(torch.cuda.Stream())
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # or a compiled backward could be called only once
     versions = {package: version_of(package) for package in ("triton", *PEERS.values())}
@@ -209,16 +220,10 @@ def time_stack(routing, options, device):
 
 def steps(options, device):
     """Forward in bf16 autocast, backward and fused AdamW, as the trainer runs them."""
-    arms = {
-        "residual": {},
-        "DAR eager": {"routing": "dar", "route_backend": "torch"},
-        "DAR fused": {"routing": "dar", "route_backend": "triton"},
-        "DAR fused, dynamic": {"routing": "dar", "route_backend": "triton", "query": "dynamic"},
-    }
-    for compiled in (False, True):
-        for name, arm in arms.items():
-            if not (compiled and name == "DAR eager"):  # the compiler unrolls XL's 522 reads
-                yield {"method": name + ", compiled" * compiled} | attempt(time_step, arm, compiled, options, device)
+    for name in options.step_arms:
+        compiled = name in COMPILED
+        arm = STEPS[COMPILED.get(name, name)]
+        yield {"method": name} | attempt(time_step, arm, compiled, options, device)
 
 
 def time_step(arm, compiled, options, device):
@@ -278,13 +283,10 @@ def quantiles(function, device, graph=True):
         return [1e3 * (time.perf_counter() - began)] * 3
     if not graph:
         return list(triton.testing.do_bench(function, warmup=500, rep=2000, quantiles=QUANTILES))
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # compiles, and fills the allocator, before the recording
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(3):  # compiles, and fills the allocator, before the recording
+        function()
     recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded):
+    with torch.cuda.graph(recorded, stream=torch.cuda.current_stream()):
         function()
     return list(triton.testing.do_bench(recorded.replay, warmup=20, rep=100, quantiles=QUANTILES))
 
@@ -294,7 +296,8 @@ def copy_bandwidth(device):
     """Bytes per millisecond, read and write counted."""
     source = torch.empty(2**29 if device.type == "cuda" else 2**20, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / quantiles(lambda: target.copy_(source), device)[1]
+    # Not as a graph: there a copy goes through the copy engines, which are slower.
+    return 2 * source.nbytes / quantiles(lambda: target.copy_(source), device, graph=False)[1]
 
 
 def reset_memory(device):

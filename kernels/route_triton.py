@@ -3,17 +3,21 @@
 Everything here is a PyTorch operator of the namespace `dar`, so that `torch.compile` sees one node per launch.
 `kernels.route` and `kernels.route_modulate` check the arguments and choose between this file and PyTorch.
 
-One program handles a few tokens of one sample, one after the other, with one warp per 1280 numbers of width. A row
-then lives in registers, and its sums need no shared memory. Triton's tensors have powers of two as sizes, so a row is
-held in two pieces, HEAD + TAIL: 1152 = 1024 + 128, 768 = 512 + 256 and 384 = 256 + 128 waste nothing.
+One program handles one token forward, and a few of a sample one after the other backward, with one warp per 1280
+numbers of width. A row then lives in registers, and its sums need no shared memory. Triton's tensors have powers of
+two as sizes, so a row is held in two pieces, HEAD + TAIL: 1152 = 1024 + 128, 768 = 512 + 256 and 384 = 256 + 128 waste
+nothing.
 
 The kernels take the sources' addresses as launch arguments, in tuples padded to 8, 16, 32, ... entries, and keep them
 in registers. Nothing is stacked, no table is copied to the device, CUDA graphs can record the launch, and one compiled
-kernel serves every number of sources up to the padding.
+kernel serves every number of sources up to the padding. The addresses are plain integers: Triton's launcher takes
+several times as long over a tensor.
 
 Shapes: B batch, T tokens, D width, n sources, P programs per sample.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -21,10 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-# Tokens per program. More of them share a load of the query and write fewer partial sums; fewer fill the GPU.
-FORWARD_ROWS, BACKWARD_ROWS, MODULATE_ROWS = 2, 4, 8
+# Tokens per program of the backward passes. More of them write fewer partial sums; fewer fill the GPU.
+BACKWARD_ROWS, MODULATE_ROWS = 8, 4
 STAGES = 3  # a source is loaded two iterations before it is used
 WIDTH_PER_WARP = 1280
 FEWEST_SLOTS = 8
@@ -68,12 +71,12 @@ def _dot(a, b, c, d):
 
 
 @triton.jit
-def _addresses(tensors):
-    """The addresses of a tuple of tensors as one tensor (slots) in registers."""
-    slots = tl.arange(0, len(tensors))
-    table = tl.zeros([len(tensors)], tl.int64)
-    for i in tl.static_range(len(tensors)):
-        table = tl.where(slots == i, tensors[i].to(tl.int64), table)
+def _in_registers(addresses):
+    """A tuple of addresses as one tensor (slots)."""
+    slots = tl.arange(0, len(addresses))
+    table = tl.zeros([len(addresses)], tl.int64)
+    for i in tl.static_range(len(addresses)):
+        table = tl.where(slots == i, addresses[i].to(tl.int64), table)
     return table
 
 
@@ -87,45 +90,43 @@ def _row_of(table, i, like, offset, ALIGN: tl.constexpr):
 
 # ---- kernels ----
 
-UNSPECIALIZED = ["num_sources", "num_known", "tokens"]  # or n = 1 and n = 16 would each be compiled again
+# Or n = 1 and n = 16, and addresses that are a multiple of 16, would each be compiled again.
+UNSPECIALIZED = ["sources", "known", "gradients", "num_sources", "num_known", "tokens"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
     sources, num_sources, query, query_sample_stride, query_row_stride, weight, eps,
     h, lse, x, shift, scale, shift_stride, scale_stride, norm_eps, tokens, MODULATE: tl.constexpr,
-    ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """h = softmax-weighted sum of the sources (Eq. 5-6); with MODULATE also x = LayerNorm(h) (1 + scale) + shift."""
-    blocks = tl.cdiv(tokens, ROWS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * ROWS
-    table = _addresses(sources)
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // tokens
+    table = _in_registers(sources)
     g_a, g_b = _load(weight, D, HEAD, TAIL)
-    for token in range(first, tl.minimum(first + ROWS, tokens)):
-        row = sample * tokens + token
-        q_a, q_b = _load(query + sample * query_sample_stride + row * query_row_stride, D, HEAD, TAIL)
-        q_a, q_b = q_a * g_a * (1 / D**0.5), q_b * g_b * (1 / D**0.5)
-        largest, total = float("-inf"), 0.0
-        h_a, h_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
-        for i in tl.range(0, num_sources, num_stages=STAGES):
-            v_a, v_b = _load(_row_of(table, i, sources[0], row * D, ALIGN), D, HEAD, TAIL)
-            logit = _dot(v_a, v_b, q_a, q_b) * tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
-            new = tl.maximum(largest, logit)
-            shrink, p = tl.exp(largest - new), tl.exp(logit - new)
-            total = total * shrink + p
-            h_a, h_b = h_a * shrink + p * v_a, h_b * shrink + p * v_b
-            largest = new
-        h_a, h_b = h_a / total, h_b / total
-        _store(h + row * D, h_a, h_b, D, HEAD, TAIL)
-        # A single source has all the weight. -inf makes the backward see exactly that, whatever its logit rounds to.
-        tl.store(lse + row, tl.where(num_sources == 1, float("-inf"), largest + tl.log(total)))
-        if MODULATE:
-            n_a, n_b, _ = _normalized(h_a, h_b, norm_eps, D, HEAD, TAIL)
-            s_a, s_b = _load(scale + sample * scale_stride, D, HEAD, TAIL)
-            b_a, b_b = _load(shift + sample * shift_stride, D, HEAD, TAIL)
-            _store(x + row * D, n_a * (1 + s_a) + b_a, n_b * (1 + s_b) + b_b, D, HEAD, TAIL)
+    q_a, q_b = _load(query + sample * query_sample_stride + row * query_row_stride, D, HEAD, TAIL)
+    q_a, q_b = q_a * g_a * (1 / D**0.5), q_b * g_b * (1 / D**0.5)
+    largest, total = float("-inf"), 0.0
+    h_a, h_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+    for i in tl.range(0, num_sources, num_stages=STAGES):
+        v_a, v_b = _load(_row_of(table, i, h, row * D, ALIGN), D, HEAD, TAIL)
+        logit = _dot(v_a, v_b, q_a, q_b) * tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
+        new = tl.maximum(largest, logit)
+        shrink, p = tl.exp(largest - new), tl.exp(logit - new)
+        total = total * shrink + p
+        h_a, h_b = h_a * shrink + p * v_a, h_b * shrink + p * v_b
+        largest = new
+    h_a, h_b = h_a / total, h_b / total
+    _store(h + row * D, h_a, h_b, D, HEAD, TAIL)
+    # A single source has all the weight. -inf makes the backward see exactly that, whatever its logit rounds to.
+    tl.store(lse + row, tl.where(num_sources == 1, float("-inf"), largest + tl.log(total)))
+    if MODULATE:
+        n_a, n_b, _ = _normalized(h_a, h_b, norm_eps, D, HEAD, TAIL)
+        s_a, s_b = _load(scale + sample * scale_stride, D, HEAD, TAIL)
+        b_a, b_b = _load(shift + sample * shift_stride, D, HEAD, TAIL)
+        _store(x + row * D, n_a * (1 + s_a) + b_a, n_b * (1 + s_b) + b_b, D, HEAD, TAIL)
 
 
 @triton.jit
@@ -140,8 +141,7 @@ def _normalized(a, b, eps, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constex
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward(
     sources, num_sources, known, num_known, gradients, dh, h, lse,
-    query, query_sample_stride, query_row_stride, weight, eps,
-    dquery, dquery_parts, dweight_parts, tokens, PER_TOKEN: tl.constexpr,
+    query, query_sample_stride, query_row_stride, weight, eps, dquery, parts, tokens, PER_TOKEN: tl.constexpr,
     ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -151,6 +151,7 @@ def _backward(
         ds = a (dh . v - dh . h)             as sum_j a_j (dh . v_j) = dh . h, no second pass over the sources
         dv = a dh + ds (r q' / sqrt(D) - s r^2 v / D)
         dq' = sum over sources, and tokens where they share a query, of ds r v / sqrt(D)
+    parts is one sum per program, (B, P, D): of dq', or with PER_TOKEN of q dq', the gradient of g.
 
     In half precision the kept h is rounded, and the ds sum to some e (`excess`) instead of 0. That hardly shows in
     dv, but dq' is a small difference of large terms where sources resemble each other, so e is taken out:
@@ -159,7 +160,8 @@ def _backward(
     blocks = tl.cdiv(tokens, ROWS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * ROWS
-    source_table, known_table, gradient_table = _addresses(sources), _addresses(known), _addresses(gradients)
+    source_table, known_table = _in_registers(sources), _in_registers(known)
+    gradient_table = _in_registers(gradients)
     query += sample * query_sample_stride
     dq_a, dq_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
     dg_a, dg_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
@@ -177,16 +179,16 @@ def _backward(
         excess = 0.0
         mean_a, mean_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
         for i in tl.range(0, num_sources, num_stages=STAGES):
-            v_a, v_b = _load(_row_of(source_table, i, sources[0], row * D, ALIGN), D, HEAD, TAIL)
+            v_a, v_b = _load(_row_of(source_table, i, h, row * D, ALIGN), D, HEAD, TAIL)
             r = tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
             logit = r * _dot(v_a, v_b, q_a, q_b)
             a = tl.minimum(tl.exp(logit - logsumexp), 1.0)
             ds = tl.where(a < 1.0, a * (_dot(v_a, v_b, dh_a, dh_b) - dh_h), 0.0)
             along_q, along_v = ds * r, -ds * logit * r * r / D
-            k_a, k_b = _load_if(i < num_known, _row_of(known_table, i, known[0], row * D, ALIGN), D, HEAD, TAIL)
+            k_a, k_b = _load_if(i < num_known, _row_of(known_table, i, h, row * D, ALIGN), D, HEAD, TAIL)
             dv_a = k_a + a * dh_a + along_q * q_a + along_v * v_a
             dv_b = k_b + a * dh_b + along_q * q_b + along_v * v_b
-            _store(_row_of(gradient_table, i, gradients[0], row * D, ALIGN), dv_a, dv_b, D, HEAD, TAIL)
+            _store(_row_of(gradient_table, i, h, row * D, ALIGN), dv_a, dv_b, D, HEAD, TAIL)
             dq_a, dq_b = dq_a + along_q * v_a, dq_b + along_q * v_b
             mean_a, mean_b = mean_a + (a * r) * v_a, mean_b + (a * r) * v_b
             excess += ds
@@ -196,13 +198,9 @@ def _backward(
             g_a, g_b = _load(weight, D, HEAD, TAIL)
             _store(dquery + row * D, dq_a * g_a / D**0.5, dq_b * g_b / D**0.5, D, HEAD, TAIL)
             dg_a, dg_b = dg_a + dq_a * q_a, dg_b + dq_b * q_b
-    part = tl.program_id(0).to(tl.int64) * D
     if not PER_TOKEN:
-        q_a, q_b = _load(query, D, HEAD, TAIL)
-        g_a, g_b = _load(weight, D, HEAD, TAIL)
-        _store(dquery_parts + part, dq_a * g_a / D**0.5, dq_b * g_b / D**0.5, D, HEAD, TAIL)
-        dg_a, dg_b = dq_a * q_a, dq_b * q_b
-    _store(dweight_parts + part, dg_a / D**0.5, dg_b / D**0.5, D, HEAD, TAIL)
+        dg_a, dg_b = dq_a, dq_b
+    _store(parts + tl.program_id(0).to(tl.int64) * D, dg_a / D**0.5, dg_b / D**0.5, D, HEAD, TAIL)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -241,19 +239,21 @@ def _modulate_backward(
 INTERPRETED = not isinstance(_forward, triton.JITFunction)  # TRITON_INTERPRET=1: NumPy on the CPU
 
 
-def _options(width, *tensors):
-    """Launch options for this width, and for the alignment of the addresses in the tuples `tensors`."""
+@functools.cache
+def _options(width):
+    """What the kernels of this width are compiled with."""
     head = 1 << max(0, (width - 1).bit_length() - 1)  # more than half of the row
-    tail = triton.next_power_of_2(max(1, width - head))
-    aligned = all(tensor.data_ptr() % 16 == 0 for padded in tensors for tensor in padded)
-    warps = min(16, triton.next_power_of_2(triton.cdiv(width, WIDTH_PER_WARP)))
-    options = {"D": width, "HEAD": head, "TAIL": tail, "num_warps": warps}
-    return {**options, "ALIGN": 16 if aligned else tensors[0][0].itemsize, "STAGES": STAGES} if tensors else options
+    tail = 1 << max(0, width - head - 1).bit_length()
+    warps = min(16, 1 << (-(-width // WIDTH_PER_WARP) - 1).bit_length())
+    return {"D": width, "HEAD": head, "TAIL": tail, "num_warps": warps}
 
 
-def _padded(tensors):
-    slots = max(FEWEST_SLOTS, triton.next_power_of_2(len(tensors)))
-    return (*tensors, *[tensors[-1]] * (slots - len(tensors)))
+def _addresses(*lists):
+    """The addresses of the tensors of each list, padded, and their common alignment in bytes."""
+    tables = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+    slots = max(FEWEST_SLOTS, 1 << (max(map(len, tables)) - 1).bit_length())
+    padded = [(*table, *[table[-1]] * (slots - len(table))) for table in tables]
+    return *padded, math.gcd(16, *itertools.chain(*tables))
 
 
 def _strides(query):
@@ -293,11 +293,11 @@ def _launch_forward(sources, query, norm_weight, eps, shift=None, scale=None, no
         shift, scale = (value if value.stride(-1) == 1 else value.contiguous() for value in (shift, scale))
         modulation = (shift, scale, shift.stride(0), scale.stride(0))
     if h.numel():
-        padded = _padded(sources)
+        addresses, align = _addresses(sources)
         with torch.cuda.device_of(h):
-            _forward[batch * triton.cdiv(tokens, FORWARD_ROWS),](
-                padded, len(sources), query, *_strides(query), norm_weight, eps, h, lse, x, *modulation, norm_eps,
-                tokens, MODULATE=x is not None, ROWS=FORWARD_ROWS, **_options(width, padded),
+            _forward[batch * tokens,](
+                addresses, len(sources), query, *_strides(query), norm_weight, eps, h, lse, x, *modulation, norm_eps,
+                tokens, MODULATE=x is not None, ALIGN=align, STAGES=STAGES, **_options(width),
             )  # fmt: skip
     return h, lse, x
 
@@ -311,27 +311,31 @@ def route_backward(
 
     known: gradients that the first len(known) sources receive from later readers; they are added.
     """
+    return _launch_backward(dh, h, lse, sources, known, query, norm_weight, eps, [_like(v) for v in sources])
+
+
+def _launch_backward(dh, h, lse, sources, known, query, norm_weight, eps, gradients):
     sources, known = [v.contiguous() for v in sources], [g.contiguous() for g in known]
     dh, query, norm_weight = dh.contiguous(), query.contiguous(), norm_weight.contiguous()
     batch, tokens, width = h.shape
-    gradients = [torch.empty_like(v) for v in sources]
-    programs = triton.cdiv(tokens, BACKWARD_ROWS)
+    programs = -(-tokens // BACKWARD_ROWS)
     per_token = query.ndim == 3
-    dquery = torch.empty_like(query)
     # One partial sum per program, added up below in a fixed order: float atomics would vary from run to run.
-    dquery_parts = h.new_empty((0 if per_token else batch, programs, width), dtype=torch.float32)
-    dweight_parts = h.new_empty((batch, programs, width), dtype=torch.float32)
-    tuples = [_padded(sources), _padded(known or gradients), _padded(gradients)]
+    parts = h.new_empty((batch, programs, width), dtype=torch.float32)
+    dquery = torch.empty_like(query) if per_token else None
     if h.numel():
+        *addresses, align = _addresses(sources, known or gradients, gradients)
         with torch.cuda.device_of(h):
             _backward[batch * programs,](
-                tuples[0], len(sources), tuples[1], len(known), tuples[2], dh, h, lse, query, *_strides(query),
-                norm_weight, eps, dquery, dquery_parts, dweight_parts, tokens,
-                PER_TOKEN=per_token, ROWS=BACKWARD_ROWS, **_options(width, *tuples),
+                addresses[0], len(sources), addresses[1], len(known), addresses[2], dh, h, lse,
+                query, *_strides(query), norm_weight, eps, dquery, parts, tokens,
+                PER_TOKEN=per_token, ALIGN=align, STAGES=STAGES, ROWS=BACKWARD_ROWS, **_options(width),
             )  # fmt: skip
-    if not per_token:
-        dquery = dquery_parts.sum(1 if query.ndim == 2 else (0, 1)).to(query.dtype)
-    return gradients, dquery, dweight_parts.sum((0, 1)).to(norm_weight.dtype)
+    if per_token:
+        return gradients, dquery, parts.sum((0, 1)).to(norm_weight.dtype)
+    dq = parts.sum((1, 0)[: 3 - query.ndim])
+    dweight = (dq * query).reshape(-1, width).sum(0)
+    return gradients, (dq * norm_weight).to(query.dtype), dweight.to(norm_weight.dtype)
 
 
 @torch.library.custom_op("dar::modulate_backward", mutates_args=())
@@ -339,11 +343,15 @@ def modulate_backward(
     dx: Tensor, dh: Tensor | None, h: Tensor, shift: Tensor, scale: Tensor, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, shift and scale in x = LayerNorm(h) (1 + scale) + shift; dh, if any, is added to the first."""
+    return _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps)
+
+
+def _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps):
     dx, dh = dx.contiguous(), None if dh is None else dh.contiguous()
     scale = scale if scale.stride(-1) == 1 else scale.contiguous()
     batch, tokens, width = h.shape
     total = torch.empty_like(h)
-    parts = h.new_empty((2, batch, triton.cdiv(tokens, MODULATE_ROWS), width), dtype=torch.float32)
+    parts = h.new_empty((2, batch, -(-tokens // MODULATE_ROWS), width), dtype=torch.float32)
     if h.numel():
         with torch.cuda.device_of(h):
             _modulate_backward[batch * parts.shape[2],](
@@ -404,45 +412,33 @@ class RouteModulate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources):
-        x, h, lse = route_modulate(sources, query, norm_weight, shift, scale, eps, norm_eps, dtype)
+        if torch.compiler.is_compiling():
+            x, h, lse = route_modulate(sources, query, norm_weight, shift, scale, eps, norm_eps, dtype)
+        else:  # PyTorch's machinery around an operator takes longer than the rest of the launch
+            h, lse, x = _launch_forward(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, lse, query, norm_weight, shift, scale, *sources)
         ctx.eps, ctx.norm_eps = eps, norm_eps
         return x, h, *(v.view_as(v) for v in sources)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dx, dh, *known):
         h, lse, query, norm_weight, shift, scale, *sources = ctx.saved_tensors
         dquery = dweight = dshift = dscale = None
         if dx is not None:
-            dh, dshift, dscale = modulate_backward(dx, dh, h, shift, scale, ctx.norm_eps)
+            launch = modulate_backward if torch.compiler.is_compiling() else _launch_modulate_backward
+            dh, dshift, dscale = launch(dx, dh, h, shift, scale, ctx.norm_eps)
         gradients = list(known)
         if dh is not None:
             order = sorted(range(len(sources)), key=lambda i: known[i] is None)  # those with one come first
             ordered, added = [sources[i] for i in order], [known[i] for i in order if known[i] is not None]
-            sums, dquery, dweight = route_backward(dh, h, lse, ordered, added, query, norm_weight, ctx.eps)
+            arguments = dh, h, lse, ordered, added, query, norm_weight, ctx.eps
+            if torch.compiler.is_compiling():
+                sums, dquery, dweight = route_backward(*arguments)
+            else:  # one allocation, where an operator's outputs may not share one
+                buffer = h.new_empty((len(sources), *h.shape))
+                sums, dquery, dweight = _launch_backward(*arguments, buffer.unbind())
             for i, gradient in zip(order, sums):
                 gradients[i] = gradient
         return dquery, dweight, dshift, dscale, None, None, None, *gradients
-
-
-# Per number of a source: two for its mean square, two for its logit, two for the weighted sum.
-@register_flop_formula(torch.ops.dar.route)
-def _(sources, query, norm_weight, eps, *, out_shape=None, **kwargs):
-    return 6 * len(sources) * math.prod(sources[0])
-
-
-@register_flop_formula(torch.ops.dar.route_modulate)
-def _(sources, query, norm_weight, shift, scale, *args, out_shape=None, **kwargs):
-    return (6 * len(sources) + 8) * math.prod(sources[0])
-
-
-# The three sums above (mean square, logit, dh . v), six for dv and four for the query.
-@register_flop_formula(torch.ops.dar.route_backward)
-def _(dh, h, lse, sources, known, *args, out_shape=None, **kwargs):
-    return (16 * len(sources) + len(known) + 2) * math.prod(h)
-
-
-@register_flop_formula(torch.ops.dar.modulate_backward)
-def _(dx, dh, h, *args, out_shape=None, **kwargs):
-    return 18 * math.prod(h)
