@@ -4,7 +4,8 @@
 
 Measures one aggregation (forward, backward, both) for every number of sources, width and query; then all aggregators
 of a model; then its training step. Every method is first compared with float64, gradients included; one that differs
-is reported as wrong and not timed. Writes OUT.json and OUT.md, with the goals beside the measurements.
+is reported as wrong and not timed. Writes OUT.json and OUT.md, with the goals beside the measurements. The part `tune`
+times the kernels alone, with other rows per program and loads ahead than those that are set.
 
 Device times: each call is recorded as a CUDA graph and replayed with a cold L2 cache. Steps are timed as they run.
 """
@@ -14,6 +15,7 @@ import importlib.metadata
 import itertools
 import sys
 import time
+import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +25,7 @@ import triton
 import tyro
 from torch.nn import functional as F
 
-from kernels import reference, resolve_backend, route
+from kernels import reference, resolve_backend, route, route_triton
 from models.dar import QUERIES, DepthRouter
 from models.sit import SIT_MODELS
 from models.streams import ResidualStream, RoutedStream
@@ -31,7 +33,7 @@ from runtime import Ranks, environment, write_json
 
 TOLERANCE = 2e-2  # of a norm in bf16: operands with 2^-9 each, and logits that grow with sqrt(D)
 QUANTILES = (0.2, 0.5, 0.8)
-PARTS = ("operators", "stacks", "steps")
+PARTS = ("operators", "stacks", "steps", "tune")
 METHODS = ("eager", "compiled", "fla", "liger", "fused")
 STEPS = {
     "residual": {},
@@ -47,8 +49,8 @@ PEERS = {"fla": "flash-linear-attention", "liger": "liger-kernel"}
 class Options:
     out: Path = Path("kernels/bench")
     """Where to write, without suffix."""
-    parts: tuple[Literal[PARTS], ...] = PARTS
-    """One aggregation; all aggregators of a model; its training step."""
+    parts: tuple[Literal[PARTS], ...] = PARTS[:3]
+    """One aggregation; all aggregators of a model; its training step; settings of the kernels."""
     methods: tuple[Literal[METHODS], ...] = METHODS
     """Of one aggregation; compiling takes most of the time."""
     sources: tuple[int, ...] = (1, 4, 8, 18, 32, 57)
@@ -94,14 +96,14 @@ def main(argv: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         result[part] = []
-        for row in {"operators": operators, "stacks": stacks, "steps": steps}[part](options, device):
+        for row in {"operators": operators, "stacks": stacks, "steps": steps, "tune": tune}[part](options, device):
             result[part].append(row)
             print(" | ".join(map(cell, row.values())), flush=True)
             result["goals"] = goals(result)
             write_json(Path(f"{options.out}.json"), result)  # after every row, so that an interrupted run keeps it
             Path(f"{options.out}.md").write_text(markdown(result))
     print(f"wrote {options.out}.json and {options.out}.md")
-    return int(any("wrong" in row for part in options.parts for row in result[part] if row["method"] == "fused"))
+    return int(any("wrong" in row for part in options.parts for row in result[part] if row.get("method") == "fused"))
 
 
 # ---- one aggregation ----
@@ -179,6 +181,34 @@ def parity(method, options, width, kind, n, device):
     expected = [h, *torch.autograd.grad(h, exact, dh.double())]
     errors = [(a.double() - b).norm() / (b.norm() if b.norm() else 1) for a, b in zip(found, expected)]
     return torch.stack(errors).max().item()
+
+
+def tune(options, device):
+    for width, kind, n in itertools.product(options.widths, options.queries, options.sources):
+        for settings in itertools.product((4, 8, 16), (4, 8, 16), (2, 3, 4)):
+            names = dict(zip(("BACKWARD_ROWS", "MODULATE_ROWS", "STAGES"), settings))
+            with unittest.mock.patch.multiple(route_triton, **names):
+                row = {"width": width, "query": kind, "sources": n, **names}
+                yield row | attempt(time_launches, options, width, kind, n, device)
+
+
+def time_launches(options, width, kind, n, device):
+    sources, query, weight, dh = inputs(options.batch, options.tokens, width, kind, n, device)
+    sources, known = [v.detach() for v in sources], [torch.randn_like(v) for v in sources]
+    shift, scale = torch.randn(2, options.batch, width, device=device)
+    before = reset_memory(device)
+    common = query.detach(), weight.detach(), 1e-6
+    modulation = *common[:2], shift, scale, 1e-6, 1e-6, dh.dtype
+    x, h, lse = route_triton.route_modulate(sources, *modulation)
+    return measure(
+        device,
+        before,
+        forward=lambda: route_triton.route(sources, *common),
+        forward_modulated=lambda: route_triton.route_modulate(sources, *modulation),
+        backward=lambda: route_triton.route_backward(dh, h, lse, sources, [], *common),
+        backward_with_known=lambda: route_triton.route_backward(dh, h, lse, sources, known, *common),
+        backward_of_modulation=lambda: route_triton.modulate_backward(dh, None, h, shift, scale, 1e-6),
+    )
 
 
 # ---- all aggregators of a model, and its training step ----
