@@ -24,12 +24,15 @@ class EMA:
     def __init__(self, model: nn.Module, decays: tuple):
         self.models = {decay: copy.deepcopy(model).eval().requires_grad_(False) for decay in decays}
         self.first = next(iter(self.models.values()))
+        # Listed once: walking through the modules takes longer than averaging a small model.
+        self.weights = list(model.parameters())
+        self.averages = {decay: list(average.parameters()) for decay, average in self.models.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module):
+    def update(self):
         """One step of every average; after a skipped optimiser step, towards weights that have not changed."""
-        for decay, average in self.models.items():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        for decay, average in self.averages.items():
+            torch._foreach_lerp_(average, self.weights, 1 - decay)
 
     def state_dict(self) -> dict:
         return {str(decay): model.state_dict() for decay, model in self.models.items()}

@@ -199,13 +199,13 @@ class Trainer:
                 (total / count).backward()
             losses += torch.stack([total, *parts.values()]).detach() / count
         losses = self.ranks.sum(losses / self.ranks.world)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.ema.weights, self.config.grad_clip)
         finite = losses.isfinite().all() & grad_norm.isfinite()
         # The fused optimiser leaves weights and moments alone where this is 1, without asking the host.
         self.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.model)
+        self.ema.update()
         self.tally.add(torch.cat([losses, grad_norm.view(1)]), finite)
 
     def draw(self):

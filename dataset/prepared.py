@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+KEPT = 2**28  # bytes of pixels: a data set without more is decoded once, by each process that reads it
 RASTER = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none of them runs a program, as Pillow does for EPS
 
 
@@ -38,8 +39,18 @@ class EncodedImages:
         ends = self.sizes.cumsum()
         first = np.arange(len(self.sizes)) // self.per_file * self.per_file  # of the file in which a row is
         self.starts = ends - self.sizes - (ends - self.sizes)[first]
+        self.few = 3 * self.resolution**2 * len(self.sizes) <= KEPT
+        self.decoded = {}
 
     def __getitem__(self, row):
+        if row in self.decoded:
+            return self.decoded[row]
+        image = self._decode(row)
+        if self.few:
+            self.decoded[row] = image
+        return image
+
+    def _decode(self, row):
         if not self.sizes[row]:
             return torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8)
         with open(self.folder / f"{row // self.per_file:05}.bin", "rb") as file:
