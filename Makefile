@@ -23,6 +23,9 @@ LR ?= 1e-4
 DEPTH ?= 12
 STUDY := runs/study
 
+# At shapes that a CPU can train, more threads mostly wait for each other.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: setup quickstart test digits cifar10 study study-pilots study-cpu
 .DELETE_ON_ERROR:
 
@@ -35,16 +38,13 @@ $(VENV)/.installed: requirements.txt
 
 digits: setup
 	$(RUN) -m dataset.prepare digits --out $(DIGITS)
-	$(RUN) -m dataset.standin_encoder $(DIGITS) --out $(DIGITS)/encoder
-	$(RUN) -m dataset.standin_encoder $(DIGITS) --kind convnet --out $(DIGITS)/judge
+	$(RUN) -m dataset.standin_encoder $(DIGITS) --kind convnet --out $(DIGITS)/judge & \
+	$(RUN) -m dataset.standin_encoder $(DIGITS) --out $(DIGITS)/encoder && wait $$!
 	$(RUN) -m dataset.prepare digits --out $(DIGITS) --encoder $(DIGITS)/encoder
 
 quickstart: digits
-	$(RUN) train_repa_dar.py --config digits --out $(RUNS)/residual
-	$(RUN) train_repa_dar.py --config digits --out $(RUNS)/dar --routing dar
-	$(RUN) train_repa_dar.py --config digits --out $(RUNS)/residual-repa --alignment repa
-	$(RUN) train_repa_dar.py --config digits --out $(RUNS)/dar-repa --routing dar --alignment repa
-	$(RUN) -m analysis.convergence $(RUNS)/residual $(RUNS)/dar $(RUNS)/residual-repa $(RUNS)/dar-repa --out $(RUNS)/convergence
+	$(RUN) sweep.py --config digits --out $(RUNS) --routing residual dar --alignment none repa
+	$(RUN) -m analysis.convergence $(RUNS)/*/ --reference residual --out $(RUNS)/convergence
 
 cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32

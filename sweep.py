@@ -6,8 +6,8 @@
 Every option of train_repa_dar.py (see its --help) takes several values here, and every combination is a cell: a run in
 OUT/NAME. Options without effect for a combination create no extra runs. Commas join the values of an option that is a
 list: `--align-depth 4 2,6` makes two cells, the second aligned after two blocks. The cells run side by side on the GPUs
-of this machine, one after the other on a CPU, or on Slurm. Giving the same command again resumes the sweep. It writes
-OUT/sweep.png, sweep.md and sweep.json whenever a cell is complete.
+of this machine, on its CPU cores where it has none, or on Slurm. Giving the same command again resumes the sweep. It
+writes OUT/sweep.png, sweep.md and sweep.json whenever a cell is complete.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Options:
     target: float | None = None
     """Value whose first crossing is timed; if not given, the best of the worst cell, which all cells reach."""
     jobs: int | None = None
-    """Cells at a time; if not given, as many as the GPUs take, one on a CPU, all of them on Slurm."""
+    """Cells at a time; if not given, as many as the GPUs or the CPU cores take, all of them on Slurm."""
     gpus_per_run: int = 1
     """GPUs of each run; on a machine without any, its processes."""
     cluster: Literal["local", "slurm"] = "local"
@@ -224,9 +224,9 @@ def make_places(options: Options, count: int) -> list[dict]:
     if options.slurm:
         raise ValueError(f"slurm = {' '.join(options.slurm)!r} is only read with --cluster slurm")
     if not gpus:
-        jobs = min(jobs or 1, count)
-        threads = max(1, len(os.sched_getaffinity(0)) // (jobs * each))
-        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * jobs
+        jobs = jobs or max(1, len(os.sched_getaffinity(0)) // each)
+        # At sizes that a CPU can train, more threads mostly wait for each other.
+        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}] * min(jobs, count)
     jobs = jobs or max(1, gpus // each)
     if jobs * each > gpus:
         raise ValueError(f"jobs = {jobs} of gpus_per_run = {each} need {jobs * each} GPUs; this machine has {gpus}")

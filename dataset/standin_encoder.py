@@ -92,7 +92,7 @@ def train(options: Options):
             return images, everything["labels"][rows].to(device)
 
         steps = max(1, options.epochs * len(kept) // options.batch_size)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
         shift = data.resolution // 16  # augmentation in pixels; none for digits, which one pixel deforms
         order = ShuffledBatches(len(kept), options.batch_size, seed, 0, steps)

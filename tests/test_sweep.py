@@ -213,21 +213,24 @@ def test_gpus_are_shared_out(monkeypatch, gpus, visible, changes, expected):
     assert len(sweep.make_places(options(**changes), 1)) == 1
 
 
-def test_cores_are_shared_out(monkeypatch):
+def test_every_core_takes_a_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    for jobs, each, count, threads in ((None, 1, 1, 12), (3, 1, 3, 4), (3, 2, 3, 2), (20, 1, 20, 1)):
-        places = sweep.make_places(options(jobs=jobs, gpus_per_run=each), 100)
-        assert places == [{"OMP_NUM_THREADS": str(threads)}] * count
+    for jobs, each, cells, count in ((None, 1, 100, 12), (None, 5, 100, 2), (None, 1, 4, 4), (3, 1, 100, 3)):
+        places = sweep.make_places(options(jobs=jobs, gpus_per_run=each), cells)
+        assert places == [{"OMP_NUM_THREADS": "1"}] * count
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert sweep.make_places(options(), 1) == [{"OMP_NUM_THREADS": "3"}]
 
 
 # ---- what is there already ----
 
 
 def test_dry_run_writes_nothing_and_says_what_is_left(arguments, cells, tmp_path, capsys):
+    cores = min(8, len(os.sched_getaffinity(0)))
     sweep.main(arguments(*GRID, "--seeds", 0, 1, "--dry-run"))
-    assert f"8 cells: 8 waiting, {8 * STEPS} steps to go; 1 at a time on local" in capsys.readouterr().out
+    assert f"8 cells: 8 waiting, {8 * STEPS} steps to go; {cores} at a time on local" in capsys.readouterr().out
     assert not (tmp_path / "sweep").exists()
 
     # 20 steps took 70 s, and a slower cell's 60 steps 630 s: 7 s at the median for each of 40 + 60 steps.
