@@ -85,8 +85,8 @@ class Config:
     """Chunk size S of DAR and AttnRes in sublayers (two per block)."""
     final_aggregator: Literal["auto", "dedicated", "shared"] = option("auto", idle_with=NOT_DAR, model=True)
     """DAR's aggregator of the head; auto is shared with alignment and dedicated without."""
-    route_backend: Literal["auto", "torch", "triton"] = option("auto", idle_with=NOT_ROUTED)
-    """Kernels of DAR and AttnRes: fused Triton, plain PyTorch, or auto, which is Triton on a GPU."""
+    route_backend: Literal["auto", "torch", "triton", "cpu"] = option("auto", idle_with=NOT_ROUTED)
+    """Kernels of DAR and AttnRes: fused Triton, fused C for a CPU, plain PyTorch, or auto: the fused one, if any."""
 
     # ---- alignment ----
     alignment: Literal["none", "repa"] = option("none")

@@ -25,13 +25,13 @@ from checkpoint import EMA, RunFolder, load_published, load_weights
 from dataset.inputs import Inputs
 from dataset.prepared import PreparedImages
 from eval.online import OnlineEvaluation
-from kernels import resolve_backend
+from kernels import resolve_backend, why_not_fused
 from loss import Loss
 from models.cost import flops_per_image, parameters_by_part, peak_flops
 from models.sit import SIT_MODELS
 from runtime import Ranks, Stop, Tally, Use, derive_seed, environment, plain_errors, tf32
 
-KERNELS = {"torch": "plain PyTorch", "triton": "fused Triton kernels"}
+KERNELS = {"torch": "plain PyTorch", "triton": "fused Triton kernels", "cpu": "fused C"}
 
 
 def main(argv=None):
@@ -322,6 +322,8 @@ class Trainer:
         routing = config.routing
         if model.router:
             routing += f" by {KERNELS[resolve_backend(config.route_backend, self.device)]}"
+            if config.route_backend == "auto" and (reason := why_not_fused(self.device)):
+                routing += f", no fused kernels: {reason}"
         alignment = config.alignment
         if 0 < self.aligned_steps < config.max_steps:
             alignment += f" for {self.aligned_steps} steps"

@@ -12,28 +12,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kernels import reference
+from kernels import reference, route_cpu, route_torch  # noqa: F401  (registers a backend)
+from kernels.operators import Route, RouteModulate
 
 if importlib.util.find_spec("triton"):  # Linux; elsewhere there is PyTorch alone
     from kernels import route_triton
 else:
     route_triton = None
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "cpu")
 MOST_SOURCES = 128  # whose addresses fit a launch's arguments
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend, "torch" or "triton", that serves tensors of this device: "auto" is Triton on CUDA.
+    """What serves tensors of this device, "torch", "triton" or "cpu": "auto" is the fused one, where it can be had.
 
-    Raises ValueError on an unknown backend, and on "triton" where that cannot run.
+    Raises ValueError on an unknown backend, and on a fused one that cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "triton" if route_triton and device.type == "cuda" else "torch"
+        return "torch" if why_not_fused(device) else {"cuda": "triton", "cpu": "cpu"}[device.type]
     if backend == "triton" and route_triton is None:
         raise ValueError("backend 'triton' needs the package triton, which is not installed; choose 'torch'")
     if backend == "triton" and device.type != "cuda" and not route_triton.INTERPRETED:
@@ -41,7 +41,18 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             f"backend 'triton' needs a CUDA device, not {device.type!r}, or the environment variable "
             "TRITON_INTERPRET=1 (slow, for tests); choose 'torch'"
         )
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs a CPU, not {device.type!r}; choose 'torch' or 'auto'")
+    if backend == "cpu" and why_not_fused(device):
+        raise ValueError(f"backend 'cpu' cannot be had: {why_not_fused(device)}; choose 'torch'")
     return backend
+
+
+def why_not_fused(device: torch.device) -> str:
+    """Why tensors of this device are routed by plain PyTorch with "auto"; "" where they are not."""
+    if device.type == "cuda":
+        return "" if route_triton else "the package triton is not installed"
+    return route_cpu.why_not() if device.type == "cpu" else f"there is none for {device.type!r}"
 
 
 def route(
@@ -60,8 +71,9 @@ def route(
     query:       (D) shared, (B, D) one per sample, or (B, T, D) one per token.
     norm_weight: (D).
     eps:         added to the mean square inside the RMSNorm.
-    backend:     "torch" (plain PyTorch, runs anywhere), "triton" (fused: one read of the sources forward, one
-                 backward; no float64, no weights, at most 128 sources) or "auto" (Triton on CUDA where it can).
+    backend:     "torch" (PyTorch, runs anywhere), "triton" or "cpu" (fused: one read of the sources forward, one
+                 backward; no float64, no weights; "triton" takes at most 128 sources, "cpu" only float32) or "auto"
+                 (the fused one of the device where it can).
     Returns h (B, T, D) in the common dtype of the sources; with `return_weights`, also a (n, B, T).
     Keys, logits, softmax and sums are float32 (float64 for float64 sources). h and gradients are then rounded to the
     dtype of what they belong to.
@@ -69,10 +81,9 @@ def route(
     do what is asked.
     """
     sources, backend = _checked(sources, query, norm_weight, backend, return_weights)
-    if backend == "triton":
-        return route_triton.route(sources, query, norm_weight, eps)[0]
-    h, alpha = reference.route(sources, query, norm_weight, eps)
-    return (h, alpha) if return_weights else h
+    if return_weights:
+        return reference.route(sources, query, norm_weight, eps)
+    return Route.apply(backend, query, norm_weight, eps, *sources)
 
 
 def route_modulate(
@@ -91,8 +102,8 @@ def route_modulate(
 
     shift, scale: (B, D). norm_eps: of the LayerNorm. Other arguments and errors are those of `route`.
     Returns x (B, T, D), in autocast's dtype where that is on and otherwise in h's; h (B, T, D) in the sources' dtype.
-    Returns the sources; later reads must use these, so that gradients accumulate in the kernel. With Triton each reader
-    rounds the sum so far to the sources' dtype.
+    Returns the sources; later reads must use these, so that gradients accumulate in the backend. Each reader rounds the
+    sum so far to the sources' dtype.
     """
     sources, backend = _checked(sources, query, norm_weight, backend)
     shape, width = tuple(sources[0].shape), sources[0].shape[-1]
@@ -100,14 +111,8 @@ def route_modulate(
         if tuple(value.shape) != (shape[0], width):
             raise ValueError(f"{name} is {tuple(value.shape)}; sources {shape} need ({shape[0]}, {width})")
     dtype = autocast_dtype(sources[0])
-    if backend == "triton":
-        x, h, *sources = route_triton.RouteModulate.apply(
-            query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources
-        )
-        return x, h, sources
-    h, _ = reference.route(sources, query, norm_weight, eps)
-    x = F.layer_norm(h, (width,), eps=norm_eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-    return x.to(dtype), h, sources
+    x, h, *sources = RouteModulate.apply(backend, query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources)
+    return x, h, sources
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
@@ -137,16 +142,20 @@ def _checked(sources, query, norm_weight, backend, return_weights=False):
         )
     if tuple(norm_weight.shape) != (width,):
         raise ValueError(f"norm_weight is {tuple(norm_weight.shape)}; sources {tuple(shape)} need ({width},)")
-    dtype = functools.reduce(torch.promote_types, (v.dtype for v in sources))
     chosen = resolve_backend(backend, sources[0].device)
-    limits = {
-        "float64": dtype == torch.float64,
-        "return_weights": return_weights,
-        f"{len(sources)} sources (at most {MOST_SOURCES})": len(sources) > MOST_SOURCES,
-    }
-    beyond = [what for what, asked in limits.items() if asked]
-    if chosen == "triton" and beyond:
-        if backend == "triton":
-            raise ValueError(f"backend 'triton' does not do {beyond[0]}; choose 'torch' or 'auto'")
-        chosen = "torch"
-    return [v if v.dtype == dtype else v.to(dtype) for v in sources], chosen
+    kinds = {v.dtype for v in sources}
+    dtype = functools.reduce(torch.promote_types, kinds)
+    beyond = _beyond(chosen, dtype, len(sources), return_weights)
+    if beyond and backend != "auto":
+        raise ValueError(f"backend {backend!r} does not do {beyond}; choose 'torch' or 'auto'")
+    sources = [v if v.dtype == dtype else v.to(dtype) for v in sources]
+    return sources, "torch" if beyond else chosen
+
+
+def _beyond(backend, dtype, count, return_weights):
+    """What a fused backend does not do, of what is asked; otherwise ""."""
+    if backend == "triton" and dtype == torch.float64 or backend == "cpu" and dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    if backend != "torch" and return_weights:
+        return "return_weights"
+    return f"{count} sources (at most {MOST_SOURCES})" if backend == "triton" and count > MOST_SOURCES else ""

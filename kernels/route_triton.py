@@ -1,7 +1,6 @@
 """Fused depth routing in Triton: one read of every source forward, one read backward (kernels/README.md).
 
-Everything here is a PyTorch operator of the namespace `dar`, so that `torch.compile` sees one node per launch.
-`kernels.route` and `kernels.route_modulate` check the arguments and choose between this file and PyTorch.
+`kernels.route` and `kernels.route_modulate` check the arguments and choose this backend; operators.py has derivatives.
 
 One program handles one token forward, and a few of a sample one after the other backward, with one warp per 1280
 numbers of width. A row then lives in registers, and its sums need no shared memory. Triton's tensors have powers of
@@ -19,12 +18,12 @@ Shapes: B batch, T tokens, D width, n sources, P programs per sample.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from kernels.operators import register
 
 # Tokens per program of the backward passes. More of them write fewer partial sums; fewer fill the GPU.
 BACKWARD_ROWS, MODULATE_ROWS = 8, 4
@@ -262,26 +261,6 @@ def _strides(query):
     return ((0, 0), (width, 0), (0, width))[query.ndim - 1]
 
 
-# ---- operators ----
-
-
-@torch.library.custom_op("dar::route", mutates_args=())
-def route(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`kernels.route`: h (B, T, D), and the log-sum-exp of the logits (B, T), -inf where there is one source."""
-    h, lse, _ = _launch_forward(sources, query, norm_weight, eps)
-    return h, lse
-
-
-@torch.library.custom_op("dar::route_modulate", mutates_args=())
-def route_modulate(
-    sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor, shift: Tensor, scale: Tensor,
-    eps: float, norm_eps: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`kernels.route_modulate`: x (B, T, D) of `dtype`, h (B, T, D) and the log-sum-exp (B, T)."""
-    h, lse, x = _launch_forward(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype)
-    return x, h, lse
-
-
 def _launch_forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, dtype=None):
     sources, query, norm_weight = [v.contiguous() for v in sources], query.contiguous(), norm_weight.contiguous()
     batch, tokens, width = sources[0].shape
@@ -299,22 +278,11 @@ def _launch_forward(sources, query, norm_weight, eps, shift=None, scale=None, no
                 addresses, len(sources), query, *_strides(query), norm_weight, eps, h, lse, x, *modulation, norm_eps,
                 tokens, MODULATE=x is not None, ALIGN=align, STAGES=STAGES, **_options(width),
             )  # fmt: skip
-    return h, lse, x
-
-
-@torch.library.custom_op("dar::route_backward", mutates_args=())
-def route_backward(
-    dh: Tensor, h: Tensor, lse: Tensor, sources: Sequence[Tensor], known: Sequence[Tensor],
-    query: Tensor, norm_weight: Tensor, eps: float,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Gradients of the sources, the query and the norm weight.
-
-    known: gradients that the first len(known) sources receive from later readers; they are added.
-    """
-    return _launch_backward(dh, h, lse, sources, known, query, norm_weight, eps, [_like(v) for v in sources])
+    return (h, lse) if x is None else (h, lse, x)
 
 
 def _launch_backward(dh, h, lse, sources, known, query, norm_weight, eps, gradients):
+    """known: of the first len(known) sources. gradients: to write to."""
     sources, known = [v.contiguous() for v in sources], [g.contiguous() for g in known]
     dh, query, norm_weight = dh.contiguous(), query.contiguous(), norm_weight.contiguous()
     batch, tokens, width = h.shape
@@ -338,14 +306,6 @@ def _launch_backward(dh, h, lse, sources, known, query, norm_weight, eps, gradie
     return gradients, (dq * norm_weight).to(query.dtype), dweight.to(norm_weight.dtype)
 
 
-@torch.library.custom_op("dar::modulate_backward", mutates_args=())
-def modulate_backward(
-    dx: Tensor, dh: Tensor | None, h: Tensor, shift: Tensor, scale: Tensor, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of h, shift and scale in x = LayerNorm(h) (1 + scale) + shift; dh, if any, is added to the first."""
-    return _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps)
-
-
 def _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps):
     dx, dh = dx.contiguous(), None if dh is None else dh.contiguous()
     scale = scale if scale.stride(-1) == 1 else scale.contiguous()
@@ -361,84 +321,20 @@ def _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps):
     return total, parts[0].sum(1).to(shift.dtype), parts[1].sum(1).to(scale.dtype)
 
 
-# ---- what PyTorch must know about them ----
+def _launch_backwards(
+    dx, dh, h, lse, sources, known, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, one_buffer=False
+):
+    dmodulation = []
+    if dx is not None:
+        dh, *dmodulation = _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps)
+    order = sorted(range(len(sources)), key=lambda i: known[i] is None)  # those with a known gradient come first
+    ordered, added = [sources[i] for i in order], [known[i] for i in order if known[i] is not None]
+    buffer = h.new_empty((len(sources), *h.shape)).unbind() if one_buffer else [torch.empty_like(h) for _ in sources]
+    written = [buffer[i] for i in order]
+    _, dquery, dweight = _launch_backward(dh, h, lse, ordered, added, query, norm_weight, eps, written)
+    return list(buffer), dquery, dweight, *dmodulation
 
 
-@route.register_fake
-def _(sources, query, norm_weight, eps):
-    return _like(sources[0]), sources[0].new_empty(sources[0].shape[:2], dtype=torch.float32)
-
-
-@route_modulate.register_fake
-def _(sources, query, norm_weight, shift, scale, eps, norm_eps, dtype):
-    h = _like(sources[0])
-    return _like(h, dtype), h, h.new_empty(h.shape[:2], dtype=torch.float32)
-
-
-@route_backward.register_fake
-def _(dh, h, lse, sources, known, query, norm_weight, eps):
-    return [_like(v) for v in sources], _like(query), _like(norm_weight)
-
-
-@modulate_backward.register_fake
-def _(dx, dh, h, shift, scale, norm_eps):
-    return _like(h), shift.new_empty(shift.shape), scale.new_empty(scale.shape)
-
-
-def _like(tensor, dtype=None):
-    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _setup_route(ctx, inputs, output):
-    sources, query, norm_weight, ctx.eps = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, query, norm_weight, *sources)
-
-
-def _backward_of_route(ctx, dh, _):
-    h, lse, query, norm_weight, *sources = ctx.saved_tensors
-    return *route_backward(dh, h, lse, sources, [], query, norm_weight, ctx.eps), None
-
-
-route.register_autograd(_backward_of_route, setup_context=_setup_route)
-
-
-class RouteModulate(torch.autograd.Function):
-    """(x, h, *sources): the sources pass through, so that their gradients come back through here.
-
-    Later reads use the returned sources. Autograd then hands their gradients to this backward, which adds its own
-    share in the kernel; no gradient is written only to be read again and added to another (README.md).
-    """
-
-    @staticmethod
-    def forward(ctx, query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources):
-        if torch.compiler.is_compiling():
-            x, h, lse = route_modulate(sources, query, norm_weight, shift, scale, eps, norm_eps, dtype)
-        else:  # PyTorch's machinery around an operator takes longer than the rest of the launch
-            h, lse, x = _launch_forward(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h, lse, query, norm_weight, shift, scale, *sources)
-        ctx.eps, ctx.norm_eps = eps, norm_eps
-        return x, h, *(v.view_as(v) for v in sources)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dx, dh, *known):
-        h, lse, query, norm_weight, shift, scale, *sources = ctx.saved_tensors
-        dquery = dweight = dshift = dscale = None
-        if dx is not None:
-            launch = modulate_backward if torch.compiler.is_compiling() else _launch_modulate_backward
-            dh, dshift, dscale = launch(dx, dh, h, shift, scale, ctx.norm_eps)
-        gradients = list(known)
-        if dh is not None:
-            order = sorted(range(len(sources)), key=lambda i: known[i] is None)  # those with one come first
-            ordered, added = [sources[i] for i in order], [known[i] for i in order if known[i] is not None]
-            arguments = dh, h, lse, ordered, added, query, norm_weight, ctx.eps
-            if torch.compiler.is_compiling():
-                sums, dquery, dweight = route_backward(*arguments)
-            else:  # one allocation, where an operator's outputs may not share one
-                buffer = h.new_empty((len(sources), *h.shape))
-                sums, dquery, dweight = _launch_backward(*arguments, buffer.unbind())
-            for i, gradient in zip(order, sums):
-                gradients[i] = gradient
-        return dquery, dweight, dshift, dscale, None, None, None, *gradients
+# Outside of operators, whose outputs may not share memory, one allocation serves all gradients.
+eager = functools.partial(_launch_backwards, one_buffer=True)
+register("triton", _launch_forward, _launch_backwards, namespace="dar", eager_backward=eager)

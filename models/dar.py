@@ -82,7 +82,7 @@ class DepthRouter(nn.Module):
 
     final_aggregator: "dedicated" gives the head's state its own parameters (L + 1 aggregators); "shared" reuses those
     of the last sublayer (L aggregators; Appendix C.3).
-    backend: "auto", "torch" or "triton" (`kernels.route`).
+    backend: "auto", "torch", "triton" or "cpu" (`kernels.route`).
     """
 
     summed = 1  # outputs added up in one source (RoutedStream.write): DAR adds none

@@ -35,7 +35,7 @@ class SiT(nn.Module):
     routing: "residual", "dar" (models/dar.py), or a baseline: "attnres" (`AttnResRouter`), "unet" (`SkipStream`).
     query and final_aggregator belong to "dar", chunk_size and route_backend to "dar" and "attnres".
     final_aggregator: "auto" is "shared" with alignment and "dedicated" without (DAR, Appendix C.3).
-    route_backend: "auto", "torch" or "triton" (`kernels.route`).
+    route_backend: "auto", "torch", "triton" or "cpu" (`kernels.route`).
     align_depth: 1-based block numbers; the state after block k is projected, which with DAR and AttnRes is z_k, the
         aggregate passed on to block k + 1 (DAR, Section 3), and with long skips the stream before a skip is added.
         align_dims: one width per encoder; () builds no projector.

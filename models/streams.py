@@ -36,8 +36,8 @@ class RoutedStream:
     """
 
     def __init__(self, router: DepthRouter, tokens: torch.Tensor, t_embedding: torch.Tensor):
-        # Under autocast the fused kernels read half-precision sources. The PyTorch backend would save a float32 copy of
-        # a source for every aggregator that reads it, so there the sources stay float32.
+        # Under autocast Triton reads half-precision sources. The other backends compute in float32 and would convert a
+        # source for every aggregator that reads it, so there the sources stay float32.
         if resolve_backend(router.backend, tokens.device) == "triton":
             tokens = tokens.to(autocast_dtype(tokens))
         self.router, self.v, self.t_embedding = router, [tokens], t_embedding

@@ -1,4 +1,4 @@
-"""The fused kernels (kernels/route_triton.py) on a CPU, by Triton's interpreter, against their definition in float64.
+"""The backends on a CPU, Triton's by its interpreter, against their definition in float64.
 
 The reference at the top is DAR's Eq. 5-6 and adaLN written out with float64 autograd; it shares no code with the
 project. The interpreter runs the kernels' own source, row by row, at milliseconds per source and token: shapes are
@@ -8,20 +8,20 @@ Shapes: B batch, T tokens, D width, n sources.
 """
 
 import functools
-import importlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import kernels
 import train_repa_dar
-from kernels import resolve_backend, route, route_modulate
+from kernels import operators, resolve_backend, route, route_cpu, route_modulate, why_not_fused
 from models.sit import SiT
 from tests.conftest import ROOT, read_lines
 from tests.test_routing import randomize
@@ -33,6 +33,7 @@ from triton.runtime import interpreter  # noqa: E402
 from kernels import route_triton  # noqa: E402
 
 OPERATORS = torch.ops.dar
+NAMESPACES = {"triton": "dar", "cpu": "dar_cpu"}
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 
 # Errors as a share of the norm of what is expected. float32: sums over n, T and D in an order of their own. Half
@@ -55,8 +56,19 @@ def patched_once():
         scope.restore()
 
 
+BACKEND = "triton"  # of `fused`
+
+
+@pytest.fixture(params=["triton", "cpu", "torch"])
+def backend(request, monkeypatch):
+    """Runs a test with each."""
+    assert request.param != "cpu" or not route_cpu.why_not(), "the tests need a C compiler"
+    monkeypatch.setattr(sys.modules[__name__], "BACKEND", request.param)
+    return request.param
+
+
 @pytest.fixture
-def guarded(monkeypatch):
+def guarded(backend, monkeypatch):
     """What operators allocate is NaN until they write it, and each address that a kernel reads or writes must lie in
     one tensor of its launch, even if what it reads is not used: an address past the end may not exist on a GPU."""
     spans, listed, seen, builder = [], [], set(), interpreter.InterpreterBuilder
@@ -84,14 +96,15 @@ def guarded(monkeypatch):
 
         monkeypatch.setattr(builder, f"create_masked_{way}", access)
 
-    monkeypatch.setattr(route_triton, "_addresses", addresses)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
-    watched("load", 0)
-    watched("store", 1)
+    if backend == "triton":
+        monkeypatch.setattr(route_triton, "_addresses", addresses)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+        watched("load", 0)
+        watched("store", 1)
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     yield
     torch.use_deterministic_algorithms(False)
-    assert seen == {"load", "store"}, "the interpreter works in another way than here"
+    assert backend != "triton" or seen == {"load", "store"}, "the interpreter works in another way than here"
 
 
 # ---- the independent reference, and the kernels, under the same names ----
@@ -127,8 +140,10 @@ def defined(inputs, eps=1e-6, norm_eps=1e-6):
     return {"x": x, "h": h, **{f"returned {i}": v for i, v in enumerate(sources)}}
 
 
-def fused(inputs, eps=1e-6, norm_eps=1e-6, backend="triton"):
+def fused(inputs, eps=1e-6, norm_eps=1e-6, backend=None):
     common = listed(inputs), inputs["query"], inputs["norm_weight"]
+    halves = any(v.dtype != FLOAT for v in common[0])
+    backend = backend or ("auto" if BACKEND == "cpu" and halves else BACKEND)  # which the C leaves to PyTorch
     if "shift" not in inputs:
         return {"h": route(*common, eps, backend)}
     x, h, sources = route_modulate(*common, inputs["shift"], inputs["scale"], eps, norm_eps, backend)
@@ -315,7 +330,7 @@ def chain(read, inputs, unused=(), returned=True):
 
 
 def fused_read(*arguments):
-    return route_modulate(*arguments, backend="triton")
+    return route_modulate(*arguments, backend=BACKEND)
 
 
 def defined_read(sources, query, norm_weight, shift, scale):
@@ -358,7 +373,7 @@ def test_one_tensor_may_be_several_sources(guarded, modulate):
 
 
 @pytest.mark.parametrize("modulate", [False, True], ids=["route", "route_modulate"])
-def test_what_needs_no_gradient_gets_none(modulate):
+def test_what_needs_no_gradient_gets_none(modulate, backend):
     """A frozen aggregator, or frozen sources, change nothing for the rest: the same bits in every run."""
     inputs = draw(3, 1, 2, 7, 2, modulate=modulate)
     seen = {"h": draw_like(inputs["source 0"])}
@@ -375,15 +390,13 @@ def test_what_needs_no_gradient_gets_none(modulate):
     assert not free["h"].requires_grad and torch.equal(free["h"], outputs["h"])
 
 
-def test_derivatives_that_do_not_exist():
-    """A second one is an error, not zeros; one that flowed into the log-sum-exp would be lost in silence."""
+def test_derivatives_that_do_not_exist(backend):
+    """A second one is an error, not zeros."""
     for modulate in (False, True):
         inputs = {name: value.requires_grad_() for name, value in draw(2, 1, 1, 3, 1, modulate=modulate).items()}
         (gradient,) = torch.autograd.grad(fused(inputs)["h"].pow(2).sum(), inputs["source 0"], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable" if modulate else "dar"):
+        with pytest.raises(RuntimeError, match="differentiate twice"):
             gradient.pow(2).sum().backward()
-    h, lse = OPERATORS.route(listed(inputs), inputs["query"], inputs["norm_weight"], 1e-6)
-    assert h.requires_grad and not lse.requires_grad
 
 
 # ---- unusual inputs ----
@@ -402,11 +415,15 @@ def test_one_source_is_returned_and_sends_no_gradient_to_its_weights(guarded, dt
         assert torch.equal(gradients["source 0"], cotangent)
         for name in ("query", "norm_weight"):
             assert torch.equal(gradients[name], torch.zeros_like(inputs[name])), name
+    if BACKEND == "torch" or dtype != FLOAT and BACKEND == "cpu":
+        return
     # On a GPU the kernels need not round alike. So that it holds there too, the backward does not rely on it:
+    operators = getattr(torch.ops, NAMESPACES[BACKEND])
     arguments = [inputs["source 0"].detach()], inputs["query"].detach(), inputs["norm_weight"].detach()
-    h, lse = OPERATORS.route(*arguments, 1e-6)
+    h, lse = operators.route(*arguments, 1e-6)
     assert (lse == -math.inf).all()  # nor on the logit
-    (dv,), dquery, dweight = OPERATORS.route_backward(cotangent, 1.01 * h, lse, arguments[0], [], *arguments[1:], 1e-6)
+    rest = arguments[0], [None], *arguments[1:], 1e-6
+    (dv,), dquery, dweight = operators.route_backward(cotangent, 1.01 * h, lse, *rest)
     assert torch.equal(dv, cotangent) and not dquery.any() and not dweight.any()
 
 
@@ -457,7 +474,7 @@ def test_layout_does_not_matter(guarded, transposed):
 
 @pytest.mark.parametrize("rank", [1, 2, 3], ids=["D", "BD", "BTD"])
 @pytest.mark.parametrize("B, T", [(0, 3), (2, 0), (0, 0)])
-def test_nothing_in_nothing_out(rank, B, T):
+def test_nothing_in_nothing_out(rank, B, T, backend):
     """An empty batch still gives every parameter a gradient, of zeros."""
     for modulate in (False, True):
         inputs = {name: value.requires_grad_() for name, value in draw(3, B, T, 7, rank, modulate=modulate).items()}
@@ -514,41 +531,44 @@ def test_equal_large_logits_give_a_mean(guarded, sign):
 # ---- as PyTorch operators ----
 
 
-def operator_cases(rank):
-    """Small arguments for each of the operators; those of `route`, which has a derivative, need gradients."""
+def operator_cases(operators, rank):
+    """Small arguments for each of the operators."""
     inputs = draw(2, 2, 2, 3, rank, modulate=True)
     sources, query, g = listed(inputs), inputs["query"], inputs["norm_weight"]
     shift, scale = torch.cat([inputs["shift"], inputs["scale"]], 1).chunk(2, 1)
-    h, lse = OPERATORS.route(sources, query, g, 1e-6)
-    dh = draw_like(h)
-    turned = [v.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for v in sources]
+    h, lse = operators.route(sources, query, g, 1e-6)
+    dh, turned = draw_like(h), [v.transpose(0, 1).contiguous().transpose(0, 1) for v in sources]
+    rest = h, lse, sources, [None, dh], query, g, 1e-6
     return {
-        "route": (turned, query.clone().requires_grad_(), g.clone().requires_grad_(), 1e-6),
-        "route_modulate": (sources, query, g, shift, scale, 1e-6, 1e-6, BF16),
-        "route_backward": (dh, h, lse, sources, [dh, h], query, g, 1e-6),
-        "modulate_backward": (dh, h, h, shift, scale, 1e-6),
-        "modulate_backward, no dh": (dh, None, h, shift, scale, 1e-6),
+        "route": (turned, query, g, 1e-6),
+        "route_modulate": (sources, query, g, 1e-6, shift, scale, 1e-6, BF16),
+        "route_backward": (dh, *rest),
+        "route_modulate_backward": (dh, h, *rest, shift, scale, 1e-6),
+        "route_modulate_backward, no dh": (dh, None, *rest, shift, scale, 1e-6),
     }
 
 
-OPCHECKS = [("route", 3), ("route_modulate", 1), ("route_backward", 1), ("route_backward", 3)]
+CHECKED = [("route", 3), ("route_modulate", 1), ("route_backward", 1), ("route_backward", 3)]
+CHECKED += [("route_modulate_backward", 2), ("route_modulate_backward, no dh", 2)]
 
 
-@pytest.mark.parametrize("name, rank", [*OPCHECKS, ("modulate_backward", 2), ("modulate_backward, no dh", 2)])
-def test_operators_keep_pytorchs_rules(name, rank):
-    """Schema, derivative, shapes and strides as promised to torch.compile, symbolic shapes."""
-    torch.library.opcheck(getattr(OPERATORS, name.split(",")[0]).default, operator_cases(rank)[name])
+@pytest.mark.parametrize("namespace", ["dar", "dar_cpu"])
+@pytest.mark.parametrize("name, rank", CHECKED)
+def test_operators_keep_pytorchs_rules(namespace, name, rank):
+    """Schema, shapes and strides as promised to torch.compile, symbolic shapes."""
+    operators = getattr(torch.ops, namespace)
+    torch.library.opcheck(getattr(operators, name.split(",")[0]).default, operator_cases(operators, rank)[name])
 
 
 def two_aggregations(inputs):
     """The second reads what the first returned. Without sums and zeros, inductor needs no C++ compiler."""
     first, second = ([inputs[f"{name}{i}"] for name in ("query", "norm_weight", "shift", "scale")] for i in (1, 2))
-    x, h, sources = route_modulate(listed(inputs), *first, backend="triton")
-    y, h_too, sources = route_modulate([*sources, x], *second, backend="triton")
+    x, h, sources = route_modulate(listed(inputs), *first, backend=BACKEND)
+    y, h_too, sources = route_modulate([*sources, x], *second, backend=BACKEND)
     return dict(zip(("h", "y", "h too", "v", "w", "x"), (h, y, h_too, *sources)))
 
 
-def test_aggregations_compile_as_one_graph(tmp_path, monkeypatch):
+def test_aggregations_compile_as_one_graph(tmp_path, monkeypatch, backend):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     inputs = {f"source {i}": value for i, value in enumerate(torch.randn(2, 2, 3, 8))}
@@ -557,7 +577,8 @@ def test_aggregations_compile_as_one_graph(tmp_path, monkeypatch):
     inputs = {name: value.requires_grad_() for name, value in inputs.items()}
     seen = cotangents(("h", "y", "h too", "v", "w", "x"), inputs["source 0"])
     eager = evaluate(two_aggregations, inputs, seen)
-    compiled = evaluate(torch.compile(two_aggregations, fullgraph=True), inputs, seen)
+    compiler = "aot_eager" if backend == "torch" else "inductor"  # which would compile C++ for its many operations
+    compiled = evaluate(torch.compile(two_aggregations, fullgraph=True, backend=compiler), inputs, seen)
     for ours, theirs in zip(compiled, eager):
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -595,9 +616,9 @@ def test_only_aligned_addresses_are_called_aligned(monkeypatch, dtype, wrong):
     inputs = draw(9, 1, 1, 16, 1, dtype)
     sources, rest = listed(inputs), (inputs["query"], inputs["norm_weight"], 1e-6)
     mixed = [misaligned(v) if i == wrong else v for i, v in enumerate(sources)]
-    h, lse = route_triton.route(mixed, *rest)
-    route_triton.route_backward(h, h, lse, mixed, [], *rest)
-    route_triton.route_backward(h, h, lse, sources, mixed, *rest)
+    h, lse = OPERATORS.route(mixed, *rest)
+    OPERATORS.route_backward(h, h, lse, mixed, [None] * 9, *rest)
+    OPERATORS.route_backward(h, h, lse, sources, mixed, *rest)
     assert found == [16 if wrong is None else dtype.itemsize] * 3
 
 
@@ -622,37 +643,41 @@ SMALL_MODULATE = SMALL | dict(shift=torch.zeros(2, 5), scale=torch.zeros(2, 5))
 
 
 @pytest.fixture
-def no_triton(monkeypatch):
+def no_fused(monkeypatch):
     def refuse(*args):
-        raise AssertionError("Triton was called")
+        raise AssertionError("a fused backend was called")
 
-    monkeypatch.setattr(route_triton, "route", refuse)
-    monkeypatch.setattr(route_triton.RouteModulate, "apply", refuse)
+    for name in NAMESPACES:
+        functions = types.SimpleNamespace(route=refuse, route_modulate=refuse)
+        monkeypatch.setitem(operators.FUNCTIONS, name, functions)
 
 
 BEYOND = [
-    (dict(sources=[V.double(), V.double()]), "float64"),
-    (dict(sources=[V, V.double()]), "float64"),
-    (dict(return_weights=True), "return_weights"),
-    (dict(sources=[V] * 129), "129 sources"),
+    ("triton", dict(sources=[V.double(), V.double()]), "float64"),
+    ("triton", dict(sources=[V, V.double()]), "float64"),
+    ("triton", dict(return_weights=True), "return_weights"),
+    ("triton", dict(sources=[V] * 129), "129 sources"),
+    ("cpu", dict(sources=[V, V.double()]), "float64"),
+    ("cpu", dict(sources=[V.bfloat16(), V.bfloat16()]), "bfloat16"),
+    ("cpu", dict(return_weights=True), "return_weights"),
 ]
 
 
-@pytest.mark.parametrize("change, message", BEYOND)
-def test_what_triton_cannot_do_is_left_to_pytorch(no_triton, monkeypatch, change, message):
-    """By "auto" on a GPU. "triton" is refused, and the ways out that the message names are some."""
+@pytest.mark.parametrize("name, change, message", BEYOND)
+def test_what_is_not_fused_is_left_to_pytorch(no_fused, monkeypatch, name, change, message):
+    """By "auto". The fused backend is refused, and the ways out that the message names are some."""
     calls = [(route, SMALL | change)]
     if "return_weights" not in change:
         calls.append((route_modulate, SMALL_MODULATE | change))
     for call, arguments in calls:
-        with pytest.raises(ValueError, match=f"'triton' .*{message}.*'torch' or 'auto'"):
-            call(**arguments, backend="triton")
-    monkeypatch.setattr(kernels, "resolve_backend", lambda backend, device: "torch" if backend == "torch" else "triton")
+        with pytest.raises(ValueError, match=f"'{name}' .*{message}.*'torch' or 'auto'"):
+            call(**arguments, backend=name)
+    monkeypatch.setattr(kernels, "resolve_backend", lambda backend, device: "torch" if backend == "torch" else name)
     for call, arguments in calls:
         for backend in ("torch", "auto"):
             result = call(**arguments, backend=backend)
             h = result if call is route and "return_weights" not in change else result[0]
-            assert h.shape == (2, 3, 5) and h.dtype == (torch.float64 if message == "float64" else FLOAT)
+            assert h.shape == (2, 3, 5) and h.dtype == getattr(torch, message, FLOAT)
     for call, arguments in ((route, SMALL), (route_modulate, SMALL_MODULATE)):  # the fixture is not a dead letter
         with pytest.raises(AssertionError, match="was called"):
             call(**arguments | dict(sources=[V] * 128))
@@ -669,7 +694,6 @@ MISFITS = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("change, message", MISFITS)
 def test_route_modulate_refuses_what_does_not_fit(change, message, backend):
     with pytest.raises(ValueError, match=message):
@@ -683,46 +707,33 @@ def test_resolved_backends(monkeypatch):
     def resolved(device):
         return [resolve_backend(name, device) for name in ("auto", "torch", "triton")]
 
-    def refused(backend, message):
-        for call in (
-            lambda: resolve_backend(backend, CPU),
-            lambda: route(**SMALL, backend=backend),
-            lambda: route_modulate(**SMALL_MODULATE, backend=backend),
-        ):
+    def refused(backend, message, device=CPU):
+        calls = [lambda: resolve_backend(backend, device)]
+        if device == CPU:
+            calls += [
+                lambda: route(**SMALL, backend=backend),
+                lambda: route_modulate(**SMALL_MODULATE, backend=backend),
+            ]
+        for call in calls:
             with pytest.raises(ValueError, match=message):
                 call()
 
     for backend in ("cuda", None):
-        refused(backend, f"backend {backend!r} is unknown; choose one of auto, torch, triton")
-    assert resolved(CUDA) == ["triton", "torch", "triton"] and resolved(CPU) == ["torch", "torch", "triton"]
+        refused(backend, f"backend {backend!r} is unknown; choose one of auto, torch, triton, cpu")
+    assert resolved(CUDA) == ["triton", "torch", "triton"] and resolved(CPU) == ["cpu", "torch", "triton"]
+    assert resolve_backend("cpu", CPU) == "cpu" and why_not_fused(CPU) == why_not_fused(CUDA) == ""
+    refused("cpu", "needs a CPU, not 'cuda'", CUDA)
+    assert resolve_backend("auto", torch.device("meta")) == "torch" and "'meta'" in why_not_fused(torch.device("meta"))
     monkeypatch.setattr(route_triton, "INTERPRETED", False)
     assert resolved(CUDA) == ["triton", "torch", "triton"]
-    assert [resolve_backend(name, CPU) for name in ("auto", "torch")] == ["torch", "torch"]
+    assert [resolve_backend(name, CPU) for name in ("auto", "torch")] == ["cpu", "torch"]
     refused("triton", "CUDA device, not 'cpu'.*TRITON_INTERPRET=1")
     monkeypatch.setattr(kernels, "route_triton", None)  # as on systems without Triton
-    assert resolve_backend("auto", CUDA) == resolve_backend("auto", CPU) == "torch"
+    assert resolve_backend("auto", CUDA) == "torch" and "triton is not installed" in why_not_fused(CUDA)
     refused("triton", "not installed")
-
-
-def test_without_triton_there_is_pytorch(monkeypatch):
-    """The package imports and routes where Triton cannot be installed."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "kernels"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    fresh = importlib.import_module("kernels")
-    assert fresh is not kernels and fresh.route_triton is None
-    v = torch.ones(1, 1, 3)
-    assert torch.equal(fresh.route([v, 3 * v], torch.zeros(3), torch.ones(3)), 2 * v)
-
-
-def test_auto_is_plain_pytorch_on_a_cpu(no_triton):
-    inputs = draw(3, 2, 3, 5, 2, modulate=True)
-    sources = listed(inputs)
-    functions = functools.partial(fused, backend="auto"), defined
-    compare(inputs, ("x", "h"), functions=functions, eps=0.3, norm_eps=0.05)
-    h = route(sources, inputs["query"], inputs["norm_weight"])
-    x, h_too, returned = route_modulate(**{k: v for k, v in inputs.items() if "source" not in k}, sources=sources)
-    assert torch.equal(h, h_too) and all(ours is theirs for ours, theirs in zip(returned, sources, strict=True))
+    monkeypatch.setattr(route_cpu, "_library", lambda: "no C compiler")
+    assert resolve_backend("auto", CPU) == "torch" and why_not_fused(CPU) == "no C compiler"
+    refused("cpu", "cannot be had: no C compiler; choose 'torch'")
 
 
 # ---- inside SiT and the trainer ----
@@ -731,12 +742,12 @@ def test_auto_is_plain_pytorch_on_a_cpu(no_triton):
 @pytest.mark.parametrize(
     "query, final, bf16", [("static", "shared", False), ("timestep", "shared", True), ("dynamic", "dedicated", False)]
 )
-def test_sit_is_the_same_network_with_either_backend(query, final, bf16):
+def test_sit_is_the_same_network_with_every_backend(query, final, bf16):
     sizes = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=2, num_classes=3)
     sizes |= dict(align_depth=1, align_dims=(5,), projector_dim=8, chunk_size=2)
     generator, results = torch.Generator().manual_seed(1), {}
     x, t = torch.randn(2, 1, 4, 4, generator=generator), torch.rand(2, generator=generator)
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "triton", "cpu"):
         torch.manual_seed(0)
         model = SiT(**sizes, routing="dar", query=query, final_aggregator=final, route_backend=backend)
         randomize(model, scale=0.2)  # gates and queries that start at zero hide much
@@ -748,15 +759,16 @@ def test_sit_is_the_same_network_with_either_backend(query, final, bf16):
     # Both round to bf16 in places of their own, and each of the sublayers passes that on.
     tolerance = 0.05 if bf16 else 1e-5
     names = ["velocity", "aligned", *(name for name, p in model.named_parameters() if p.requires_grad)]
-    for name, ours, theirs in zip(names, results["triton"], results["torch"], strict=True):
-        assert ours.dtype == theirs.dtype
-        if ours.norm() > 1e-6:  # but for gradients that are zero: key biases
-            assert_close(ours, theirs.double(), tolerance, name)
+    for backend in ("triton", "cpu"):
+        for name, ours, theirs in zip(names, results[backend], results["torch"], strict=True):
+            assert ours.dtype == theirs.dtype
+            if ours.norm() > 1e-6:  # but for gradients that are zero: key biases
+                assert_close(ours, theirs.double(), tolerance, name)
 
 
-def test_the_trainer_trains_alike_with_either_backend(small_data, tmp_path, capsys):
+def test_the_trainer_trains_alike_with_every_backend(small_data, tmp_path, capsys):
     records = {}
-    for backend, name in (("torch", "plain PyTorch"), ("triton", "fused Triton kernels")):
+    for backend, name in (("torch", "plain PyTorch"), ("triton", "fused Triton kernels"), ("cpu", "fused C")):
         out = tmp_path / backend
         words = f"--config digits --data {small_data} --out {out} --model SiT-S/4 --depth 1 --hidden-size 8"
         words += f" --num-heads 2 --routing dar --route-backend {backend} --chunk-size 2 --batch-size 2 --max-steps 2"
@@ -766,8 +778,8 @@ def test_the_trainer_trains_alike_with_either_backend(small_data, tmp_path, caps
         lines = read_lines(out / "metrics.jsonl")
         records[backend] = [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
     assert [step for step, *_ in records["torch"]] == [1, 2]
-    for ours, theirs in zip(records["triton"], records["torch"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    for theirs, *others in zip(*(records[backend] for backend in ("torch", "triton", "cpu")), strict=True):
+        assert all(ours == pytest.approx(theirs, rel=1e-5) for ours in others)
 
 
 # ---- compiled for a GPU, without one ----

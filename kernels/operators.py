@@ -1,0 +1,154 @@
+"""What all backends share: their derivatives, and what PyTorch must know about the fused ones.
+
+A backend is two functions (`register`). Those of Triton and of the CPU become PyTorch operators, so that
+`torch.compile` sees one node per call.
+
+Shapes: B batch, T tokens, D width, n sources.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch.autograd.function import once_differentiable
+
+FUNCTIONS, BACKENDS, LIBRARIES = {}, {}, []  # by name: as they are; as operators
+
+
+def _backend(name: str):
+    """The functions as they are unless they are being compiled: PyTorch's machinery would cost 2 % of a small step."""
+    return (BACKENDS if torch.compiler.is_compiling() else FUNCTIONS)[name]
+
+
+def register(
+    name: str, forward: Callable, backward: Callable, namespace: str = "", eager_backward: Callable | None = None
+):
+    """Makes two functions the backend `name`; with a namespace, as its PyTorch operators.
+
+    forward(sources, query, norm_weight, eps, [shift, scale, norm_eps, dtype]): returns h (B, T, D), the log-sum-exp of
+        its logits (B, T) and, with a shift, x (B, T, D) in `dtype` (`kernels.route_modulate`).
+    backward(dx, dh, h, lse, sources, known, query, norm_weight, eps, [shift, scale, norm_eps]): returns the gradients
+        of the sources, a list, of the query and the norm weight; with a dx also of shift and scale. dx or dh may be
+        None. known: a gradient or None for each source, from later readers; it is added.
+    eager_backward: takes its place where no operator is needed.
+    """
+
+    def functions(backward):
+        def route_backward(dh, *rest):
+            return backward(None, dh, *rest)
+
+        forwards = dict(route=forward, route_modulate=forward)
+        return forwards | dict(route_backward=route_backward, route_modulate_backward=backward)
+
+    BACKENDS[name] = FUNCTIONS[name] = SimpleNamespace(**functions(eager_backward or backward))
+    if not namespace:
+        return
+    library = torch.library.Library(namespace, "FRAGMENT")  # custom_op would cost 60 us more per call
+    LIBRARIES.append(library)  # or the operators would go with it
+    BACKENDS[name] = getattr(torch.ops, namespace)
+    for operator, (schema, shapes) in OPERATORS.items():
+        library.define(operator + schema)
+        library.impl(operator, functions(backward)[operator], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{operator}", shapes, lib=library)
+
+
+# ---- schemas and shapes ----
+
+
+def _like(tensor, dtype=None):
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _routed(sources, query, norm_weight, eps):
+    return _like(sources[0]), sources[0].new_empty(sources[0].shape[:2], dtype=torch.float32)
+
+
+def _modulated(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype):
+    return *_routed(sources, query, norm_weight, eps), _like(sources[0], dtype)
+
+
+def _route_gradients(dh, h, lse, sources, known, query, norm_weight, eps):
+    return [_like(v) for v in sources], _like(query), _like(norm_weight)
+
+
+def _modulate_gradients(dx, dh, h, lse, sources, known, query, norm_weight, eps, shift, scale, norm_eps):
+    gradients = _route_gradients(dh, h, lse, sources, known, query, norm_weight, eps)
+    return *gradients, shift.new_empty(shift.shape), scale.new_empty(scale.shape)
+
+
+OPERATORS = {
+    "route": (
+        "(Tensor[] sources, Tensor query, Tensor norm_weight, float eps) -> (Tensor, Tensor)",
+        _routed,
+    ),
+    "route_modulate": (
+        "(Tensor[] sources, Tensor query, Tensor norm_weight, float eps, Tensor shift, Tensor scale, float norm_eps, "
+        "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+        _modulated,
+    ),
+    "route_backward": (
+        "(Tensor dh, Tensor h, Tensor lse, Tensor[] sources, Tensor?[] known, Tensor query, Tensor norm_weight, "
+        "float eps) -> (Tensor[], Tensor, Tensor)",
+        _route_gradients,
+    ),
+    "route_modulate_backward": (
+        "(Tensor dx, Tensor? dh, Tensor h, Tensor lse, Tensor[] sources, Tensor?[] known, Tensor query, "
+        "Tensor norm_weight, float eps, Tensor shift, Tensor scale, float norm_eps) "
+        "-> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
+        _modulate_gradients,
+    ),
+}
+
+
+# ---- derivatives ----
+
+
+class Route(torch.autograd.Function):
+    """h of `kernels.route`."""
+
+    @staticmethod
+    def forward(ctx, backend, query, norm_weight, eps, *sources):
+        h, lse = _backend(backend).route(sources, query, norm_weight, eps)
+        ctx.save_for_backward(h, lse, query, norm_weight, *sources)
+        ctx.backend, ctx.eps = backend, eps
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        h, lse, query, norm_weight, *sources = ctx.saved_tensors
+        known = [None] * len(sources)
+        backward = _backend(ctx.backend).route_backward
+        gradients, dquery, dweight = backward(dh, h, lse, sources, known, query, norm_weight, ctx.eps)
+        return None, dquery, dweight, None, *gradients
+
+
+class RouteModulate(torch.autograd.Function):
+    """(x, h, *sources) of `kernels.route_modulate`.
+
+    The sources pass through, so that their gradients come back through here. Later reads use the returned ones.
+    Autograd then hands their gradients to this backward, which adds its own share in the kernel; no gradient is
+    written only to be read again and added to another (README.md).
+    """
+
+    @staticmethod
+    def forward(ctx, backend, query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources):
+        operator = _backend(backend).route_modulate
+        h, lse, x = operator(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, lse, query, norm_weight, shift, scale, *sources)
+        ctx.backend, ctx.eps, ctx.norm_eps = backend, eps, norm_eps
+        return x, h, *sources
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dh, *known):
+        h, lse, query, norm_weight, shift, scale, *sources = ctx.saved_tensors
+        backend, routing = _backend(ctx.backend), (h, lse, sources, known, query, norm_weight, ctx.eps)
+        gradients, dquery, dweight, dshift, dscale = known, None, None, None, None
+        if dx is not None:
+            results = backend.route_modulate_backward(dx, dh, *routing, shift, scale, ctx.norm_eps)
+            gradients, dquery, dweight, dshift, dscale = results
+        elif dh is not None:
+            gradients, dquery, dweight = backend.route_backward(dh, *routing)
+        return None, dquery, dweight, dshift, dscale, None, None, None, *gradients
