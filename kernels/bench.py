@@ -2,14 +2,17 @@
 
     python -m kernels.bench --out kernels/bench-h100
 
+On a GPU Triton's kernels are measured in bf16, on a CPU the C ones in float32, in CPU time of one thread.
 Measures one aggregation (forward, backward, both) for every number of sources, width and query; then all aggregators
 of a model; then its training step. Every method is first compared with float64, gradients included; one that differs
 is reported as wrong and not timed. Writes OUT.json and OUT.md, with the goals beside the measurements. The part `tune`
 times the kernels alone, with other rows per program and loads ahead than those that are set.
 
-Device times: each call is recorded as a CUDA graph and replayed with a cold L2 cache. Steps are timed as they run.
+Device times: each call is recorded as a CUDA graph and replayed with a cold L2 cache. Steps are timed as they run; on
+a CPU, of two sizes, in turns.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -25,24 +28,26 @@ import triton
 import tyro
 from torch.nn import functional as F
 
-from kernels import reference, resolve_backend, route, route_triton
+from kernels import reference, route, route_triton, why_not_fused
+from kernels.bench_report import PARTS, PEERS, cell, goals, markdown
 from models.dar import QUERIES, DepthRouter
 from models.sit import SIT_MODELS
 from models.streams import ResidualStream, RoutedStream
 from runtime import Ranks, environment, write_json
 
-TOLERANCE = 2e-2  # of a norm in bf16: operands with 2^-9 each, and logits that grow with sqrt(D)
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
+TOLERANCE = {"cuda": 2e-2, "cpu": 1e-4}  # of a norm: operands with 2^-9 each, and logits that grow with sqrt(D)
+CPU_ROUNDS = 30
 QUANTILES = (0.2, 0.5, 0.8)
-PARTS = ("operators", "stacks", "steps", "tune")
-METHODS = ("eager", "compiled", "fla", "liger", "fused")
+METHODS = ("eager", "compiled", "fla", "liger", "torch", "fused")  # the first two: of reference.py
 STEPS = {
     "residual": {},
     "DAR eager": {"routing": "dar", "route_backend": "torch"},
-    "DAR fused": {"routing": "dar", "route_backend": "triton"},
-    "DAR fused, dynamic": {"routing": "dar", "route_backend": "triton", "query": "dynamic"},
+    "DAR fused": {"routing": "dar"},
+    "DAR fused, dynamic": {"routing": "dar", "query": "dynamic"},
+    "DAR fused, S = 1": {"routing": "dar", "chunk_size": 1},
 }
 COMPILED = {f"{name}, compiled": name for name in STEPS if name != "DAR eager"}  # whose 522 reads would be unrolled
-PEERS = {"fla": "flash-linear-attention", "liger": "liger-kernel"}
 
 
 @dataclass(frozen=True)
@@ -62,36 +67,43 @@ class Options:
     model: Literal[tuple(SIT_MODELS)] = "SiT-XL/2"
     depth: int | None = None
     """Blocks, if not those of the model."""
+    hidden_size: int | None = None
     input_size: int = 32
     chunk_sizes: tuple[int, ...] = (1, 4, 8)
     step_arms: tuple[Literal[(*STEPS, *COMPILED)], ...] = (*STEPS, *COMPILED)
     """Of the training steps; compiling DAR takes minutes."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """cpu, with TRITON_INTERPRET=1, tries the script; its times mean nothing."""
+
+
+OF_CPU = Options(
+    sources=(1, 4, 9, 18), widths=(64, 384), batch=64, tokens=16, model="SiT-S/2", hidden_size=64, input_size=8,
+    chunk_sizes=(1, 4), device="cpu",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if the fused kernels were wrong in any row, otherwise 0."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    default = Options() if torch.cuda.is_available() else OF_CPU
+    options = tyro.cli(Options, args=argv, description=__doc__, default=default)
     device = torch.device(options.device)
-    try:
-        resolve_backend("triton", device)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: no CUDA device here; with TRITON_INTERPRET=1, --device cpu tries the script")
+        raise SystemExit("error: no CUDA device here; choose --device cpu")
+    if reason := why_not_fused(device):
+        raise SystemExit(f"error: no fused kernels to measure: {reason}")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     if device.type == "cuda":  # a backward pass runs where its forward pass ran, and the default stream is not recorded
         torch.cuda.set_stream(torch.cuda.Stream())
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # or a compiled backward could be called only once
     versions = {package: version_of(package) for package in ("triton", *PEERS.values())}
     result = environment(Ranks()) | {"versions": versions, "batch": options.batch, "tokens": options.tokens}
-    result["device"] = result["gpu"] if device.type == "cuda" else f"{result['cpu']}, interpreted"
+    result["device"] = result["gpu"] if device.type == "cuda" else f"{result['cpu']}, one thread"
     result["copy_gb_per_s"] = copy_bandwidth(device) / 1e6
     print(f"{result['device']}: copies {result['copy_gb_per_s']:.0f} GB/s, read and write counted", flush=True)
     for kind in QUERIES:  # what stacks and steps are made of
         error = parity(method_named("fused", kind, 9), options, max(options.widths), kind, 9, device)
-        if not error < TOLERANCE:
+        if not error < TOLERANCE[device.type]:
             raise SystemExit(f"error: the fused kernels are wrong ({kind} query, error {error:.1e}): nothing is timed")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
@@ -99,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in {"operators": operators, "stacks": stacks, "steps": steps, "tune": tune}[part](options, device):
             result[part].append(row)
             print(" | ".join(map(cell, row.values())), flush=True)
-            result["goals"] = goals(result)
+            result["goals"] = goals(result) if device.type == "cuda" else {}
             write_json(Path(f"{options.out}.json"), result)  # after every row, so that an interrupted run keeps it
             Path(f"{options.out}.md").write_text(markdown(result))
     print(f"wrote {options.out}.json and {options.out}.md")
@@ -118,19 +130,24 @@ def operators(options, device):
             yield row | attempt(time_operator, method, options, width, kind, n, device)
 
 
+def plain(sources, query, norm_weight):
+    return reference.route(sources, query, norm_weight, 1e-6)[0]
+
+
 def method_named(name, kind, n):
     """A function of (list of sources, query, norm weight) that returns h; None where there is none for these."""
-    if name in ("eager", "fused"):
-        return functools.partial(route, backend="torch" if name == "eager" else "triton")
-    if name == "compiled":
-        return torch.compile(functools.partial(route, backend="torch"), fullgraph=True, dynamic=False)
+    if name in ("torch", "fused"):
+        return functools.partial(route, backend="torch" if name == "torch" else "auto")
+    if name in ("eager", "compiled"):
+        return torch.compile(plain, fullgraph=True, dynamic=False) if name == "compiled" else plain
     if kind != "static" or version_of(PEERS[name]) is None:
         return None
     if name == "fla":
-        from fla.ops.attnres import fused_attnres
+        from fla.ops.attnres import fused_attnres, naive_attnres
 
-        return lambda v, q, g: fused_attnres(q.to(v[0].dtype), v, g.to(v[0].dtype), scale=len(q) ** -0.5)
-    if n > 32:
+        theirs = {"cuda": fused_attnres, "cpu": naive_attnres}
+        return lambda v, q, g: theirs[q.device.type](q.to(v[0].dtype), v, g.to(v[0].dtype), scale=len(q) ** -0.5)
+    if n > 32 or not torch.cuda.is_available():
         return None
     from liger_kernel.ops.attn_res import LigerAttnResFunction
 
@@ -142,7 +159,7 @@ def method_named(name, kind, n):
 
 def time_operator(method, options, width, kind, n, device):
     error = parity(method, options, width, kind, n, device)
-    if not error < TOLERANCE:
+    if not error < TOLERANCE[device.type]:
         return {"wrong": error}
     sources, query, weight, dh = inputs(options.batch, options.tokens, width, kind, n, device)
     leaves = [*sources, query, weight]
@@ -161,12 +178,12 @@ def time_operator(method, options, width, kind, n, device):
 
 
 def inputs(batch, tokens, width, kind, n, device):
-    def normal(*shape, dtype=torch.bfloat16):
+    def normal(*shape, dtype=DTYPE[device.type]):
         return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
 
     shape = {"static": (width,), "timestep": (batch, width), "dynamic": (batch, tokens, width)}[kind]
     sources = [normal(batch, tokens, width) for _ in range(n)]
-    query = normal(*shape, dtype=torch.bfloat16 if kind == "dynamic" else torch.float32)
+    query = normal(*shape, dtype=DTYPE[device.type] if kind == "dynamic" else torch.float32)
     return sources, query, normal(width, dtype=torch.float32), normal(batch, tokens, width).detach()
 
 
@@ -198,16 +215,16 @@ def time_launches(options, width, kind, n, device):
     shift, scale = torch.randn(2, options.batch, width, device=device)
     before = reset_memory(device)
     common = query.detach(), weight.detach(), 1e-6
-    modulation = *common[:2], shift, scale, 1e-6, 1e-6, dh.dtype
-    x, h, lse = route_triton.route_modulate(sources, *modulation)
+    modulation, operators, unknown = (*common, shift, scale, 1e-6, dh.dtype), torch.ops.dar, [None] * n
+    h, lse, x = operators.route_modulate(sources, *modulation)
     return measure(
         device,
         before,
-        forward=lambda: route_triton.route(sources, *common),
-        forward_modulated=lambda: route_triton.route_modulate(sources, *modulation),
-        backward=lambda: route_triton.route_backward(dh, h, lse, sources, [], *common),
-        backward_with_known=lambda: route_triton.route_backward(dh, h, lse, sources, known, *common),
-        backward_of_modulation=lambda: route_triton.modulate_backward(dh, None, h, shift, scale, 1e-6),
+        forward=lambda: operators.route(sources, *common),
+        forward_modulated=lambda: operators.route_modulate(sources, *modulation),
+        backward=lambda: operators.route_backward(dh, h, lse, sources, unknown, *common),
+        backward_with_known=lambda: operators.route_backward(dh, h, lse, sources, known, *common),
+        backward_of_modulation=lambda: route_triton._launch_modulate_backward(dh, None, h, shift, scale, 1e-6),
     )
 
 
@@ -217,7 +234,7 @@ def time_launches(options, width, kind, n, device):
 def stacks(options, device):
     """Every read of a state (routing, LayerNorm, adaLN) of one pass, with sublayers that cost nothing."""
     yield {"method": "residual", "query": None, "chunk_size": None} | attempt(time_stack, None, options, device)
-    backends = (("eager", "torch"), ("fused", "triton"))
+    backends = (("torch", "torch"), ("fused", "auto"))
     for size, kind, (name, backend) in itertools.product(options.chunk_sizes, options.queries, backends):
         row = {"method": name, "query": kind, "chunk_size": size}
         yield row | attempt(time_stack, (kind, size, backend), options, device)
@@ -235,11 +252,11 @@ def time_stack(routing, options, device):
     leaves = [tokens, e, shift, scale, *(router.parameters() if router else ())]
 
     def forward():
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             stream = RoutedStream(router, tokens, e) if router else ResidualStream(tokens)
             for _ in range(layers):
                 x, _ = stream.read(shift, scale)
-                stream.write(x.to(torch.bfloat16))
+                stream.write(x.to(DTYPE[device.type]))
             return stream.read(shift, scale)[0].float().sum()
 
     def both():
@@ -249,16 +266,34 @@ def time_stack(routing, options, device):
 
 
 def steps(options, device):
-    """Forward in bf16 autocast, backward and fused AdamW, as the trainer runs them."""
+    """Forward, on a GPU in bf16 autocast, backward and fused AdamW, as the trainer runs them."""
+    if device.type == "cpu":
+        yield from steps_in_turns(options, device)
+        return
     for name in options.step_arms:
         compiled = name in COMPILED
         arm = STEPS[COMPILED.get(name, name)]
         yield {"method": name} | attempt(time_step, arm, compiled, options, device)
 
 
+def steps_in_turns(options, device):
+    for depth in (options.depth,) if options.depth else (8, 28):
+        sized = dataclasses.replace(options, depth=depth)
+        calls = {name: step_of(STEPS[name], False, sized, device) for name in options.step_arms if name in STEPS}
+        rounds = [{name: cpu_time(call) for name, call in calls.items()} for _ in range(2 + CPU_ROUNDS)][2:]
+        for name in calls:
+            times, residual = ([times[which] for times in rounds] for which in (name, "residual"))
+            ratio = quantiles_of(times)[1] / quantiles_of(residual)[1]
+            yield {"depth": depth, "method": name, "step": quantiles_of(times), "over residual": ratio}
+
+
 def time_step(arm, compiled, options, device):
-    torch.compiler.reset()
     before = reset_memory(device)
+    return measure(device, before, graph=False, step=step_of(arm, compiled, options, device))
+
+
+def step_of(arm, compiled, options, device):
+    torch.compiler.reset()
     model = build(options, device, **arm).train()
     if compiled:
         model.compile()
@@ -268,19 +303,19 @@ def time_step(arm, compiled, options, device):
     labels = torch.randint(model.num_classes, (options.batch,), device=device)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             velocity, _ = model(x, t, labels)
         F.mse_loss(velocity.float(), target).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    return measure(device, before, graph=False, step=step)
+    return step
 
 
 def build(options, device, **arm):
-    depth = {"depth": options.depth} if options.depth else {}
-    return SIT_MODELS[options.model](input_size=options.input_size, align_dims=(), **depth, **arm).to(device)
+    sizes = {name: getattr(options, name) for name in ("depth", "hidden_size") if getattr(options, name)}
+    return SIT_MODELS[options.model](input_size=options.input_size, align_dims=(), **sizes, **arm).to(device)
 
 
 # ---- measuring ----
@@ -306,11 +341,9 @@ def measure(device, before, graph=True, **calls):
 
 
 def quantiles(function, device, graph=True):
-    """20, 50 and 80 % quantiles of the time of a call, in milliseconds; on a CPU the time of one call."""
+    """20, 50 and 80 % quantiles of the time of a call, in milliseconds."""
     if device.type != "cuda":
-        began = time.perf_counter()
-        function()
-        return [1e3 * (time.perf_counter() - began)] * 3
+        return quantiles_of([cpu_time(function) for _ in range(CPU_ROUNDS)])
     if not graph:
         return list(triton.testing.do_bench(function, warmup=500, rep=2000, quantiles=QUANTILES))
     for _ in range(3):  # compiles, and fills the allocator, before the recording
@@ -321,10 +354,20 @@ def quantiles(function, device, graph=True):
     return list(triton.testing.do_bench(recorded.replay, warmup=20, rep=100, quantiles=QUANTILES))
 
 
+def quantiles_of(times):
+    return torch.tensor(times).quantile(torch.tensor(QUANTILES)).tolist()
+
+
+def cpu_time(function):
+    began = time.process_time()
+    function()
+    return 1e3 * (time.process_time() - began)
+
+
 @functools.cache
 def copy_bandwidth(device):
     """Bytes per millisecond, read and write counted."""
-    source = torch.empty(2**29 if device.type == "cuda" else 2**20, dtype=torch.bfloat16, device=device)
+    source = torch.empty(2**29 if device.type == "cuda" else 2**24, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     # Not as a graph: there a copy goes through the copy engines, which are slower.
     return 2 * source.nbytes / quantiles(lambda: target.copy_(source), device, graph=False)[1]
@@ -343,70 +386,6 @@ def version_of(package):
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-# ---- the report ----
-
-
-def cell(value):
-    if isinstance(value, list):
-        return "{1:.3f} ({0:.3f}-{2:.3f})".format(*value)
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def table(rows):
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [header, ["---"] * len(header), *([cell(row.get(key)) for key in header] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def goals(result):
-    """What was measured for each goal, in the worst of its shapes; None if nothing was."""
-    rows = [row for row in result.get("operators", []) if "forward" in row]
-    rows = {(row["method"], row["width"], row["query"], row["sources"]): row for row in rows}
-    wide = [row for (method, width, _, n), row in rows.items() if (method, width) == ("fused", 1152) and n >= 8]
-
-    def over_fused(method, parts, count=None):
-        shapes = [shape for name, *shape in rows if name == method and ("fused", *shape) in rows]
-        shapes = [shape for shape in shapes if count in (None, shape[2])]
-        return [rows[method, *shape][part][1] / rows["fused", *shape][part][1] for shape in shapes for part in parts]
-
-    found, forward = {}, [row["forward_share"] for row in wide]
-    # The floor reads the sources and writes their gradients: 2 n of the 2 n + 2 tensors.
-    backward = [(1 + 1 / row["sources"]) / row["backward_share"] for row in wide]
-    found["forward, share of copy bandwidth, n >= 8, D = 1152: at least 0.85"] = min(forward, default=None)
-    found["backward, times the floor, n >= 8, D = 1152: at most 1.3"] = max(backward, default=None)
-    for peer in PEERS:
-        ratios = over_fused(peer, ("forward", "backward"))
-        found[f"static query, {peer} / fused: at least 1"] = min(ratios, default=None)
-    for part, least in (("forward", 11.5), ("backward", 8.5)):
-        ratios = over_fused("eager", (part,), 57)
-        found[f"{part} at n = 57, eager / fused: at least {least}"] = min(ratios, default=None)
-    done = {row["method"]: row for row in result.get("steps", []) if "step" in row}
-    for suffix in ("", ", compiled"):
-        residual, dar = done.get(f"residual{suffix}"), done.get(f"DAR fused{suffix}")
-        times = dar["step"][1] / residual["step"][1] if residual and dar else None
-        peaks = dar["peak_mib"] / max(1, residual["peak_mib"]) if residual and dar else None
-        found[f"step of DAR S = 4{suffix} / residual{suffix}: at most 1.10"] = times
-        found[f"memory of DAR S = 4{suffix} / residual{suffix}: at most 1.15"] = peaks
-    return found
-
-
-def markdown(result):
-    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in result["versions"].items())
-    text = f"""# {result["device"]}
-
-`{result["command"]}`
-
-torch {result["torch"]}, {versions}, commit {result["commit"]}.
-One aggregation: B = {result["batch"]}, T = {result["tokens"]}, bf16. Times are medians in milliseconds with 20 and 80 %
-quantiles. A copy moves {result["copy_gb_per_s"]:.0f} GB/s, read and write counted; shares are of that, and count each
-tensor that has to be read or written once. peak_mib is the peak of memory above that before.
-
-"""
-    measured = [{"goal": goal, "measured": value} for goal, value in result["goals"].items()]
-    text += table([row if row["measured"] else row | {"measured": "not measured"} for row in measured])
-    return text + "".join(f"\n## {part.capitalize()}\n\n{table(result[part])}" for part in PARTS if part in result)
 
 
 if __name__ == "__main__":
