@@ -55,11 +55,16 @@ def markdown(result):
 `{result["command"]}`
 
 torch {result["torch"]}, {versions}, commit {result["commit"]}.
-One aggregation: B = {result["batch"]}, T = {result["tokens"]}, bf16, or float32 on a CPU. Times are medians in milliseconds
-with 20 and 80 % quantiles. A copy moves {result["copy_gb_per_s"]:.0f} GB/s, read and write counted; shares are of that, and count each
-tensor that has to be read or written once. peak_mib is the peak of memory above that before.
+One aggregation: B = {result["batch"]}, T = {result["tokens"]}; bf16, or float32 on a CPU. Times are medians in
+milliseconds with 20 and 80 % quantiles. A copy moves {result["copy_gb_per_s"]:.0f} GB/s, read and write counted; shares
+are of that, and count each tensor that has to be read or written once. peak_mib is the peak of a GPU's memory above
+that before.
 
 """
     measured = [{"goal": goal, "measured": value} for goal, value in result["goals"].items()]
-    text += table([row if row["measured"] else row | {"measured": "not measured"} for row in measured])
+    text += (
+        ""
+        if not measured
+        else table([row if row["measured"] else row | {"measured": "not measured"} for row in measured])
+    )
     return text + "".join(f"\n## {part.capitalize()}\n\n{table(result[part])}" for part in PARTS if part in result)
