@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, route_cpu, route_torch  # noqa: F401  (registers a backend)
-from kernels.operators import Route, RouteModulate
+from kernels.operators import Carried, Route, RouteModulate
 
 if importlib.util.find_spec("triton"):  # Linux; elsewhere there is PyTorch alone
     from kernels import route_triton
@@ -87,7 +87,7 @@ def route(
 
 
 def route_modulate(
-    sources: Sequence[Tensor],
+    sources: Sequence[Tensor | Carried],
     query: Tensor,
     norm_weight: Tensor,
     shift: Tensor,
@@ -95,24 +95,34 @@ def route_modulate(
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Carried]]:
     """`route`, followed by what reads its state: LayerNorm without weights, then adaLN's modulation.
 
         x = LayerNorm(h) * (1 + scale) + shift
 
     shift, scale: (B, D). norm_eps: of the LayerNorm. Other arguments and errors are those of `route`.
     Returns x (B, T, D), in autocast's dtype where that is on and otherwise in h's; h (B, T, D) in the sources' dtype.
-    Returns the sources; later reads must use these, so that gradients accumulate in the backend. Each reader rounds the
-    sum so far to the sources' dtype.
+    Returns the sources, each with its carrier (`Carried`): later reads must use these, so that a source's gradients are
+    added up in the backend, in float32.
     """
-    sources, backend = _checked(sources, query, norm_weight, backend)
+    order = sorted(range(len(sources)), key=lambda i: not isinstance(sources[i], Carried))  # carried ones first
+    carriers = [v.carrier for v in sources if isinstance(v, Carried)]
+    sources, backend = _checked([value_of(v) for v in sources], query, norm_weight, backend)
     shape, width = tuple(sources[0].shape), sources[0].shape[-1]
     for name, value in (("shift", shift), ("scale", scale)):
         if tuple(value.shape) != (shape[0], width):
             raise ValueError(f"{name} is {tuple(value.shape)}; sources {shape} need ({shape[0]}, {width})")
     dtype = autocast_dtype(sources[0])
-    x, h, *sources = RouteModulate.apply(backend, query, norm_weight, shift, scale, eps, norm_eps, dtype, *sources)
-    return x, h, sources
+    x, h, *carriers = RouteModulate.apply(
+        backend, query, norm_weight, shift, scale, eps, norm_eps, dtype,
+        len(carriers), *carriers, *(sources[i] for i in order),
+    )  # fmt: skip
+    carriers = dict(zip(order, carriers))
+    return x, h, [Carried(v, carriers[i]) for i, v in enumerate(sources)]
+
+
+def value_of(source: Tensor | Carried) -> Tensor:
+    return source.value if isinstance(source, Carried) else source
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

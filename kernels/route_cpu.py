@@ -187,7 +187,7 @@ def _forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=
     return (h, lse) if x is None else (h, lse, _cast(x, dtype))
 
 
-def _backward(dx, dh, h, lse, sources, known, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0):
+def _backward(dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0):
     kinds = [tensor.dtype for tensor in (query, norm_weight, shift, scale) if tensor is not None]
     sources, known = [_plain(v) for v in sources], [None if g is None else _plain(g) for g in known]
     query, norm_weight, dh = _plain(query), _plain(norm_weight), None if dh is None else _plain(dh)

@@ -45,20 +45,21 @@ def _load(pointer, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
+def _store(pointer, a, b, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    tail = HEAD + tl.arange(0, TAIL)
+    tl.store(pointer + tl.arange(0, HEAD), a.to(pointer.dtype.element_ty))
+    tl.store(pointer + tail, b.to(pointer.dtype.element_ty), mask=tail < D)
+
+
+# Masked without a branch, so that loads can run iterations ahead.
+@triton.jit
 def _load_if(wanted, pointer, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """Zeros, and no traffic, unless `wanted`. Masked without a branch, so that the load can run iterations ahead."""
+    """Zeros, and no traffic, unless `wanted`."""
     head, tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
     return (
         tl.load(pointer + head, mask=wanted & (head < D), other=0.0).to(tl.float32),
         tl.load(pointer + tail, mask=wanted & (tail < D), other=0.0).to(tl.float32),
     )
-
-
-@triton.jit
-def _store(pointer, a, b, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    tail = HEAD + tl.arange(0, TAIL)
-    tl.store(pointer + tl.arange(0, HEAD), a.to(pointer.dtype.element_ty))
-    tl.store(pointer + tail, b.to(pointer.dtype.element_ty), mask=tail < D)
 
 
 @triton.jit
@@ -80,17 +81,20 @@ def _in_registers(addresses):
 
 
 @triton.jit
-def _row_of(table, i, like, offset, ALIGN: tl.constexpr):
-    """Pointer to the row at `offset` of tensor i; `like` is a pointer of the same dtype."""
-    slots = tl.arange(0, table.shape[0])
-    address = tl.sum(tl.where(slots == i, table, 0))
+def _entry(table, i):
+    return tl.sum(tl.where(tl.arange(0, table.shape[0]) == i, table, 0))
+
+
+@triton.jit
+def _row_at(address, like, offset, ALIGN: tl.constexpr):
+    """Pointer to the row at `offset` of the tensor at this address; `like` is a pointer of the same dtype."""
     return tl.multiple_of(address.to(like.dtype), ALIGN) + offset
 
 
 # ---- kernels ----
 
 # Or n = 1 and n = 16, and addresses that are a multiple of 16, would each be compiled again.
-UNSPECIALIZED = ["sources", "known", "gradients", "num_sources", "num_known", "tokens"]
+UNSPECIALIZED = ["sources", "known", "gradients", "num_sources", "num_carried", "tokens"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -110,7 +114,7 @@ def _forward(
     largest, total = float("-inf"), 0.0
     h_a, h_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
     for i in tl.range(0, num_sources, num_stages=STAGES):
-        v_a, v_b = _load(_row_of(table, i, h, row * D, ALIGN), D, HEAD, TAIL)
+        v_a, v_b = _load(_row_at(_entry(table, i), h, row * D, ALIGN), D, HEAD, TAIL)
         logit = _dot(v_a, v_b, q_a, q_b) * tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
         new = tl.maximum(largest, logit)
         shrink, p = tl.exp(largest - new), tl.exp(logit - new)
@@ -139,12 +143,14 @@ def _normalized(a, b, eps, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constex
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward(
-    sources, num_sources, known, num_known, gradients, dh, h, lse,
+    sources, num_sources, num_carried, known, gradients, dh, h, lse,
     query, query_sample_stride, query_row_stride, weight, eps, dquery, parts, tokens, PER_TOKEN: tl.constexpr,
     ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all sources in one read of them, added to what is `known` of the first num_known.
+    """Gradients of all sources in one read of them, each added to what is `known` of it unless that address is 0.
+
+    What is known, and the gradients of the first num_carried sources, are float32; others have the sources' dtype.
 
     With s = r (v . q') / sqrt(D), q' = g * q and r = 1 / rms(v):
         ds = a (dh . v - dh . h)             as sum_j a_j (dh . v_j) = dh . h, no second pass over the sources
@@ -177,20 +183,23 @@ def _backward(
             dq_a, dq_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
         excess = 0.0
         mean_a, mean_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
-        for i in tl.range(0, num_sources, num_stages=STAGES):
-            v_a, v_b = _load(_row_of(source_table, i, h, row * D, ALIGN), D, HEAD, TAIL)
-            r = tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
-            logit = r * _dot(v_a, v_b, q_a, q_b)
-            a = tl.minimum(tl.exp(logit - logsumexp), 1.0)
-            ds = tl.where(a < 1.0, a * (_dot(v_a, v_b, dh_a, dh_b) - dh_h), 0.0)
-            along_q, along_v = ds * r, -ds * logit * r * r / D
-            k_a, k_b = _load_if(i < num_known, _row_of(known_table, i, h, row * D, ALIGN), D, HEAD, TAIL)
-            dv_a = k_a + a * dh_a + along_q * q_a + along_v * v_a
-            dv_b = k_b + a * dh_b + along_q * q_b + along_v * v_b
-            _store(_row_of(gradient_table, i, h, row * D, ALIGN), dv_a, dv_b, D, HEAD, TAIL)
-            dq_a, dq_b = dq_a + along_q * v_a, dq_b + along_q * v_b
-            mean_a, mean_b = mean_a + (a * r) * v_a, mean_b + (a * r) * v_b
-            excess += ds
+        for PLAIN in tl.static_range(2):  # the carried ones, then those whose gradient has their own dtype
+            like = h if PLAIN else lse
+            for i in tl.range(num_carried if PLAIN else 0, num_sources if PLAIN else num_carried, num_stages=STAGES):
+                v_a, v_b = _load(_row_at(_entry(source_table, i), h, row * D, ALIGN), D, HEAD, TAIL)
+                r = tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
+                logit = r * _dot(v_a, v_b, q_a, q_b)
+                a = tl.minimum(tl.exp(logit - logsumexp), 1.0)
+                ds = tl.where(a < 1.0, a * (_dot(v_a, v_b, dh_a, dh_b) - dh_h), 0.0)
+                along_q, along_v = ds * r, -ds * logit * r * r / D
+                k = _entry(known_table, i)
+                k_a, k_b = _load_if(k != 0, _row_at(k, lse, row * D, ALIGN), D, HEAD, TAIL)
+                dv_a = k_a + a * dh_a + along_q * q_a + along_v * v_a
+                dv_b = k_b + a * dh_b + along_q * q_b + along_v * v_b
+                _store(_row_at(_entry(gradient_table, i), like, row * D, ALIGN), dv_a, dv_b, D, HEAD, TAIL)
+                dq_a, dq_b = dq_a + along_q * v_a, dq_b + along_q * v_b
+                mean_a, mean_b = mean_a + (a * r) * v_a, mean_b + (a * r) * v_b
+                excess += ds
         dq_a, dq_b = dq_a - excess * mean_a, dq_b - excess * mean_b
         if PER_TOKEN:
             q_a, q_b = _load(query + row * query_row_stride, D, HEAD, TAIL)
@@ -248,10 +257,10 @@ def _options(width):
 
 
 def _addresses(*lists):
-    """The addresses of the tensors of each list, padded, and their common alignment in bytes."""
-    tables = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
-    slots = max(FEWEST_SLOTS, 1 << (max(map(len, tables)) - 1).bit_length())
-    padded = [(*table, *[table[-1]] * (slots - len(table))) for table in tables]
+    """The addresses of the tensors of each list, 0 for None, padded; and their common alignment in bytes."""
+    tables = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in lists]
+    slots = max(FEWEST_SLOTS, 1 << (len(tables[0]) - 1).bit_length())
+    padded = [(*table, *[0] * (slots - len(table))) for table in tables]
     return *padded, math.gcd(16, *itertools.chain(*tables))
 
 
@@ -281,31 +290,6 @@ def _launch_forward(sources, query, norm_weight, eps, shift=None, scale=None, no
     return (h, lse) if x is None else (h, lse, x)
 
 
-def _launch_backward(dh, h, lse, sources, known, query, norm_weight, eps, gradients):
-    """known: of the first len(known) sources. gradients: to write to."""
-    sources, known = [v.contiguous() for v in sources], [g.contiguous() for g in known]
-    dh, query, norm_weight = dh.contiguous(), query.contiguous(), norm_weight.contiguous()
-    batch, tokens, width = h.shape
-    programs = -(-tokens // BACKWARD_ROWS)
-    per_token = query.ndim == 3
-    # One partial sum per program, added up below in a fixed order: float atomics would vary from run to run.
-    parts = h.new_empty((batch, programs, width), dtype=torch.float32)
-    dquery = torch.empty_like(query) if per_token else None
-    if h.numel():
-        *addresses, align = _addresses(sources, known or gradients, gradients)
-        with torch.cuda.device_of(h):
-            _backward[batch * programs,](
-                addresses[0], len(sources), addresses[1], len(known), addresses[2], dh, h, lse,
-                query, *_strides(query), norm_weight, eps, dquery, parts, tokens,
-                PER_TOKEN=per_token, ALIGN=align, STAGES=STAGES, ROWS=BACKWARD_ROWS, **_options(width),
-            )  # fmt: skip
-    if per_token:
-        return gradients, dquery, parts.sum((0, 1)).to(norm_weight.dtype)
-    dq = parts.sum((1, 0)[: 3 - query.ndim])
-    dweight = (dq * query).reshape(-1, width).sum(0)
-    return gradients, (dq * norm_weight).to(query.dtype), dweight.to(norm_weight.dtype)
-
-
 def _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps):
     dx, dh = dx.contiguous(), None if dh is None else dh.contiguous()
     scale = scale if scale.stride(-1) == 1 else scale.contiguous()
@@ -321,20 +305,46 @@ def _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps):
     return total, parts[0].sum(1).to(shift.dtype), parts[1].sum(1).to(scale.dtype)
 
 
-def _launch_backwards(
-    dx, dh, h, lse, sources, known, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, one_buffer=False
-):
+def _launch_backward(
+    gradients, dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0
+):  # fmt: skip
+    """gradients: float32 tensors to write those of the carried sources to, then tensors of the others' dtype."""
     dmodulation = []
     if dx is not None:
         dh, *dmodulation = _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps)
-    order = sorted(range(len(sources)), key=lambda i: known[i] is None)  # those with a known gradient come first
-    ordered, added = [sources[i] for i in order], [known[i] for i in order if known[i] is not None]
-    buffer = h.new_empty((len(sources), *h.shape)).unbind() if one_buffer else [torch.empty_like(h) for _ in sources]
-    written = [buffer[i] for i in order]
-    _, dquery, dweight = _launch_backward(dh, h, lse, ordered, added, query, norm_weight, eps, written)
-    return list(buffer), dquery, dweight, *dmodulation
+    sources, known = [v.contiguous() for v in sources], [g if g is None else g.contiguous() for g in known]
+    dh, query, norm_weight = dh.contiguous(), query.contiguous(), norm_weight.contiguous()
+    batch, tokens, width = h.shape
+    programs = -(-tokens // BACKWARD_ROWS)
+    per_token = query.ndim == 3
+    # One partial sum per program, added up below in a fixed order: float atomics would vary from run to run.
+    parts = h.new_empty((batch, programs, width), dtype=torch.float32)
+    dquery = torch.empty_like(query) if per_token else None
+    if h.numel():
+        *addresses, align = _addresses(sources, known, gradients)
+        with torch.cuda.device_of(h):
+            _backward[batch * programs,](
+                addresses[0], len(sources), carried, *addresses[1:], dh, h, lse,
+                query, *_strides(query), norm_weight, eps, dquery, parts, tokens,
+                PER_TOKEN=per_token, ALIGN=align, STAGES=STAGES, ROWS=BACKWARD_ROWS, **_options(width),
+            )  # fmt: skip
+    if per_token:
+        return gradients, dquery, parts.sum((0, 1)).to(norm_weight.dtype), *dmodulation
+    dq = parts.sum((1, 0)[: 3 - query.ndim])
+    dweight = (dq * query).reshape(-1, width).sum(0)
+    return gradients, (dq * norm_weight).to(query.dtype), dweight.to(norm_weight.dtype), *dmodulation
 
 
-# Outside of operators, whose outputs may not share memory, one allocation serves all gradients.
-eager = functools.partial(_launch_backwards, one_buffer=True)
-register("triton", _launch_forward, _launch_backwards, namespace="dar", eager_backward=eager)
+def _eager_backward(dx, dh, h, lse, sources, known, carried, *rest):
+    """With one allocation for the gradients of one dtype, which an operator's outputs may not share."""
+    gradients = h.new_empty((carried, *h.shape), dtype=torch.float32).unbind()
+    gradients += h.new_empty((len(sources) - carried, *h.shape)).unbind()
+    return _launch_backward(gradients, dx, dh, h, lse, sources, known, carried, *rest)
+
+
+def _operator_backward(dx, dh, h, lse, sources, known, carried, *rest):
+    gradients = [torch.empty_like(h, dtype=torch.float32 if i < carried else None) for i in range(len(sources))]
+    return _launch_backward(gradients, dx, dh, h, lse, sources, known, carried, *rest)
+
+
+register("triton", _launch_forward, _operator_backward, namespace="dar", eager_backward=_eager_backward)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import autocast_dtype, resolve_backend, route_modulate
+from kernels import autocast_dtype, resolve_backend, route_modulate, value_of
 from models.dar import DepthRouter
 
 
@@ -48,15 +48,15 @@ class RoutedStream:
         indices, query, norm_weight = self.router.aggregation(self.v, self.t_embedding)
         sources = [self.v[i] for i in indices]
         x, h, sources = route_modulate(sources, query, norm_weight, shift, scale, backend=self.router.backend)
-        for i, source in zip(indices, sources):  # later reads use these, so that gradients accumulate in the kernel
+        for i, source in zip(indices, sources):  # so that later readers' gradients are added up in the kernel
             self.v[i] = source
         return x, h
 
     def write(self, output: torch.Tensor):
         """v_l: the output of sublayer l, or with AttnRes the sum over its chunk so far."""
         begins = (len(self.v) - 1) % self.router.summed == 0
-        output = output.to(self.v[0].dtype)
-        self.v.append(output if begins else self.v[-1] + output)
+        output = output.to(value_of(self.v[0]).dtype)
+        self.v.append(output if begins else value_of(self.v[-1]) + output)
 
 
 class SkipStream(ResidualStream):

@@ -78,7 +78,7 @@ def guarded(backend, monkeypatch):
         return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
     def addresses(*lists, original=route_triton._addresses):
-        listed[:] = [span(tensor) for tensors in lists for tensor in tensors]
+        listed[:] = [span(tensor) for tensors in lists for tensor in tensors if tensor is not None]
         return original(*lists)
 
     def launch(executor, *arguments, original=interpreter.GridExecutor.__call__, **options):
@@ -140,6 +140,22 @@ def defined(inputs, eps=1e-6, norm_eps=1e-6):
     return {"x": x, "h": h, **{f"returned {i}": v for i, v in enumerate(sources)}}
 
 
+class Arrived(torch.autograd.Function):
+    """A carried source as a tensor whose gradient goes to the carrier."""
+
+    @staticmethod
+    def forward(ctx, value, carrier):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient.float()
+
+
+def as_tensor(source):
+    return Arrived.apply(*source) if isinstance(source, operators.Carried) else source
+
+
 def fused(inputs, eps=1e-6, norm_eps=1e-6, backend=None):
     common = listed(inputs), inputs["query"], inputs["norm_weight"]
     halves = any(v.dtype != FLOAT for v in common[0])
@@ -147,7 +163,7 @@ def fused(inputs, eps=1e-6, norm_eps=1e-6, backend=None):
     if "shift" not in inputs:
         return {"h": route(*common, eps, backend)}
     x, h, sources = route_modulate(*common, inputs["shift"], inputs["scale"], eps, norm_eps, backend)
-    return {"x": x, "h": h, **{f"returned {i}": v for i, v in enumerate(sources)}}
+    return {"x": x, "h": h, **{f"returned {i}": as_tensor(v) for i, v in enumerate(sources)}}
 
 
 # ---- how they are compared ----
@@ -324,9 +340,10 @@ def chain(read, inputs, unused=(), returned=True):
         for i, source in zip(indices, sources if returned else ()):
             v[i] = source
         outputs |= {f"h {l}": h, f"x {l}": x}
-        x = v[-1] if l in unused else x  # a sublayer that never looks at its state
+        x = as_tensor(v[-1]) if l in unused else x  # a sublayer that never looks at its state
         v.append(1.1**l * torch.tanh(x @ matrix + 0.3 * x.roll(1, 1)))
-    return outputs | {"last": v[-1]} | {f"v {i}": v[i] for i in range(len(PLAN))}  # as the last that read them returned
+    # As the last that read them returned.
+    return outputs | {"last": v[-1]} | {f"v {i}": as_tensor(v[i]) for i in range(len(PLAN))}
 
 
 def fused_read(*arguments):
@@ -363,6 +380,26 @@ def test_gradients_add_up_through_a_chain(guarded, case):
     # A rounding passes through four nonlinear sublayers, of gain about two each, forward and backward.
     functions = functools.partial(chain, fused_read), functools.partial(chain, defined_read)
     compare(inputs, seen, forward=2e-5, backward=2e-4, functions=functions, **options)
+
+
+def test_gradients_of_many_readers_are_rounded_once(guarded):
+    """Source 0 in bf16 with 40 readers. Rounded after each of them, its gradient would be several per cent off."""
+    readers, width = range(40), 48
+    inputs = draw(2, 1, 1, width, 1, BF16)
+    generator = torch.Generator().manual_seed(1)
+    queries, seen = torch.randn(2, len(readers), width, generator=generator).bfloat16()
+
+    def gradient(read, dtype):
+        sources, loss = [v.to(dtype).requires_grad_() for v in listed(inputs)], 0.0
+        first, weight, modulation = sources[0], torch.ones(width).to(dtype), torch.zeros(2, 1, width).to(dtype)
+        for l in readers:
+            _, h, sources = read(sources, queries[l].to(dtype), weight, *modulation)
+            loss = loss + (h * seen[l]).sum()
+        return torch.autograd.grad(loss, first)[0]
+
+    read = functools.partial(route_modulate, backend="auto" if BACKEND == "cpu" else BACKEND)
+    # Of this, half comes from the rounded states.
+    assert_close(gradient(read, BF16), gradient(defined_read, torch.float64), 2**-7, "gradient of source 0")
 
 
 @pytest.mark.parametrize("modulate", [False, True], ids=["route", "route_modulate"])
@@ -422,7 +459,7 @@ def test_one_source_is_returned_and_sends_no_gradient_to_its_weights(guarded, dt
     arguments = [inputs["source 0"].detach()], inputs["query"].detach(), inputs["norm_weight"].detach()
     h, lse = operators.route(*arguments, 1e-6)
     assert (lse == -math.inf).all()  # nor on the logit
-    rest = arguments[0], [None], *arguments[1:], 1e-6
+    rest = arguments[0], [None], 0, *arguments[1:], 1e-6
     (dv,), dquery, dweight = operators.route_backward(cotangent, 1.01 * h, lse, *rest)
     assert torch.equal(dv, cotangent) and not dquery.any() and not dweight.any()
 
@@ -538,7 +575,7 @@ def operator_cases(operators, rank):
     shift, scale = torch.cat([inputs["shift"], inputs["scale"]], 1).chunk(2, 1)
     h, lse = operators.route(sources, query, g, 1e-6)
     dh, turned = draw_like(h), [v.transpose(0, 1).contiguous().transpose(0, 1) for v in sources]
-    rest = h, lse, sources, [None, dh], query, g, 1e-6
+    rest = h, lse, sources, [None, dh], 1, query, g, 1e-6
     return {
         "route": (turned, query, g, 1e-6),
         "route_modulate": (sources, query, g, 1e-6, shift, scale, 1e-6, BF16),
@@ -565,7 +602,7 @@ def two_aggregations(inputs):
     first, second = ([inputs[f"{name}{i}"] for name in ("query", "norm_weight", "shift", "scale")] for i in (1, 2))
     x, h, sources = route_modulate(listed(inputs), *first, backend=BACKEND)
     y, h_too, sources = route_modulate([*sources, x], *second, backend=BACKEND)
-    return dict(zip(("h", "y", "h too", "v", "w", "x"), (h, y, h_too, *sources)))
+    return dict(zip(("h", "y", "h too", "v", "w", "x"), (h, y, h_too, *map(as_tensor, sources))))
 
 
 def test_aggregations_compile_as_one_graph(tmp_path, monkeypatch, backend):
@@ -617,9 +654,10 @@ def test_only_aligned_addresses_are_called_aligned(monkeypatch, dtype, wrong):
     sources, rest = listed(inputs), (inputs["query"], inputs["norm_weight"], 1e-6)
     mixed = [misaligned(v) if i == wrong else v for i, v in enumerate(sources)]
     h, lse = OPERATORS.route(mixed, *rest)
-    OPERATORS.route_backward(h, h, lse, mixed, [None] * 9, *rest)
-    OPERATORS.route_backward(h, h, lse, sources, mixed, *rest)
-    assert found == [16 if wrong is None else dtype.itemsize] * 3
+    OPERATORS.route_backward(h, h, lse, mixed, [None] * 9, 0, *rest)
+    known = [misaligned(v.float()) if i == wrong else v.float() for i, v in enumerate(sources)]
+    OPERATORS.route_backward(h, h, lse, sources, known, 0, *rest)
+    assert found == [16] * 3 if wrong is None else found == [dtype.itemsize, dtype.itemsize, 4]
 
 
 def test_kernels_run_with_misaligned_tensors(guarded):
@@ -795,7 +833,7 @@ from kernels import route_triton as k
 assert not k.INTERPRETED
 options = k._options(1152)
 warps = options.pop("num_warps")
-TABLES, COUNTS = ("sources", "known", "gradients"), ("num_sources", "num_known", "tokens")
+TABLES, COUNTS = ("sources", "known", "gradients"), ("num_sources", "num_carried", "tokens")
 FLOAT32 = ("query", "weight", "lse", "parts", "dshift_parts", "dscale_parts")
 forward = dict(ALIGN=16, STAGES=k.STAGES)
 backward = dict(ALIGN=16, STAGES=k.STAGES, ROWS=k.BACKWARD_ROWS)
@@ -829,13 +867,13 @@ for name, (kernel, constants) in CASES.items():
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(c),): v for c, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    usage = None
+    code = None
     if cuobjdump and os.path.exists(cuobjdump):
         path = pathlib.Path(sys.argv[1], "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=True).stdout
     fixed = [parameter.name for parameter in kernel.params if not parameter.do_not_specialize]
-    found[name] = dict(ttir=compiled.asm["ttir"], ptx=compiled.asm["ptx"], usage=usage, fixed=fixed)
+    found[name] = dict(ttir=compiled.asm["ttir"], ptx=compiled.asm["ptx"], code=code, fixed=fixed)
 print(json.dumps(found))
 """
 KERNELS = ["forward", "forward, modulated", "backward", "backward per token"]
@@ -863,17 +901,23 @@ def test_compiled_kernels_move_sixteen_bytes_at_a_time_and_keep_an_order(compile
     assert not re.search(r"\bld\.global(?:\.\w+)*\.b16\b", ptx)  # nothing is read number by number
     assert not re.search(r"\b(atom|red)\.", ptx)  # sums in an order that changes from run to run
     # Triton compiles again for every integer argument that is 1 or a multiple of 16, unless told not to.
-    assert not {"num_sources", "num_known", "tokens"} & set(compiled[kernel]["fixed"])
+    assert not {"num_sources", "num_carried", "tokens"} & set(compiled[kernel]["fixed"])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_registers_are_not_spilled(compiled, kernel):
-    usage = compiled[kernel]["usage"]
-    if usage is None:
+@pytest.mark.parametrize("kernel", KERNELS[:4])
+def test_loops_over_sources_do_not_spill_registers(compiled, kernel):
+    code = compiled[kernel]["code"]
+    if code is None:
         pytest.skip("this build of Triton comes without cuobjdump")
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    # Per token, the sum for the norm weight waits in memory while a row's sources are read: not in that loop.
-    assert registers <= 255 and local == 0 and stack <= (128 if kernel == "backward per token" else 0), usage
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    lines = [(int(address, 16), instruction) for address, instruction in lines]
+    ends = [(int(m[1], 16), at) for at, what in lines if (m := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", what))]
+    loops = [(first, last) for first, last in ends if first < last]
+    inner = [one for one in loops if not any(one[0] < two[0] and two[1] < one[1] for two in loops)]
+    assert len(inner) == (2 if "backward" in kernel else 1)
+    for first, last in inner:
+        inside = [what for at, what in lines if first <= at <= last]
+        assert any("FFMA" in what for what in inside) and not any(re.search(r"\b(LDL|STL)\b", what) for what in inside)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
