@@ -68,6 +68,7 @@ class Options:
     depth: int | None = None
     """Blocks, if not those of the model."""
     hidden_size: int | None = None
+    num_heads: int | None = None
     input_size: int = 32
     chunk_sizes: tuple[int, ...] = (1, 4, 8)
     step_arms: tuple[Literal[(*STEPS, *COMPILED)], ...] = (*STEPS, *COMPILED)
@@ -76,8 +77,8 @@ class Options:
 
 
 OF_CPU = Options(
-    sources=(1, 4, 9, 18), widths=(64, 384), batch=64, tokens=16, model="SiT-S/2", hidden_size=64, input_size=8,
-    chunk_sizes=(1, 4), device="cpu",
+    sources=(1, 4, 9, 18), widths=(64, 384), batch=64, tokens=16, model="SiT-S/2", hidden_size=64, num_heads=2,
+    input_size=8, chunk_sizes=(1, 4), device="cpu",
 )  # fmt: skip
 
 
@@ -314,7 +315,7 @@ def step_of(arm, compiled, options, device):
 
 
 def build(options, device, **arm):
-    sizes = {name: getattr(options, name) for name in ("depth", "hidden_size") if getattr(options, name)}
+    sizes = {name: getattr(options, name) for name in ("depth", "hidden_size", "num_heads") if getattr(options, name)}
     return SIT_MODELS[options.model](input_size=options.input_size, align_dims=(), **sizes, **arm).to(device)
 
 

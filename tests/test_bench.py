@@ -9,7 +9,7 @@ import torch
 from kernels import bench, route
 
 CPU = torch.device("cpu")
-TINY = "--device cpu --batch 1 --tokens 2 --sources 3 --widths 12 --queries timestep --hidden-size 12"
+TINY = "--device cpu --batch 1 --tokens 2 --sources 3 --widths 12 --queries timestep --hidden-size 12 --num-heads 1"
 TINY = f"{TINY} --methods eager fused".split()
 
 
