@@ -136,7 +136,8 @@ def test_route_equals_the_definition(shape, rank, dtype):
     actual = {name: value.clone().requires_grad_() for name, value in inputs.items()}
     arguments = [actual[f"source {i}"] for i in range(n)], actual["query"], actual["norm_weight"]
     h, alpha = route(*arguments, eps=eps, return_weights=True)
-    assert h.dtype == dtype and torch.equal(h, route(*arguments, eps=eps))  # asking for the weights changes nothing
+    assert h.dtype == dtype
+    torch.testing.assert_close(h, route(*arguments, eps=eps))  # by another backend, which gives no weights
     (h * cotangent).sum().backward()
 
     expected = {name: value.double().requires_grad_() for name, value in inputs.items()}

@@ -56,12 +56,12 @@ def test_at_first_every_state_is_the_mean_of_v0_and_zeros(query, final, S):
     for projector in model.projectors[::2]:
         projector.register_forward_pre_hook(lambda module, arguments: projected.append(arguments[0]))
     states, stream, (velocity, _) = recorded(model, *batch())
-    assert len(stream.v) == 7 and len(states) == 7 and stream.v[0].abs().max() > 0.1
-    for v in (*stream.v[1:], velocity):
+    assert len(stream.v) == 7 and len(states) == 7 and stream.v[0].value.abs().max() > 0.1
+    for v in (*map(kernels.value_of, stream.v[1:]), velocity):
         assert torch.equal(v, torch.zeros_like(v))
     for l, h in enumerate(states, start=1):
         sources = 1 + -(-(l - 1) // S) if routing == "attnres" else len(source_set(l, 6, S))
-        torch.testing.assert_close(h, stream.v[0] / sources)
+        torch.testing.assert_close(h, stream.v[0].value / sources)
     assert len(projected) == 3 and all(map(torch.equal, projected, states[2::2]))  # z_k is the input of sublayer 2k + 1
 
 
@@ -140,8 +140,8 @@ def test_sources_have_one_dtype_under_autocast(backend, dtype):
         stream = RoutedStream(AttnResRouter(6, 24, 3, backend), torch.full((2, 4, 24), 5.0), torch.zeros(2, 24))
         for _ in range(4):  # v_2 and v_3 are sums, v_4 begins a chunk
             stream.write(torch.ones(2, 4, 24, dtype=torch.bfloat16))
-    assert [v.dtype for v in stream.v] == [dtype] * 5
-    assert [v.unique().tolist() for v in stream.v] == [[5], [1], [2], [3], [1]]
+    assert [kernels.value_of(v).dtype for v in stream.v] == [dtype] * 5
+    assert [kernels.value_of(v).unique().tolist() for v in stream.v] == [[5], [1], [2], [3], [1]]
 
 
 def test_autocast_keeps_the_stream_of_long_skips_in_float32():
