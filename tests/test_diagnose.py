@@ -104,6 +104,8 @@ def test_looking_leaves_the_forward_pass_bit_identical(images, settings, dtype):
     """Also with a compiled model, under autocast and another backend; the states are those that projectors see."""
     model, seen = small_model(dtype, align_depth=(1, 2), align_dims=(4,), projector_dim=8, **settings), []
     x_t, t, _, y = whole(sample_of(model, images), 0.4)
+    if model.router:
+        model.router.backend = "torch"  # as looking does
     for projector in model.projectors:
         projector.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     expected, _ = model(x_t, t, y)
