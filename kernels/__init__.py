@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels import reference, route_cpu, route_torch  # noqa: F401  (registers a backend)
 from kernels.operators import Carried, Route, RouteModulate
@@ -106,13 +107,17 @@ def route_modulate(
     added up in the backend, in float32.
     """
     order = sorted(range(len(sources)), key=lambda i: not isinstance(sources[i], Carried))  # carried ones first
-    carriers = [v.carrier for v in sources if isinstance(v, Carried)]
+    carriers, asked = [v.carrier for v in sources if isinstance(v, Carried)], backend
     sources, backend = _checked([value_of(v) for v in sources], query, norm_weight, backend)
     shape, width = tuple(sources[0].shape), sources[0].shape[-1]
     for name, value in (("shift", shift), ("scale", scale)):
         if tuple(value.shape) != (shape[0], width):
             raise ValueError(f"{name} is {tuple(value.shape)}; sources {shape} need ({shape[0]}, {width})")
     dtype = autocast_dtype(sources[0])
+    if asked == "torch":  # x is made from h, so that it has a gradient in the states (analysis/diagnose.py)
+        h = Route.apply(backend, query, norm_weight, eps, *sources)
+        x = F.layer_norm(h, (width,), eps=norm_eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+        return x.to(dtype), h, sources
     x, h, *carriers = RouteModulate.apply(
         backend, query, norm_weight, shift, scale, eps, norm_eps, dtype,
         len(carriers), *carriers, *(sources[i] for i in order),
