@@ -32,7 +32,8 @@ def register(
         gradients of the sources, a list, of the query and the norm weight; with a dx also of shift and scale. dx or dh
         may be None. known: a gradient or None for each source, from later readers; it is added. What is known, and
         the gradients of the first `carried` sources, are float32 (float64 for float64).
-    eager_backward: takes its place where no operator is needed.
+    eager_backward: takes its place where no operator is needed. It may add to what is known of the carried sources in
+        place: that came through a carrier, from another call of it, and nothing else sees it.
     """
 
     def functions(backward):

@@ -167,16 +167,16 @@ static void coefficients(float *alpha, float *gain, float *inverse, size n, size
     }
 }
 
-static void source_backward(in v, const float *known, in dh, in folded, float a, float y, float z, size D, out dv,
-                            out dfolded) {
+static void source_backward(in v, int known, in dh, in folded, float a, float y, float z, size D, out dv, out dfolded) {
     if (known)
-        for (size d = 0; d < D; d++) dv[d] = known[d] + a * dh[d] + y * folded[d] + z * v[d];
+        for (size d = 0; d < D; d++) dv[d] += a * dh[d] + y * folded[d] + z * v[d];
     else
         for (size d = 0; d < D; d++) dv[d] = a * dh[d] + y * folded[d] + z * v[d];
     for (size d = 0; d < D; d++) dfolded[d] += y * v[d];
 }
 
-/* Gradients of all that dar_forward read, from dx and dh, of which one may be NULL; known[i] is added unless NULL.
+/* Gradients of all that dar_forward read, from dx and dh, of which one may be NULL; known[i] is added unless NULL. It
+   may be the memory of gradients[i].
    dshift and dscale are (B, D), and unused without dx. parts (2, B, D): for the gradients by sample of what is shared. */
 void dar_backward(Shape s, float *const *sources, float *const *known, float *const *gradients, const float *dx,
                   const float *dh, const float *h, Rows query, in g, float eps, Rows scale, float norm_eps, float *parts,
@@ -213,8 +213,9 @@ void dar_backward(Shape s, float *const *sources, float *const *known, float *co
             for (size i = 0; i < s.n; i++)
                 for (size r = 0; r < rows; r++) {
                     size row = at + r * D, k = i * block + r;
-                    source_backward(sources[i] + row, known[i] ? known[i] + row : NULL, dstate + r * D, folded + r * own,
-                                    alpha[k], gain[k], inverse[k], D, gradients[i] + row, dfolded + r * own);
+                    if (known[i] && known[i] != gradients[i]) memcpy(gradients[i] + row, known[i] + row, D * sizeof *dh);
+                    source_backward(sources[i] + row, known[i] != NULL, dstate + r * D, folded + r * own, alpha[k],
+                                    gain[k], inverse[k], D, gradients[i] + row, dfolded + r * own);
                 }
             for (size r = 0; r < rows && own; r++)
                 fold_backward(dfolded + r * D, row_of(query, b, t + r), g, D, row_of(dquery, b, t + r), dg);

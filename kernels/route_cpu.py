@@ -187,12 +187,18 @@ def _forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=
     return (h, lse) if x is None else (h, lse, _cast(x, dtype))
 
 
-def _backward(dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0):
+def _backward(
+    dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, reuse=False
+):  # fmt: skip
     kinds = [tensor.dtype for tensor in (query, norm_weight, shift, scale) if tensor is not None]
     sources, known = [_plain(v) for v in sources], [None if g is None else _plain(g) for g in known]
     query, norm_weight, dh = _plain(query), _plain(norm_weight), None if dh is None else _plain(dh)
     batch, tokens, width = h.shape
-    gradients, totals = [torch.empty_like(v) for v in sources], [torch.empty_like(query), torch.empty_like(norm_weight)]
+    gradients = [
+        g if reuse and i < carried and g is not None else torch.empty_like(v)
+        for i, (v, g) in enumerate(zip(sources, known))
+    ]
+    totals = [torch.empty_like(query), torch.empty_like(norm_weight)]
     rows, parts = Rows(), h.new_empty(2, batch, width)
     if dx is not None:
         dx, (scale, rows) = _plain(dx), _modulation(scale)
@@ -207,4 +213,4 @@ def _backward(dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, 
     return gradients, *map(_cast, totals, kinds)
 
 
-register("cpu", _forward, _backward, namespace="dar_cpu")
+register("cpu", _forward, _backward, namespace="dar_cpu", eager_backward=functools.partial(_backward, reuse=True))

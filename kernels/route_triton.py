@@ -336,9 +336,13 @@ def _launch_backward(
 
 
 def _eager_backward(dx, dh, h, lse, sources, known, carried, *rest):
-    """With one allocation for the gradients of one dtype, which an operator's outputs may not share."""
-    gradients = h.new_empty((carried, *h.shape), dtype=torch.float32).unbind()
-    gradients += h.new_empty((len(sources) - carried, *h.shape)).unbind()
+    known = [g if g is None else g.contiguous() for g in known]
+    gradients = [
+        known[i]
+        if i < carried and known[i] is not None
+        else torch.empty_like(h, dtype=torch.float32 if i < carried else None)
+        for i in range(len(sources))
+    ]
     return _launch_backward(gradients, dx, dh, h, lse, sources, known, carried, *rest)
 
 

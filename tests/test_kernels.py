@@ -149,7 +149,7 @@ class Arrived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, gradient.float()
+        return None, gradient.float().clone()
 
 
 def as_tensor(source):
@@ -389,7 +389,7 @@ def test_gradients_of_many_readers_are_rounded_once(guarded):
     seen = torch.rand(100, 1, 1, width, generator=torch.Generator().manual_seed(1)).bfloat16()
     sources, states = [source], []
     for _ in seen:
-        backend = "auto" if BACKEND == "cpu" else BACKEND
+        backend = "triton" if BACKEND == "triton" else "auto"  # "torch" leaves it to autograd
         _, h, sources = route_modulate(sources, constant[0], constant[0], constant, constant, backend=backend)
         states.append(h)
     (gradient,) = torch.autograd.grad(states, source, list(seen))
