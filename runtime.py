@@ -5,6 +5,7 @@ import datetime
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -221,6 +222,26 @@ def lock_folder(folder: Path):
     return lock
 
 
+def check_folder(folder: Path, record: str, settings: dict, within: str = "") -> dict:
+    """The JSON file `record` of a folder, {} where it has none. `within` is the part of it that holds the settings.
+
+    Raises ValueError unless the folder is empty or made with these settings.
+    """
+    if (folder / record).is_file():
+        content = read_json(folder / record)
+        found, wanted = content.get(within, content), json.loads(json.dumps(settings))
+        changed = [f"{key}: {found.get(key)!r} -> {new!r}" for key, new in wanted.items() if found.get(key) != new]
+        if changed:
+            remedy = "give another --out, or delete that folder first"
+            raise ValueError(f"{folder} was made with other settings ({'; '.join(changed)}); {remedy}")
+        return content
+    if folder.exists():
+        ours = {".lock", ".shared", f"{record}.unfinished"}  # of a run that ended at once
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - ours:
+            raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
+    return {}
+
+
 @contextlib.contextmanager
 def replaced(path: Path):
     """A binary file to write, which takes the place of `path` at once when the block ends, and not before.
@@ -247,6 +268,22 @@ def write_json(path: Path, content):
     """`content` as JSON in the place of whatever is at `path`."""
     with replaced(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_array(path: Path, array: np.ndarray):
+    """`array` as .npy in the place of whatever is at `path`."""
+    whole = io.BytesIO()  # numpy does not say why a write to a file fails
+    np.save(whole, array)
+    with replaced(path) as file:
+        file.write(whole.getbuffer())
+
+
+def read_json(path: Path) -> dict:
+    """What `write_json` has written. Raises ValueError that names a file that holds anything else."""
+    with contextlib.suppress(ValueError):
+        if isinstance(content := json.loads(path.read_text()), dict):
+            return content
+    raise ValueError(f"{path} is damaged, or was not made by this program; delete it, or give another folder")
 
 
 # ---- records ----

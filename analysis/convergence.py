@@ -59,8 +59,6 @@ class Run:
 def main(argv: list[str] | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m analysis.convergence", description=__doc__)
     with plain_errors(ValueError, OSError):
-        if not options.x:
-            raise ValueError(f"x is empty; choose from {', '.join(AXES)}")
         # `runs/*` may well name plain files too, such as an earlier plot.
         arms = group([read_run(folder, options.metric) for folder in options.runs if not folder.is_file()])
         result = compare(arms, options)

@@ -22,7 +22,6 @@ NNNNN.json, and a meta.json that is written last. What is written does not depen
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 import secrets
@@ -30,6 +29,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -43,11 +43,10 @@ from dataset.prepared import EncodedImages
 from dataset.sources import Source, center_crop, limited, open_source, to_rgb
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
-from runtime import Ranks, lock_folder, plain_errors, replaced, write_json
+from runtime import Ranks, check_folder, lock_folder, plain_errors, read_json, replaced, write_array, write_json
 
 IMAGES_PER_FILE = 256  # also between two records of progress
 PROBE = 16  # images that are timed before the first is written
-BEFORE = {"exif": False, "kind": "vit"}  # of folders that are older than these options
 
 
 @dataclass(frozen=True)
@@ -156,21 +155,6 @@ def claim(stages: list, ranks: Ranks):
     return lock or contextlib.nullcontext()
 
 
-def check_folder(folder: Path, record: str, settings: dict):
-    """Raises ValueError unless the folder is empty, or its JSON file `record` holds these settings."""
-    if (folder / record).is_file():
-        found = json.loads((folder / record).read_text())
-        found = BEFORE | found.get("options", found)
-        changed = [f"{key}: {found.get(key)!r} -> {new!r}" for key, new in settings.items() if found.get(key) != new]
-        if changed:
-            remedy = "give another --out, or delete that folder first"
-            raise ValueError(f"{folder} was made with other settings ({'; '.join(changed)}); {remedy}")
-    elif folder.exists():
-        ours = {".lock", ".shared", f"{record}.unfinished"}  # of a run that ended at once
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - ours:
-            raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
-
-
 class Stage:
     """Something that is made in parts, by any number of processes, each part recorded when it is complete."""
 
@@ -194,7 +178,7 @@ class Stage:
         while not all(self.record(rows).is_file() for rows in self.parts):
             time.sleep(0.5)  # a shared disk may show the files of other machines late
         if self.ranks.main:
-            self.finish([json.loads(self.record(rows).read_text()) for rows in self.parts])
+            self.finish([read_json(self.record(rows)) for rows in self.parts])
         self.ranks.barrier()
 
     def open(self):
@@ -270,10 +254,7 @@ class Images(Stage):
         labels[list(damaged)] = -1
         sizes = np.concatenate([record["sizes"] for record in records]).astype(np.int64)
         for name, array in (("labels", labels), ("sizes", sizes)):
-            buffer = io.BytesIO()
-            np.save(buffer, array)  # into a file, it would not say that the disk is full
-            with replaced(self.folder / f"{name}.npy") as file:
-                file.write(buffer.getbuffer())
+            write_array(self.folder / f"{name}.npy", array)
         content = sha256("".join(record["pixels"] for record in records).encode() + labels.tobytes())
         found = {"content": content, "class_names": class_names, "damaged": list(damaged.values())}
         write_json(self.meta, {**self.settings, **found})
@@ -348,36 +329,30 @@ class Rows(Stage):
 
 def estimate(stages: list, folder: Path):
     """Say how much disk and time the unfinished stages will take; ValueError where the disk is too small."""
-    needed, world = 0, stages[0].ranks.world
+    needed, world, binary = 0, stages[0].ranks.world, partial(tqdm.format_sizeof, suffix="iB", divisor=1024)
     for stage in stages:
         left = stage.count * sum(not stage.record(rows).is_file() for rows in stage.parts) / len(stage.parts)
         if left and not stage.meta.is_file():
             seconds, size = stage.probe()
             needed += int(left * size)
-            amount = f"{readable(left * size)} and {left * seconds / world / 60:.3g} minutes"
+            amount = f"{binary(left * size)} and {left * seconds / world / 60:.3g} minutes"
             print(f"{stage.what}: about {amount} ({1 / seconds:.0f} images/s in each of {world} processes)", flush=True)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         remedy = "give another --out, or try --limit"
-        raise ValueError(f"{folder} needs about {readable(needed)} more, the disk has {readable(free)}; {remedy}")
-
-
-def readable(count):
-    """Bytes as text."""
-    power = min(4, max(0, int(count).bit_length() - 1) // 10)
-    return f"{count / 1024**power:.3g} {['B', 'KiB', 'MiB', 'GiB', 'TiB'][power]}"
+        raise ValueError(f"{folder} needs about {binary(needed)} more, the disk has {binary(free)}; {remedy}")
 
 
 def verify(folder: Path):
     """Compare every chunk with its checksum. Raises ValueError that names those that differ."""
     if not (folder / "meta.json").is_file():
         raise ValueError(f"{folder} is not finished, or is not a prepared folder")
-    meta, bad = json.loads((folder / "meta.json").read_text()), []
+    meta, bad = read_json(folder / "meta.json"), []
     count, per_file = meta["count"], meta["chunk"]
     for record in sorted((folder / "images").glob("*.json")):
         path = record.with_suffix(".bin")
-        if not path.is_file() or sha256(path.read_bytes()) != json.loads(record.read_text())["sha256"]:
+        if not path.is_file() or sha256(path.read_bytes()) != read_json(record)["sha256"]:
             bad.append(str(path))
     arrays = [*folder.glob("latents/*/moments.npy"), *folder.glob("features/*/tokens.npy")]
     for path in arrays:
@@ -386,7 +361,7 @@ def verify(folder: Path):
             record, stop = path.parent / f"{start // per_file:05}.json", min(start + per_file, count)
             if not record.is_file():
                 raise ValueError(f"{path.parent} is not finished; the same command without --verify goes on with it")
-            record, digest = json.loads(record.read_text()), hashlib.sha256()
+            record, digest = read_json(record), hashlib.sha256()
             for first in range(start, stop, record["batch_size"]):
                 last = min(first + record["batch_size"], stop)
                 for copy in range(0, len(array), count):

@@ -9,7 +9,6 @@ space that it is trained towards. Both have seen the labels and these very image
 nothing about DINOv2 or Inception. The result is a folder in timm's own format.
 """
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dataset.prepare import check_folder
 from dataset.prepared import PreparedImages, ShuffledBatches
 import models  # noqa: F401  (before timm: see its docstring)
 import timm
 from timm.models import save_for_hf
 
-from runtime import Use, derive_seed, lock_folder, plain_errors, replaced, write_json
+from runtime import Use, check_folder, derive_seed, lock_folder, plain_errors, replaced, write_json
 
 HELD_OUT = 10  # one image in so many is kept to measure the accuracy
 
@@ -69,8 +67,7 @@ def train(options: Options):
     folder, settings = Path(options.out), asdict(options)
     del settings["out"]  # a folder may be moved
     record = folder / "training.json"
-    check_folder(folder, record.name, settings)
-    if record.is_file() and "held_out_accuracy" in json.loads(record.read_text()):
+    if "held_out_accuracy" in check_folder(folder, record.name, settings, "options"):
         return print(f"{folder}: already trained")
     for name in ("patch_size", "width", "depth", "epochs", "batch_size", "lr"):
         if settings[name] <= 0:
@@ -82,7 +79,7 @@ def train(options: Options):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     with lock_folder(folder):
-        check_folder(folder, record.name, settings)  # another run may have come first
+        check_folder(folder, record.name, settings, "options")  # another run may have come first
         everything = data.__getitems__(range(len(data)))
         held_out = torch.arange(len(data)) % HELD_OUT == 0
         kept = (~held_out).nonzero().flatten()

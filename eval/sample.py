@@ -20,7 +20,6 @@ Shapes: B batch, N all images, C channels of what SiT sees, S its size, H = W pi
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import shutil
 import zipfile
@@ -38,11 +37,10 @@ from checkpoint import load_trained
 from eval.online import grid_of
 from eval.samplers import draw
 from models.autoencoder import load_autoencoder
-from runtime import Ranks, Use, derive_seed, environment, fingerprint, lock_folder, plain_errors
-from runtime import replaced, tf32, write_json
+from runtime import Ranks, Use, check_folder, derive_seed, environment, fingerprint, lock_folder, plain_errors
+from runtime import read_json, replaced, tf32, write_array, write_json
 
-CHUNK = 64  # images in a file, whatever the batch and the processes
-GRID = 64  # images shown; those of the first chunk
+CHUNK = 64  # images in a file, whatever the batch and the processes; the grid shows the first file
 PRESETS = {
     "repa-sde-250": {"sampler": "sde", "steps": 250, "cfg_scale": 1.0},
     "sit-ode-250": {"sampler": "heun", "steps": 125, "cfg_scale": 1.0},
@@ -87,8 +85,6 @@ class Options:
     """Decodes the samples; must be given for released weights (`pixels` for none). Empty: the one of the run."""
     path: Literal["linear", "cosine"] | None = None
     """Interpolant that the model was trained with; if not given the run's, or linear for released weights."""
-    npz: bool = True
-    """Write the npz; without it the images are only in samples/."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +131,10 @@ def sample(options: Options, ranks: Ranks) -> Path:
     npz = folder / f"{folder.resolve().name}.npz"
     starts = range(0, shape[0], CHUNK)
     chunks = {f"{first // CHUNK:05}.npy": range(first, min(first + CHUNK, shape[0])) for first in starts}
-    lock = claim(folder, settings) if ranks.main else None
-    with contextlib.closing(lock) if lock else contextlib.nullcontext():
-        if ranks.main and ((missing := undone(npz, chunks)) or options.npz and not npz.is_file()):
-            record(options, settings, origin, folder, shape, sum(map(len, missing.values())), ranks)
+    with claim(folder, settings) if ranks.main else contextlib.nullcontext():
+        if ranks.main and not npz.is_file():
+            left = sum(map(len, undone(npz, chunks).values()))
+            record(options, settings, origin, folder, shape, left, ranks)
         ranks.barrier()  # nobody looks before the folder is known to be ours, and is there
         made, missing = folder / "settings.json", undone(npz, chunks)
         content = hashlib.sha256(made.read_bytes()).hexdigest()[:12] if made.is_file() else "none"
@@ -150,7 +146,7 @@ def sample(options: Options, ranks: Ranks) -> Path:
         ranks.barrier()
         if ranks.main:
             files = {folder / "samples" / name: len(indices) for name, indices in chunks.items()}
-            finish(files, npz, shape, labels_of(settings, range(shape[0]), model.num_classes), options.npz)
+            finish(files, npz, shape, labels_of(settings, range(shape[0]), model.num_classes))
     return folder
 
 
@@ -281,27 +277,19 @@ def sample_images(model, autoencoder, settings: Settings, indices, device: torch
 
 
 def folder_name(options: Options, settings: Settings, origin: dict) -> str:
-    """The run and step of the checkpoint, the sampler, and a hash of all that moves FID."""
-    sampler, interval = options.preset, settings.guidance_interval
-    if interval != (0, 1) or any(getattr(settings, key) != value for key, value in PRESETS[sampler].items()):
-        sampler = f"{settings.sampler}-{settings.steps}"
-        if settings.cfg_scale != 1:
-            sampler += f"-cfg-{settings.cfg_scale:g}" + f"-{interval[0]:g}-{interval[1]:g}" * (interval != (0, 1))
+    """The run and step of the checkpoint, sampler, steps and guidance, and a hash of all that moves FID."""
     step = options.checkpoint.stem if origin["step"] is None else origin["step"]
-    return "-".join([options.checkpoint.resolve().parent.name, str(step), sampler, settings.digits()])
+    guidance = "" if settings.cfg_scale == 1 else f"-cfg-{settings.cfg_scale:g}"
+    run = options.checkpoint.resolve().parent.name
+    return f"{run}-{step}-{settings.sampler}-{settings.steps}{guidance}-{settings.digits()}"
 
 
 def claim(folder: Path, settings: Settings):
     """Lock the folder and return the lock. Raises ValueError where it is in use, foreign, or of other settings."""
-    ours = {".lock", "settings.json.unfinished"}  # left by one that ended at once
-    if folder.exists() and not (folder / "settings.json").is_file():
-        if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - ours:
-            raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
+    expected = folder, "settings.json", dataclasses.asdict(settings), "settings"
+    check_folder(*expected)
     lock = lock_folder(folder)
-    found, wanted = read_settings(folder)["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))
-    changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
-    if found and changed:
-        raise ValueError(f"{folder} holds samples of other settings ({'; '.join(changed)}); give another --out")
+    check_folder(*expected)  # another run may have come first
     return lock
 
 
@@ -312,27 +300,15 @@ def undone(npz: Path, chunks: dict) -> dict:
     return {} if npz.is_file() else {name: indices for name, indices in chunks.items() if name not in found}
 
 
-def read_settings(folder: Path) -> dict:
-    """What `record` wrote there; empty where it has not."""
-    path = folder / "settings.json"
-    with contextlib.suppress(ValueError):
-        content = json.loads(path.read_text()) if path.is_file() else {"settings": {}, "starts": []}
-        if isinstance(content, dict) and "settings" in content:
-            return content
-    raise ValueError(f"{path} was not made by this program; give another --out")
-
-
 def record(options: Options, settings: Settings, origin: dict, folder: Path, shape: tuple, left: int, ranks: Ranks):
     """Print what is about to be done, and write settings.json with one entry more of where the command ran.
 
     left: images still to draw. Raises ValueError where the disk is too small.
     """
-    needed, free = shape[1] * shape[2] * 3 * (left + options.npz * shape[0]), shutil.disk_usage(folder).free
+    needed, free = shape[1] * shape[2] * 3 * (left + shape[0]), shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
-            f"{folder} needs {needed / 2**30:.3g} GiB more, the disk has {free / 2**30:.3g}; give another "
-            "--out, a smaller --num-samples, or --no-npz"
-        )
+        amounts = f"needs {needed / 2**30:.3g} GiB more, the disk has {free / 2**30:.3g}"
+        raise ValueError(f"{folder} {amounts}; give another --out, or a smaller --num-samples")
     low, high = settings.guidance_interval
     guidance = f"guidance {settings.cfg_scale:g} between times {low:g} and {high:g}"
     of = "" if origin["step"] is None else f", step {origin['step']}, average {origin['average']}"
@@ -345,7 +321,8 @@ def record(options: Options, settings: Settings, origin: dict, folder: Path, sha
         f"device     {ranks.world} x {ranks.device.type}, {settings.precision}",
         flush=True,
     )
-    starts = read_settings(folder).get("starts", [])
+    path = folder / "settings.json"
+    starts = read_json(path)["starts"] if path.is_file() else []
     content = {
         "settings": dataclasses.asdict(settings),
         "hash": settings.digits(),
@@ -354,7 +331,7 @@ def record(options: Options, settings: Settings, origin: dict, folder: Path, sha
         "uint8": CONVERSION,
         "starts": [*starts, {"batch_size": options.batch_size, **origin, **environment(ranks)}],
     }
-    write_json(folder / "settings.json", content)  # first, as it says whose the folder is
+    write_json(path, content)  # first, as it says whose the folder is
     (folder / "samples").mkdir(exist_ok=True)
 
 
@@ -369,21 +346,18 @@ def write_chunks(folder: Path, chunks: dict, model, autoencoder, settings: Setti
                 images = sample_images(model, autoencoder, settings, part, ranks.device)
                 parts.append(images.permute(0, 2, 3, 1).cpu().numpy())  # (B, H, W, 3)
                 bar.update(len(part))
-            whole = io.BytesIO()  # numpy does not say why a write to a file fails
-            np.save(whole, np.concatenate(parts))
-            with replaced(folder / name) as file:
-                file.write(whole.getvalue())
+            write_array(folder / name, np.concatenate(parts))
 
 
-def finish(chunks: dict, npz: Path, shape: tuple, labels: torch.Tensor, wanted: bool):
-    """The grid and, where it is wanted, the npz of all chunks, {file: images}, if they are not there yet."""
+def finish(chunks: dict, npz: Path, shape: tuple, labels: torch.Tensor):
+    """The grid and the npz of all chunks, {file: images}, if they are not there yet."""
     grid, first = npz.with_name("grid.png"), next(iter(chunks))
     if not grid.is_file() and first.is_file():
-        images = torch.from_numpy(read_chunk(first, (chunks[first], *shape[1:])))[:GRID]
+        images = torch.from_numpy(read_chunk(first, (chunks[first], *shape[1:])))
         picture = grid_of(images.permute(0, 3, 1, 2), labels)
         with replaced(grid) as file:
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
-    if wanted and not npz.is_file():
+    if not npz.is_file():
         with replaced(npz) as file, zipfile.ZipFile(file, "w") as archive:
             with member(archive, "arr_0.npy") as array:  # a chunk at a time, for the memory
                 np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -391,7 +365,7 @@ def finish(chunks: dict, npz: Path, shape: tuple, labels: torch.Tensor, wanted: 
                     array.write(read_chunk(path, (count, *shape[1:])).tobytes())
             with member(archive, "arr_1.npy") as array:
                 np.lib.format.write_array(array, labels.numpy())
-    print(f"{npz if npz.is_file() else npz.parent}: {shape[0]} images, complete", flush=True)
+    print(f"{npz}: {shape[0]} images, complete", flush=True)
 
 
 def read_chunk(path: Path, shape: tuple) -> np.ndarray:

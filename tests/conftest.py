@@ -9,7 +9,13 @@ os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on a CPU where a test as
 os.environ["COLUMNS"] = "1000"  # messages are not wrapped in the middle of a path
 os.environ["OMP_NUM_THREADS"] = "1"  # shapes are so small that threads only wait for each other
 
+import contextlib
 import json
+import multiprocessing
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +44,100 @@ def read_lines(path):
     """The records of a metrics.jsonl that may still be written; [] before it is there."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def forked(*calls, ranks=False):
+    """Makes each call in a process of its own, side by side; with `ranks` they are those of one torchrun.
+
+    Returns what each call returned, its error as "ValueError: ...", or minus the signal that ended it.
+    """
+    context = multiprocessing.get_context("fork")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+
+    def run(rank, call, pipe):
+        world = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(calls))) | {"MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port} if ranks else {})
+        try:
+            outcome = call()
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+        pipe.send(outcome)
+
+    pipes = [context.Pipe(duplex=False) for _ in calls]
+    children = [context.Process(target=run, args=(i, call, pipes[i][1])) for i, call in enumerate(calls)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    outcomes = [here.recv() if here.poll() else child.exitcode for child, (here, _) in zip(children, pipes)]
+    for child in children:
+        child.kill()
+    return outcomes
+
+
+def ending(end, where, name, when=lambda *arguments: True):
+    """The function `where.name`, which first calls `end` with its arguments where `when` says so of them."""
+    original = getattr(where, name)
+
+    def patched(*arguments, **options):
+        if when(*arguments):
+            end(*arguments)
+        return original(*arguments, **options)
+
+    return patched
+
+
+def killed(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Group:
+    """Ranks of `world` processes that are threads, each with the methods of runtime.Ranks used by the evaluation."""
+
+    def __init__(self, world):
+        self.barrier, self.slots, self.reduced = threading.Barrier(world, timeout=60), [None] * world, []
+        self.ranks = [ThreadRank(self, rank, world) for rank in range(world)]
+
+    def run(self, function):
+        """Results of function(ranks) in every process."""
+
+        def guarded(ranks):
+            try:
+                return function(ranks)
+            except BaseException:
+                self.barrier.abort()  # or the others would wait for it
+                raise
+
+        with ThreadPoolExecutor(len(self.ranks)) as pool:
+            futures = [pool.submit(guarded, ranks) for ranks in self.ranks]
+        failures = [future.exception() for future in futures if future.exception()]
+        for failure in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise failure
+        return [future.result() for future in futures]
+
+
+class ThreadRank:
+    one_first = contextlib.nullcontext
+
+    def __init__(self, group, rank, world):
+        self.group, self.rank, self.world, self.main, self.device = group, rank, world, rank == 0, torch.device("cpu")
+
+    def _gather(self, value):
+        self.group.slots[self.rank] = value
+        self.group.barrier.wait()
+        values = list(self.group.slots)
+        self.group.barrier.wait()
+        return values
+
+    def sum(self, tensor):
+        tensor.copy_(sum(self._gather(tensor.clone())))
+        if self.main:
+            self.group.reduced.append(tensor.clone())
+        return tensor
+
+    def any(self, flag):
+        return max(self._gather(flag))
 
 
 @pytest.fixture(scope="session")

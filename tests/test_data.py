@@ -5,12 +5,10 @@ below, folders against torchvision and datasets, what is left out or refused, or
 """
 
 import collections
-import contextlib
 import ctypes
 import io
 import json
 import math
-import multiprocessing
 import os
 import signal
 import struct
@@ -30,7 +28,7 @@ from PIL import EpsImagePlugin, Image
 from dataset import prepare, sources
 from dataset.prepared import PreparedImages, ShuffledBatches, load_batches
 from models.encoders import FrozenEncoder
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forked
 
 SIZE = 16
 
@@ -93,29 +91,6 @@ def pictures(root, *names):
     return root
 
 
-def forked(*calls):
-    """What each call returns or how it fails, and what it prints; in processes of their own, side by side."""
-
-    def report(call, pipe):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            try:
-                outcome = call()
-            except BaseException as error:
-                outcome = f"{type(error).__name__}: {error}"
-        pipe.send((outcome, printed.getvalue()))
-
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe(duplex=False) for _ in calls]
-    started = [context.Process(target=report, args=(call, pipe[1])) for call, pipe in zip(calls, pipes)]
-    for process in started:
-        process.start()
-    outcomes = [here.recv() if here.poll(100) else ("no answer", "") for here, _ in pipes]
-    for process in started:
-        process.kill()
-        process.join()
-    return outcomes
-
-
 def on_small_disk(folder, options, call):
     """What `call` returns or how it fails, in a process that sees a disk of its own at `folder`."""
 
@@ -124,7 +99,7 @@ def on_small_disk(folder, options, call):
         commands = "mount --make-rprivate /", f"mount -t tmpfs -o {options} tmpfs {folder}"
         return call() if alone and not any(map(os.system, commands)) else "skip"
 
-    ((outcome, _),) = forked(mounted)
+    (outcome,) = forked(mounted)
     if outcome == "skip":
         pytest.skip("mounting a small disk is not permitted here")
     return outcome
@@ -302,10 +277,6 @@ def test_exif_turns_photographs_on_request(tmp_path):
     run(tmp_path / "root", tmp_path / "upright", "--resolution", 8, "--exif")
     assert (stored_images(tmp_path / "upright") == np.stack([turn(pixels) for turn in TURNED.values()])).all()
     assert "exif: False -> True" in refusal(tmp_path / "root", tmp_path / "stored", "--resolution", 8, "--exif")
-    settings = json.loads((tmp_path / "stored" / "settings.json").read_text())
-    del settings["exif"]  # as in folders of the version before
-    (tmp_path / "stored" / "settings.json").write_text(json.dumps(settings))
-    run(tmp_path / "root", tmp_path / "stored", "--resolution", 8)
 
 
 def test_prepared_digits_are_the_embedded_ones(digits):

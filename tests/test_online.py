@@ -1,16 +1,9 @@
-"""The evaluation during training, with few samples and small judges.
-
-Several processes are played by threads that add up their numbers as torch.distributed would.
-"""
+"""The evaluation during training, with few samples and small judges."""
 
 import contextlib
-import multiprocessing
 import os
 import pickle
 import shutil
-import socket
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -27,74 +20,7 @@ from eval.samplers import IndexedNoise, draw
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import Ranks, Use, derive_seed
-from tests.conftest import save_tiny_encoder
-
-
-class Group:
-    """Ranks of `world` processes that are threads, each with the methods of runtime.Ranks used by the evaluation."""
-
-    def __init__(self, world):
-        self.barrier, self.slots, self.reduced = threading.Barrier(world, timeout=60), [None] * world, []
-        self.ranks = [ThreadRank(self, rank, world) for rank in range(world)]
-
-    def run(self, function):
-        """Results of function(ranks) in every process."""
-
-        def guarded(ranks):
-            try:
-                return function(ranks)
-            except BaseException:
-                self.barrier.abort()  # or the others would wait for it
-                raise
-
-        with ThreadPoolExecutor(len(self.ranks)) as pool:
-            futures = [pool.submit(guarded, ranks) for ranks in self.ranks]
-        failures = [future.exception() for future in futures if future.exception()]
-        for failure in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-            raise failure
-        return [future.result() for future in futures]
-
-
-class ThreadRank:
-    one_first = contextlib.nullcontext
-
-    def __init__(self, group, rank, world):
-        self.group, self.rank, self.world, self.main, self.device = group, rank, world, rank == 0, torch.device("cpu")
-
-    def _gather(self, value):
-        self.group.slots[self.rank] = value
-        self.group.barrier.wait()
-        values = list(self.group.slots)
-        self.group.barrier.wait()
-        return values
-
-    def sum(self, tensor):
-        tensor.copy_(sum(self._gather(tensor.clone())))
-        if self.main:
-            self.group.reduced.append(tensor.clone())
-        return tensor
-
-    def any(self, flag):
-        return max(self._gather(flag))
-
-
-def forked(*jobs):
-    """Exit statuses of functions that run together, each in a process of its own, by torch.distributed if several."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-
-    def run(rank, job):
-        if len(jobs) > 1:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(jobs)), LOCAL_RANK=str(rank))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        job()
-
-    children = [multiprocessing.get_context("fork").Process(target=run, args=each) for each in enumerate(jobs)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(240)
-    return [child.exitcode for child in children]
+from tests.conftest import Group, save_tiny_encoder
 
 
 class Recall:

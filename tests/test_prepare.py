@@ -8,7 +8,6 @@ import functools
 import os
 import re
 import shutil
-import socket
 import threading
 
 import numpy as np
@@ -25,8 +24,8 @@ from dataset.prepared import PreparedImages
 from models.autoencoder import Latents, load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import lock_folder
-from tests.conftest import read_lines
-from tests.test_data import content, forked, noise_image, on_small_disk, pictures, refusal, run, stored_images
+from tests.conftest import forked, read_lines
+from tests.test_data import content, noise_image, on_small_disk, pictures, refusal, run, stored_images
 
 SIZE, COUNT = 16, 22
 
@@ -189,11 +188,11 @@ def test_estimate_comes_first_and_is_near(photos, arguments, tmp_path, capsys):
     run(photos, tmp_path / "out", *arguments)
     printed = capsys.readouterr().out
     assert printed.index("images: about") < printed.index("moments: about") < printed.index("left out")
-    estimated = float(re.search(r"images: about ([\d.]+) KiB", printed)[1]) * 1024
+    estimated = float(re.search(r"images: about ([\d.]+)kiB", printed)[1]) * 1024
     stored = sum(path.stat().st_size for path in (tmp_path / "out" / "images").glob("*.bin"))
     assert estimated == pytest.approx(stored, rel=0.3)
-    assert f"moments: about {22 * 2 * 8 * 8 * 8 * 2 / 1024:.3g} KiB" in printed
-    assert re.search(r"tokens: about [\d.]+ KiB and [\d.e-]+ minutes \(\d+ images/s in each of 1 processes\)", printed)
+    assert f"moments: about {22 * 2 * 8 * 8 * 8 * 2 / 1024}kiB" in printed
+    assert re.search(r"tokens: about [\d.]+kiB and [\d.e-]+ minutes \(\d+ images/s in each of 1 processes\)", printed)
     run(photos, tmp_path / "out", *arguments)
     assert "about" not in capsys.readouterr().out  # nothing is left to estimate
 
@@ -238,7 +237,7 @@ def test_disk_that_is_too_small(tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage(10, 0, 1797 * 70))  # a PNG needs more
     message = refusal("digits", tmp_path / "out")
-    assert "needs about" in message and "KiB" in message and "--limit" in message
+    assert "needs about" in message and "kiB" in message and "--limit" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -259,7 +258,7 @@ def test_one_run_at_a_time_writes_into_a_folder(photos, prepared, arguments, tmp
     assert "resolution: 8 -> 16" in refusal(photos, out, *words)
     # Really at once: one does it, or all that is left to do.
     both = tmp_path / "both"
-    outcomes = {str(outcome) for outcome, _ in forked(*[functools.partial(run, photos, both, *words)] * 3)}
+    outcomes = set(map(str, forked(*[functools.partial(run, photos, both, *words)] * 3)))
     assert "None" in outcomes and all(text == "None" or "in use by another run" in text for text in outcomes)
     assert len(PreparedImages(both)) == COUNT - 1
 
@@ -267,25 +266,10 @@ def test_one_run_at_a_time_writes_into_a_folder(photos, prepared, arguments, tmp
 # ---- several processes ----
 
 
-def ranks_at(*calls):
-    """Runs each call as one process of a torchrun of two machines."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-
-    def started(rank, call):
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(calls)), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        return call()
-
-    return forked(*(functools.partial(started, rank, call) for rank, call in enumerate(calls)))
-
-
-def test_two_processes_write_what_one_does(prepared, photos, arguments, tmp_path):
-    done = ranks_at(*[functools.partial(run, photos, tmp_path / "out", *arguments)] * 2)
-    assert [outcome for outcome, _ in done] == [None, None]
+def test_two_processes_write_what_one_does(prepared, photos, arguments, tmp_path, capfd):
+    assert forked(*[functools.partial(run, photos, tmp_path / "out", *arguments)] * 2, ranks=True) == [None, None]
     assert content(tmp_path / "out") == content(prepared)
-    assert sum(printed.count("left out: a/06.png") for _, printed in done) == 1
+    assert capfd.readouterr().out.count("left out: a/06.png") == 1
 
 
 @pytest.mark.parametrize("kind", ["empty disks", "half prepared disks", "other sources"])
@@ -301,7 +285,7 @@ def test_machines_that_share_no_disk_or_source_are_refused(tmp_path, monkeypatch
 
     monkeypatch.chdir(pictures(tmp_path / "c", "cats/x/a.png"))
     run("cats", "out", "--resolution", SIZE)
-    for outcome, _ in ranks_at(functools.partial(at, "a"), functools.partial(at, "b")):
+    for outcome in forked(functools.partial(at, "a"), functools.partial(at, "b"), ranks=True):
         fact = f"{tmp_path / 'out'} is {{" if others else "what process 0 wrote to out/.shared is '"
         assert outcome.startswith(f"SystemExit: error: the processes disagree: {fact}"), outcome
         assert "the same source and networks, and --out on a disk that all of them see" in outcome

@@ -21,8 +21,8 @@ from eval.samplers import draw
 from models.autoencoder import Pixels
 from models.sit import SIT_MODELS
 from runtime import Ranks, Use, derive_seed, lock_folder
+from tests.conftest import ending, forked, killed
 from tests.test_autoencoder import save_kl
-from tests.test_online import forked
 
 COUNT = 150  # two whole chunks, and part of a third
 FEW = ["--sampler", "sde", "--steps", "4", "--cfg-scale", "1.5"]
@@ -62,23 +62,7 @@ def npz(folder):
     return np.load(folder / f"{folder.name}.npz")
 
 
-def ending(end, where, name, when):
-    """The function `where.name`, which first calls `end` where `when` says so of its arguments."""
-    original = getattr(where, name)
-
-    def patched(*arguments, **options):
-        if when(*arguments):
-            end()
-        return original(*arguments, **options)
-
-    return patched
-
-
-def killed():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def interrupted():
+def interrupted(*arguments):
     raise KeyboardInterrupt  # as Python does on Ctrl-C, unless it was started in the background
 
 
@@ -103,7 +87,7 @@ def small_model():
 
 def test_two_processes_and_another_batch_change_only_rounding(checkpoint, whole, tmp_path):
     words = arguments(checkpoint, tmp_path / "two", "--batch-size", 23)
-    assert forked(*2 * [functools.partial(sampling.main, words)]) == [0, 0]
+    assert forked(*2 * [functools.partial(sampling.main, words)], ranks=True) == [None, None]
     one, two = npz(whole), npz(tmp_path / "two")
     assert np.array_equal(one["arr_1"], two["arr_1"])
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
@@ -136,7 +120,7 @@ def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
         assert forked(functools.partial(run, *patch)) == [-signal.SIGKILL]
         assert len(list((folder / "samples").glob("*.npy"))) == chunks and not list(folder.glob("*.npz"))
     (folder / "samples" / "00001.npy").unlink()
-    assert forked(*2 * [functools.partial(sampling.main, words)]) == [0, 0]
+    assert forked(*2 * [functools.partial(sampling.main, words)], ranks=True) == [None, None]
     for name in ("drawn.npz", "grid.png"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert len(json.loads((folder / "settings.json").read_text())["starts"]) == 4
@@ -245,26 +229,16 @@ def test_every_setting_changes_the_hash_and_nothing_else():
     weight[0] = kept
     assert len(set(digits)) == len(digits)
     assert settings(autoencoder="other").digits() != settings().digits()
-    for same in ({"batch_size": 3}, {"out": "x"}, {"npz": False}, {"checkpoint": Path("y.pt")}, {"steps": 250}):
+    for same in ({"batch_size": 3}, {"out": "x"}, {"checkpoint": Path("y.pt")}, {"steps": 250}):
         assert resolved(**base, **same).digits() == digits[0]
     assert resolved(cfg_scale=2).digits() == resolved(cfg_scale=2.0).digits()
 
 
-@pytest.mark.parametrize(
-    "preset, changes, name",
-    [
-        ("repa-sde-250", {}, "x-300-repa-sde-250"),
-        ("fast-ode-50", {"steps": 50}, "x-300-fast-ode-50"),
-        ("fast-ode-50", {"steps": 20}, "x-300-euler-20"),
-        ("fast-ode-50", {"cfg_scale": 1.25}, "x-300-euler-50-cfg-1.25"),
-        ("paper-cfg-1.5", {"guidance_interval": (0.0, 0.7)}, "x-300-sde-250-cfg-1.5-0-0.7"),
-    ],
-)
-def test_the_name_of_the_folder(preset, changes, name):
-    options = sampling.Options(Path("runs/x/last.pt"), preset=preset, **changes)
-    chosen = resolved(preset=preset, **changes)
-    assert sampling.folder_name(options, chosen, {"step": 300}) == f"{name}-{chosen.digits()}"
-    assert sampling.folder_name(options, chosen, {"step": None}).startswith("x-last-")
+def test_the_name_of_the_folder():
+    options, origin = sampling.Options(Path("runs/x/last.pt")), {"step": 300}
+    plain, guided = resolved(preset="fast-ode-50", steps=20), resolved(preset="paper-cfg-1.5")
+    assert sampling.folder_name(options, plain, origin) == f"x-300-euler-20-{plain.digits()}"
+    assert sampling.folder_name(options, guided, {"step": None}) == f"x-last-sde-250-cfg-1.5-{guided.digits()}"
 
 
 @pytest.mark.parametrize(
@@ -341,27 +315,23 @@ def test_a_finished_folder_stays_as_it_is(whole, checkpoint, tmp_path, capsys):
         files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
-    chunks = tmp_path / "out"
-    sampling.main(arguments(checkpoint, chunks, "--no-npz"))
-    assert not list(chunks.glob("*.npz")) and (chunks / "grid.png").is_file()
-    before = state(whole), state(chunks)
-    sampling.main(arguments(checkpoint, whole))
-    sampling.main(arguments(checkpoint, whole, "--no-npz", "--batch-size", 3))
-    sampling.main(arguments(checkpoint, chunks, "--no-npz"))
-    assert (state(whole), state(chunks)) == before and "150 images, complete" in capsys.readouterr().out
-    sampling.main(arguments(checkpoint, chunks))  # makes the npz of the chunks, which may then go
-    assert (chunks / "out.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
-    for chunk in (chunks / "samples").iterdir():
-        chunk.unlink()
-    sampling.main(arguments(checkpoint, chunks))
-    assert not list((chunks / "samples").iterdir())
+    before = state(whole)
+    sampling.main(arguments(checkpoint, whole, "--batch-size", 3))
+    assert state(whole) == before and "150 images, complete" in capsys.readouterr().out
+    copy = tmp_path / "drawn"
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("*.npz"))
+    sampling.main(arguments(checkpoint, copy))  # makes the npz of the chunks, which may then go
+    assert (copy / "drawn.npz").read_bytes() == (whole / "drawn.npz").read_bytes()
+    shutil.rmtree(copy / "samples")
+    sampling.main(arguments(checkpoint, copy))
+    assert not (copy / "samples").exists()
 
 
 def test_the_default_folder(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sampling.main([str(checkpoint), "--preset", "fast-ode-50", "--num-samples", "3", "--classes", "8"])
     (folder,) = (tmp_path / "samples").iterdir()
-    assert folder.name.startswith("tiny-1-fast-ode-50-") and (npz(folder)["arr_1"] == 8).all()
+    assert folder.name.startswith("tiny-1-euler-50-") and (npz(folder)["arr_1"] == 8).all()
     assert folder.name.endswith(json.loads((folder / "settings.json").read_text())["hash"])
 
 
@@ -380,7 +350,7 @@ def test_classes_without_training_images_are_drawn_on_request_alone(checkpoint, 
 
 
 def test_folders_that_are_not_ours_are_refused(whole, checkpoint, tmp_path):
-    with pytest.raises(SystemExit, match="error: .*drawn holds samples of other .*seed: 0 -> 1.*another --out"):
+    with pytest.raises(SystemExit, match="error: .*drawn was made with other settings .*seed: 0 -> 1.*another --out"):
         sampling.main(arguments(checkpoint, whole, "--seed", 1))
     lock = lock_folder(whole)
     with pytest.raises(SystemExit, match="error: .* is in use by another run"):
@@ -395,24 +365,27 @@ def test_folders_that_are_not_ours_are_refused(whole, checkpoint, tmp_path):
         sampling.main(arguments(checkpoint, foreign / "letter.txt"))
     assert [path.name for path in foreign.iterdir()] == ["letter.txt"]
     (foreign / "letter.txt").unlink()
-    for content in ('{"other": 1}', "[]", "not json"):
+    for content, message in (
+        ('{"other": 1}', "made with other settings"),
+        ("[]", "settings.json is damaged, or was not made by this program"),
+        ('{"settings": {"we', "settings.json is damaged"),
+    ):
         (foreign / "settings.json").write_text(content)
-        with pytest.raises(SystemExit, match="error: .*settings.json was not made by this program"):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
             sampling.main(arguments(checkpoint, foreign))
 
 
-def test_processes_that_do_not_see_one_folder_are_refused(checkpoint, tmp_path, capfd):
+def test_processes_that_do_not_see_one_folder_are_refused(checkpoint, tmp_path):
     """As on two machines without a shared disk; nor are those that have different weights."""
     content = load_file(checkpoint)
     content["emas"]["0.99"]["final_layer.linear.bias"] += 1
     torch.save(content, tmp_path / "last.pt")
     seen, apart = arguments(checkpoint, tmp_path / "a" / "out"), arguments(checkpoint, tmp_path / "b" / "out")
-    assert forked(*(functools.partial(sampling.main, words) for words in (seen, apart))) == [1, 1]
-    assert "the processes disagree: " in capfd.readouterr().err and not list(tmp_path.rglob("*.npy"))
     other = arguments(tmp_path / "last.pt", tmp_path / "a" / "out")
-    assert forked(*(functools.partial(sampling.main, words) for words in (seen, other))) == [1, 1]
-    found = capfd.readouterr().err
-    assert "the hash of the settings is" in found and "an --out that is on a disk they share" in found
+    for words, fact in ((apart, "the content of "), (other, "the hash of the settings is ")):
+        for outcome in forked(*(functools.partial(sampling.main, each) for each in (seen, words)), ranks=True):
+            assert outcome.startswith(f"SystemExit: error: the processes disagree: {fact}")
+            assert "an --out that is on a disk they share" in outcome
     assert not list(tmp_path.rglob("*.npy"))
 
 
@@ -445,7 +418,7 @@ def test_a_full_disk_is_named_and_the_next_try_works(checkpoint, whole, tmp_path
     folder = tmp_path / whole.name
     with monkeypatch.context() as patch:
         patch.setattr(sampling.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
-        with pytest.raises(SystemExit, match="error: .*needs .* GiB more, the disk has .*--num-samples, or --no-npz"):
+        with pytest.raises(SystemExit, match="error: .*needs .* GiB more, the disk has .*--num-samples"):
             sampling.main(arguments(checkpoint, folder))
     for name, missing in (
         ("settings.json", []),

@@ -67,15 +67,11 @@ def test_same_options_make_the_same_encoder(trained, digits, tmp_path, capsys):
     again = train(digits, tmp_path / "again", *SMALL)
     assert FrozenEncoder(str(again), 4).fingerprint == FrozenEncoder(str(trained), 4).fingerprint
     before = content(again)
-    record = json.loads((again / "training.json").read_text())
-    del record["options"]["kind"]  # as the version before wrote it
-    (again / "training.json").write_text(json.dumps(record))
     train(digits, again, *SMALL)
     assert "already trained" in capsys.readouterr().out
     for words, change in ((["--epochs", "4"], "epochs: 3 -> 4"), ([*SMALL, "--kind", "convnet"], "'vit' -> 'convnet'")):
         with pytest.raises(SystemExit, match=f"made with other settings .*{change}"):
             train(digits, again, *words)
-    (again / "training.json").write_bytes(before["training.json"])
     assert content(again) == before
 
 
