@@ -9,6 +9,7 @@ knows of an option stands at its field, and docs/configuration.md is made of tha
 import ast
 import dataclasses
 import difflib
+import functools
 import hashlib
 import os
 import re
@@ -300,6 +301,7 @@ def split_preset(argv: list[str]) -> tuple[str, list[str]]:
     return name, words
 
 
+@functools.cache  # a sweep reads one for each of its runs
 def read_preset(name: str) -> Config:
     """The options of a preset, or of a YAML file. They become words for the parser, which thus judges both."""
     path = PRESETS / f"{name}.yaml" if (PRESETS / f"{name}.yaml").is_file() else Path(name)

@@ -10,6 +10,7 @@ os.environ["COLUMNS"] = "1000"  # messages are not wrapped in the middle of a pa
 os.environ["OMP_NUM_THREADS"] = "1"  # shapes are so small that threads only wait for each other
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import signal
@@ -80,6 +81,7 @@ def ending(end, where, name, when=lambda *arguments: True):
     """The function `where.name`, which first calls `end` with its arguments where `when` says so of them."""
     original = getattr(where, name)
 
+    @functools.wraps(original)
     def patched(*arguments, **options):
         if when(*arguments):
             end(*arguments)

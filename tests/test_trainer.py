@@ -1,10 +1,11 @@
 """The trainer end to end, on digits and a tiny encoder: one run, whatever its processes and whatever kills it."""
 
 import contextlib
+import functools
+import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import train_repa_dar
 from checkpoint import load_file
 from dataset import inputs, prepare
 from eval.online import OnlineEvaluation
-from tests.conftest import ROOT, read_lines
+from tests.conftest import ROOT, ending, forked, killed, read_lines
 
 TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}  # all that may differ between repeats
 STEPS = 33
@@ -90,83 +91,60 @@ def run(arguments):
     train_repa_dar.main(arguments)
 
 
-def run_patched(arguments, patch):
-    """A run in a forked process, with a piece of code that sabotages it. Returns the exit status."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        exec(patch, {"os": os, "torch": torch, "trainer": train_repa_dar, "runtime": runtime})
+def run_killed(arguments, *patch):
+    """A run in a process of its own, which a kill ends where `patch`, arguments of `ending`, says."""
+
+    def call():
+        setattr(*patch[1:3], ending(*patch))
         run(arguments)
-        os._exit(0)
-    finally:
-        os._exit(1)
+
+    assert forked(call) == [-signal.SIGKILL]
 
 
-KILL_AT_STEP = """
-def step(self, batch, original=trainer.Trainer.train_step):
-    if self.progress["step"] == {step}: os.kill(os.getpid(), 9)
-    original(self, batch)
-trainer.Trainer.train_step = step
-"""
-KILL_IN_CHECKPOINT = """
-def save(checkpoint, file, original=torch.save):
-    if checkpoint.get("step") == {step}:
-        import io
-        whole = io.BytesIO(); original(checkpoint, whole)
-        file.write(whole.getvalue()[:len(whole.getvalue()) // 2]); file.flush()
-        os.kill(os.getpid(), 9)
-    original(checkpoint, file)
-torch.save = save
-"""
-KILL_IN_EVALUATION = """
-from eval.online import OnlineEvaluation
-def sample(self, model, indices):
-    os.kill(os.getpid(), 9)
-OnlineEvaluation.sample = sample
-"""
-KILL_IN_LOG = """
-def write(self, record, original=runtime.MetricsLog.write):
-    if record["step"] == {step}:
-        self.file.write('{{"step": {step}, "ima'); self.file.flush()
-        os.kill(os.getpid(), 9)
-    original(self, record)
-runtime.MetricsLog.write = write
-"""
+def killed_at(step):
+    return killed, train_repa_dar.Trainer, "train_step", lambda trainer, batch: trainer.progress["step"] == step
+
+
+def killed_in_save(checkpoint, file):
+    whole = io.BytesIO()
+    torch.save.__wrapped__(checkpoint, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    killed()
+
+
+def killed_in_log(log, record):
+    log.file.write('{"step": 25, "ima')
+    log.file.flush()
+    killed()
 
 
 def test_killed_anywhere_and_restarted_is_the_same_run(command, tmp_path, whole):
     """Killed before the first checkpoint, between two, in the writing of one, in a log line, in an evaluation."""
-    killed = tmp_path / "killed"
+    folder = tmp_path / "killed"
     for patch in (
-        KILL_AT_STEP.format(step=7),
-        KILL_AT_STEP.format(step=18),
-        KILL_IN_CHECKPOINT.format(step=20),
-        KILL_IN_LOG.format(step=25),
-        KILL_IN_EVALUATION,
-        KILL_AT_STEP.format(step=31),  # after that evaluation, which the checkpoint still owes
+        killed_at(7),
+        killed_at(18),
+        (killed_in_save, torch, "save", lambda checkpoint, file: checkpoint.get("step") == 20),
+        (killed_in_log, runtime.MetricsLog, "write", lambda log, record: record["step"] == 25),
+        (killed, OnlineEvaluation, "sample"),
+        killed_at(31),  # after that evaluation, which the checkpoint still owes
     ):
-        assert run_patched(command(killed), patch) == -signal.SIGKILL
-    assert run_patched(command(killed), "") == 0
-    assert load_file(killed / "last.pt")["step"] == STEPS
-    assert_same_run(killed, whole)
+        run_killed(command(folder), *patch)
+    run(command(folder))
+    assert load_file(folder / "last.pt")["step"] == STEPS
+    assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @contextlib.contextmanager
 def sending(number, after):
-    """Within the block, the process gets this signal at the end of this step."""
-    original = train_repa_dar.Trainer.train_step
-
-    def step(self, batch):
-        original(self, batch)
-        if self.progress["step"] + 1 == after:
-            os.kill(os.getpid(), number)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_repa_dar.Trainer, "train_step", step)
-        with pytest.raises(SystemExit) as stop:
-            yield
+    """Within the block, the process gets this signal within this step."""
+    trainer, due = train_repa_dar.Trainer, lambda self, batch: self.progress["step"] + 1 == after
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(
+            trainer, "train_step", ending(lambda *_: os.kill(os.getpid(), number), trainer, "train_step", due)
+        )
+        yield
     assert stop.value.code == 128 + number
 
 
@@ -183,15 +161,11 @@ def test_signal_saves_leaves_and_resumes(command, tmp_path, whole, number):
 
 def test_signal_during_an_evaluation_saves_and_makes_up_for_it(command, tmp_path, whole, monkeypatch):
     """Evaluations can take minutes: one is cut short, and made first thing when the run goes on."""
-    stopped, original = tmp_path / "stopped", OnlineEvaluation.sample
-
-    def sample(self, model, indices):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, model, indices)
-
+    stopped = tmp_path / "stopped"
     for step in (15, 30, STEPS):
         with monkeypatch.context() as patch:
-            patch.setattr(OnlineEvaluation, "sample", sample)
+            stop = ending(lambda *_: os.kill(os.getpid(), signal.SIGTERM), OnlineEvaluation, "sample")
+            patch.setattr(OnlineEvaluation, "sample", stop)
             with pytest.raises(SystemExit) as stop:
                 run(command(stopped))
         assert stop.value.code == 128 + signal.SIGTERM and load_file(stopped / "last.pt")["step"] == step
@@ -600,21 +574,6 @@ def test_a_residual_checkpoint_starts_a_dar_run_for_other_classes(command, tmp_p
 # ---- machines, disks and logs that fail ----
 
 
-def two_machines(folders, words):
-    """Status and errors of two processes, each in a folder of its own, as on machines without a shared disk."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank, folder in enumerate(folders):
-        launcher = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {key: str(value) for key, value in launcher.items()}
-        script = [sys.executable, f"{ROOT}/train_repa_dar.py", *words]
-        processes.append(subprocess.Popen(script, cwd=folder, env=environment, stderr=-1, stdout=-3, text=True))
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    return [process.returncode for process in processes], errors
-
-
 def test_machines_without_a_shared_disk_refuse_to_resume(command, tmp_path, monkeypatch):
     """Only the first one has a checkpoint: the other would begin anew, and they would train something between."""
     folders = [tmp_path / name for name in "ab"]
@@ -622,11 +581,14 @@ def test_machines_without_a_shared_disk_refuse_to_resume(command, tmp_path, monk
         folder.mkdir()
     monkeypatch.chdir(folders[0])
     run(command("run", *QUIET, "--max-steps", 4))
-    status, errors = two_machines(folders, command("run", *QUIET, "--max-steps", 8))
-    assert status == [1, 1]
-    for error in errors:
-        assert "error: the processes disagree: the step to resume at is 4 in process 0" in error
-        assert "None in process 1" in error and "--out, which must be on a shared disk" in error
+
+    def start(folder):
+        os.chdir(folder)
+        run(command("run", *QUIET, "--max-steps", 8))
+
+    for outcome in forked(*(functools.partial(start, folder) for folder in folders), ranks=True):
+        assert "error: the processes disagree: the step to resume at is 4 in process 0" in outcome
+        assert "None in process 1" in outcome and "--out, which must be on a shared disk" in outcome
     assert load_file(folders[0] / "run" / "last.pt")["step"] == 4
 
 
@@ -644,10 +606,10 @@ def test_a_full_disk_is_named_and_leaves_no_debris(command, tmp_path):
 def test_a_log_that_lost_lines_repeats_none(command, tmp_path):
     """What is beyond the checkpoint is cut by step: the log was cut to two lines, resumed, and killed again."""
     folder, settings = tmp_path / "run", (*QUIET, "--max-steps", 20)
-    assert run_patched(command(folder, *settings), KILL_AT_STEP.format(step=12)) == -signal.SIGKILL
+    run_killed(command(folder, *settings), *killed_at(12))
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:1]) + "[]\n" + '{"step": 1')
-    assert run_patched(command(folder, *settings), KILL_AT_STEP.format(step=17)) == -signal.SIGKILL
+    run_killed(command(folder, *settings), *killed_at(17))
     run(command(folder, *settings))
     assert [line["step"] for line in records(folder)] == [5, 15, 20]
 
@@ -708,8 +670,3 @@ def test_a_diagnosis_that_fails_can_be_done_without(command, tmp_path, monkeypat
     train_repa_dar.main(command(tmp_path / "run", *settings))
     last = load_file(tmp_path / "run" / "last.pt")
     assert last["step"] == 12 and not last["diagnosis_due"]
-
-
-def test_diagnosis_of_too_few_images_is_refused(command, tmp_path):
-    with pytest.raises(SystemExit, match="diagnose_images = 256: .* has 70 images"):
-        train_repa_dar.main(command(tmp_path / "run", "--diagnose-every", 5))
