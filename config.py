@@ -6,17 +6,17 @@ A preset is a name in configs/ or a path to a YAML file; a value on the command 
 knows of an option stands at its field, and docs/configuration.md is made of that: `python config.py > FILE`.
 """
 
-import ast
 import dataclasses
 import difflib
 import functools
 import hashlib
+import inspect
 import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 import yaml
@@ -414,28 +414,22 @@ def load_saved(path: Path) -> dict:
 
 def document() -> str:
     """docs/configuration.md: the options as tables, one for each part of the class."""
-    source = Path(__file__).read_text()
-    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
-    headings = {number: line.strip("# -") for number, line in enumerate(source.splitlines()) if "    # ---- " in line}
-    lines, heading = ["# Configuration", "", "Made by `python config.py > docs/configuration.md`."], ""
-    for spec, words in zip(body, body[1:]):
-        if isinstance(spec, ast.AnnAssign):
-            above = headings[max(number for number in headings if number < spec.lineno)]
-            if above != heading:
-                heading = above
-                lines += ["", f"## {above.capitalize()}", "", "| option | default | meaning |", "| --- | --- | --- |"]
-            kind, default = ast.unparse(spec.annotation), DEFAULTS[spec.target.id]
-            choices = f"{kind[8:-1].replace(chr(39), '').replace(', ', ' | ')}. " if kind.startswith("Literal") else ""
-            facts, said = FIELDS[spec.target.id].metadata, [choices + words.value.value]
-            said += [f"At least {facts['least']}."] if facts["least"] is not None else []
-            said += [f"Above {facts['above']}."] if facts["above"] is not None else []
+    lines = ["# Configuration", "", "Made by `python config.py > docs/configuration.md`."]
+    for part in inspect.getsource(Config).split("    # ---- ")[1:]:
+        heading = part.partition(" ----")[0].capitalize()
+        lines += ["", f"## {heading}", "", "| option | default | meaning |", "| --- | --- | --- |"]
+        for name, kind, meaning in re.findall(r'^    (\w+): (.+?) = option\(.*\n    """(.+)"""$', part, re.MULTILINE):
+            facts = FIELDS[name].metadata
+            if kind.startswith("Literal"):
+                meaning = " | ".join(get_args(FIELDS[name].type)) + f". {meaning}"
+            meaning += "" if facts["least"] is None else f" At least {facts['least']}."
+            meaning += "" if facts["above"] is None else f" Above {facts['above']}."
             off = [
-                f"`{key} = {' or '.join(str(v) or repr(v) for v in values)}`"
+                f"`{key} = {' or '.join(str(value) or repr(value) for value in values)}`"
                 for key, values in facts["idle_with"].items()
             ]
-            said += [f"No effect with {' or '.join(off)}."] if off else []
-            meaning = " ".join(said).replace("|", "\\|")
-            lines.append(f"| `{spec.target.id}` | `{default!r}` | {meaning} |")
+            meaning += f" No effect with {' or '.join(off)}." if off else ""
+            lines.append(f"| `{name}` | `{DEFAULTS[name]!r}` | {meaning.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
 
 

@@ -47,7 +47,8 @@ def plain_errors(*kinds: type):
     try:
         yield
     except kinds as error:
-        raise SystemExit(f"error: {error}") from None
+        interrupted = isinstance(error, KeyboardInterrupt)
+        raise SystemExit("stopped; the same command again completes it" if interrupted else f"error: {error}") from None
 
 
 # ---- processes ----

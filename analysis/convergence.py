@@ -79,10 +79,9 @@ def read_run(folder: Path, metric: str) -> Run:
         raise ValueError(f"{folder} never logged {metric!r}; it has {known or 'nothing yet'}")
     rates = [record["samples_per_second"] for record in records if "samples_per_second" in record]
     environment, saved = folder / "environment.jsonl", load_saved(folder / "config.yaml")
-    # An option that is younger than the run had its default, in effect; but the first encoder judged the samples.
     return Run(
         str(folder),
-        {**plain(DEFAULTS), "eval_encoder": saved["encoder"][:1], **saved},
+        plain(DEFAULTS) | saved,  # an option that is younger than the run had its default, in effect
         {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
         np.array([point[metric] for point in points], dtype=float),
         float(np.median(rates)) if rates else None,
@@ -183,7 +182,7 @@ def compare(arms: dict, options: Options) -> dict:
 
 def networks(configs) -> dict:
     """The encoders that the runs are aligned to, and the judges of their samples."""
-    configs = [DEFAULTS | config for config in configs]
+    configs = list(configs)
     aligned = {shown(config["encoder"]) for config in configs if config["alignment"] == "repa"}
     judges = {shown(config["eval_encoder"]) for config in configs if config["eval_every"]}
     return {"encoder": sorted(aligned), "judge": sorted(judges)}

@@ -60,8 +60,8 @@ class Options:
     """Folder to write."""
     data: str = ""
     """Folder made by `python -m dataset.prepare`; the run's own if not given."""
-    figures: tuple[str, ...] = ()
-    """Any of states, routing, time and alignment; all that the model has if not given."""
+    figures: tuple[Literal["states", "routing", "time", "alignment"], ...] = ()
+    """Figures to draw; all that the model has if not given."""
     times: tuple[float, ...] = TIMES
     """Times in [0, 1] at which to look, 1 being noise; the figure `time` draws its own."""
     num_images: int = 1024
@@ -92,7 +92,6 @@ def main(argv: list[str] | None = None):
 
 def diagnose_checkpoint(options: Options, ranks: Ranks):
     for name, fine, remedy in (
-        ("figures", set(options.figures) <= FIGURES.keys(), f"choose from {', '.join(FIGURES)}"),
         ("times", options.times and all(0 <= t <= 1 for t in options.times), "give times in [0, 1]"),
         ("num_images", options.num_images >= 1, "must be at least 1"),
         ("batch_size", options.batch_size >= 1, "must be at least 1"),

@@ -85,11 +85,8 @@ class Options:
 
 def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="python -m dataset.prepare", description=__doc__)
-    try:
-        with Ranks() as ranks, plain_errors(ValueError, OSError):
-            verify(Path(options.out)) if options.verify else prepare(options, ranks)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command again goes on from here") from None
+    with plain_errors(ValueError, OSError, KeyboardInterrupt), Ranks() as ranks:
+        verify(Path(options.out)) if options.verify else prepare(options, ranks)
 
 
 def prepare(options: Options, ranks: Ranks):
@@ -253,8 +250,8 @@ class Images(Stage):
         labels, class_names = self.source.labels.astype(np.int64), self.source.class_names
         labels[list(damaged)] = -1
         sizes = np.concatenate([record["sizes"] for record in records]).astype(np.int64)
-        for name, array in (("labels", labels), ("sizes", sizes)):
-            write_array(self.folder / f"{name}.npy", array)
+        write_array(self.folder / "labels.npy", labels)
+        write_array(self.folder / "sizes.npy", sizes)
         content = sha256("".join(record["pixels"] for record in records).encode() + labels.tobytes())
         found = {"content": content, "class_names": class_names, "damaged": list(damaged.values())}
         write_json(self.meta, {**self.settings, **found})
@@ -305,7 +302,6 @@ class Rows(Stage):
     def make(self, rows):
         array = np.load(self.path, mmap_mode="r+")
         images = EncodedImages(self.images.folder)
-        digest = hashlib.sha256()
         for first in range(rows.start, rows.stop, self.batch_size):
             part = range(first, min(first + self.batch_size, rows.stop))
             pixels = torch.stack([images[row] for row in part])
@@ -313,14 +309,12 @@ class Rows(Stage):
             for copy in range(self.copies):
                 made = self.network(pixels.flip(-1) if copy else pixels).astype(np.float16)
                 if not np.isfinite(made).all():
-                    raise ValueError(
-                        f"{self.name!r} gave values beyond float16 in images {part.start} to {part.stop - 1}"
-                    )
+                    which = f"images {part.start} to {part.stop - 1}"
+                    raise ValueError(f"{self.name!r} gave values beyond float16 in {which}")
                 made[~readable] = 0
                 array[copy * self.count + part.start : copy * self.count + part.stop] = made
-                digest.update(made.tobytes())
         array.flush()
-        return {"sha256": digest.hexdigest(), "batch_size": self.batch_size}
+        return {"sha256": sha256(stored(array, rows, self.count))}
 
     def finish(self, records):
         write_json(self.meta, {**self.settings, "name": self.name})
@@ -358,20 +352,20 @@ def verify(folder: Path):
     for path in arrays:
         array = np.load(path, mmap_mode="r")
         for start in range(0, count, per_file):
-            record, stop = path.parent / f"{start // per_file:05}.json", min(start + per_file, count)
+            record, rows = path.parent / f"{start // per_file:05}.json", range(start, min(start + per_file, count))
             if not record.is_file():
                 raise ValueError(f"{path.parent} is not finished; the same command without --verify goes on with it")
-            record, digest = read_json(record), hashlib.sha256()
-            for first in range(start, stop, record["batch_size"]):
-                last = min(first + record["batch_size"], stop)
-                for copy in range(0, len(array), count):
-                    digest.update(array[copy + first : copy + last].tobytes())
-            if digest.hexdigest() != record["sha256"]:
-                bad.append(f"{path} rows {start} to {stop - 1}")
+            if sha256(stored(array, rows, count)) != read_json(record)["sha256"]:
+                bad.append(f"{path} rows {start} to {rows.stop - 1}")
     if bad:
         remedy = "Delete the NNNNN.json of each and the meta.json beside it, and prepare again"
         raise ValueError(f"these differ from their checksums: {'; '.join(bad)}. {remedy}")
     print(f"{folder}: images and {len(arrays)} arrays are as they were written")
+
+
+def stored(array, rows, count):
+    """The bytes of these rows, and of their mirrored copies, which are `count` rows further on."""
+    return b"".join(array[first + rows.start : first + rows.stop].tobytes() for first in range(0, len(array), count))
 
 
 def sha256(data):

@@ -55,11 +55,8 @@ class Options:
 
 def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="python -m dataset.standin_encoder", description=__doc__)
-    try:
-        with plain_errors(ValueError, OSError):
-            train(options)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; nothing was written") from None
+    with plain_errors(ValueError, OSError, KeyboardInterrupt):
+        train(options)
 
 
 def train(options: Options):

@@ -114,11 +114,8 @@ class Settings:
 
 def main(argv: list | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m eval.sample", description=__doc__)
-    try:
-        with Ranks() as ranks, plain_errors(ValueError, OSError):
-            sample(options, ranks)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command again goes on from here") from None
+    with plain_errors(ValueError, OSError, KeyboardInterrupt), Ranks() as ranks:
+        sample(options, ranks)
 
 
 def sample(options: Options, ranks: Ranks) -> Path:
@@ -139,7 +136,6 @@ def sample(options: Options, ranks: Ranks) -> Path:
         made, missing = folder / "settings.json", undone(npz, chunks)
         content = hashlib.sha256(made.read_bytes()).hexdigest()[:12] if made.is_file() else "none"
         facts = {f"the content of {made}": content, "the hash of the settings": settings.digits()}
-        facts["the number of files to draw"] = len(missing)
         ranks.agree(facts, "give all machines the same checkpoint, and an --out that is on a disk they share")
         mine = {name: missing[name] for name in list(chunks)[ranks.rank :: ranks.world] if name in missing}
         write_chunks(folder / "samples", mine, model, autoencoder, settings, options.batch_size, ranks)

@@ -9,6 +9,7 @@ import torch
 import train_repa_dar
 from checkpoint import load_file, load_trained
 from models.sit import SIT_MODELS
+from tests.conftest import TINY
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +19,12 @@ def train(digits, encoder_folder, tmp_path_factory):
     @functools.lru_cache
     def run(words=""):
         out = tmp_path_factory.mktemp("run") / "tiny"
-        sizes = "--depth 2 --hidden-size 32 --num-heads 2 --align-depth 1 --projector-dim 16"
-        rest = "--lr 0.05 --batch-size 8 --max-steps 2 --eval-every 0 --tensorboard False"
-        line = f"--data={digits} --out={out} --encoder={encoder_folder} {rest}"
+        line = f"--data={digits} --out={out} --encoder={encoder_folder} {TINY} --lr 0.05 --max-steps 2 --eval-every 0"
         trainers, close = [], train_repa_dar.Trainer.__exit__
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_repa_dar.Trainer, "__exit__", lambda self, *_: trainers.append(self) or close(self))
             model = [] if "--model" in words else ["--model=SiT-S/2"]
-            train_repa_dar.main([*line.split(), *model, *sizes.split(), *words.split()])
+            train_repa_dar.main([*line.split(), *model, *words.split()])
         return trainers[0], out / "last.pt"
 
     return run

@@ -165,17 +165,12 @@ def test_seeds_that_never_arrive_or_that_one_arm_lacks():
 
 
 def test_a_metric_that_is_better_when_large():
-    """Targets, times, ratios and bounds of 0.05 step and 0.1 step; the latter is at 10 by its first point."""
+    """Targets, times, ratios and bounds of 0.05 step and 0.1 step."""
     runs = [curve([(step, slope * step) for step in STEPS], **arm) for slope, arm in ((0.05, {}), (0.1, DAR))]
     rows = [entry for entry in comparison(*runs, goal="max")["targets"] if entry["arm"] == "DAR"]
     assert [entry["target"] for entry in rows] == pytest.approx([10, 25, 35, 50])  # of steps 200, 500, 700, 1000
     assert [entry["step"]["mean"] for entry in rows] == pytest.approx([100, 250, 350, 500])
     assert [entry["step_speedup"]["per_seed"][0] for entry in rows] == [{"ratio": pytest.approx(2), "bound": ""}] * 4
-    swapped = comparison(*runs, goal="max", reference="DAR")["targets"]
-    assert [entry["target"] for entry in swapped[::2]] == pytest.approx([20, 50, 70, 100])
-    for target, ratio in ((80, 1000 / 800), (8, 160 / 100)):
-        found = row(comparison(*runs, goal="max", targets=(target,)), "DAR")["step_speedup"]["per_seed"][0]
-        assert found == {"ratio": pytest.approx(ratio), "bound": ">"}
 
 
 @pytest.mark.parametrize(
@@ -263,13 +258,11 @@ def test_idle_options_neither_split_nor_name_arms():
 
 
 def test_a_run_from_before_an_option_had_its_default(tmp_path):
-    """But runs from before there were judges were judged by their first encoder."""
-    settings = dict(encoder=("tiny", "b"), eval_encoder=("tiny",), **REPA)
-    old, new = (write_run(tmp_path / str(seed), line(0.1), seed=seed, **settings) for seed in (0, 1))
+    old, new = (write_run(tmp_path / str(seed), line(0.1), seed=seed, **REPA) for seed in (0, 1))
     saved = yaml.safe_load((old / "config.yaml").read_text())
     young = {key: value for key, value in saved.items() if key not in ("projector", "mirror", "eval_encoder")}
     (old / "config.yaml").write_text(yaml.safe_dump(young))
-    other = write_run(tmp_path / "other", line(0.2), **settings, projector="conv")
+    other = write_run(tmp_path / "other", line(0.2), **REPA, projector="conv")
     arms = group([read_run(folder, "frechet_distance") for folder in (old, new, other)])
     names = [f"residual + REPA, projector={projector}" for projector in ("mlp", "conv")]
     assert {name: sorted(seeds) for name, seeds in arms.items()} == {names[0]: [0, 1], names[1]: [0]}

@@ -319,7 +319,7 @@ def adm():
     return {"arr_0": images.permute(0, 2, 3, 1).numpy(), **{key: part.float().numpy() for key, part in pairs}}
 
 
-def test_all_kinds_of_samples_give_the_same(adm, narrowed, tmp_path):
+def test_all_kinds_of_samples_give_the_same(adm, narrowed, tmp_path, monkeypatch):
     """Prepared digits, from their folder, as png, and in an npz: compressed, in Fortran order, in any batches."""
     folder = tmp_path / "digits"
     prepare.main(["digits", "--out", str(folder), "--limit", "90"])
@@ -353,19 +353,15 @@ def test_all_kinds_of_samples_give_the_same(adm, narrowed, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"uint8": "rounded", "settings": {"seed": 3}}))
     drawn = command(plain, tmp_path / "adm.npz")["samples"]
     assert drawn["uint8_conversion"] == "rounded" and drawn["settings"] == {"seed": 3}
+    # Order is judged by the labels, where there are any.
+    monkeypatch.setattr(metrics, "IS_CHUNK", 12)
+    sorted_by_label = save_images(tmp_path / "sorted.npz", images, arr_1=np.arange(90) // 9)
+    for samples, ordered in ((plain, False), (sorted_by_label, True)):
+        warnings = command(samples, tmp_path / "adm.npz")["warnings"]
+        assert any("ordered by class (by their labels)" in text for text in warnings) == ordered
     # Against itself, samples are perfect.
     perfect = command(folder, plain)["metrics"]
     assert perfect["fid"] == pytest.approx(0, abs=1e-4) and perfect["precision"] == perfect["recall"] == 1
-
-
-def test_order_is_judged_by_the_labels_of_the_npz(adm, narrowed, tmp_path, monkeypatch):
-    """Where it has them, whatever the network takes the images for."""
-    monkeypatch.setattr(metrics, "IS_CHUNK", 12)
-    np.savez(tmp_path / "adm.npz", **adm)
-    for name, given in (("ordered", {"arr_1": np.arange(48) // 12}), ("unknown", {})):
-        path = save_images(tmp_path / f"{name}.npz", some_images(48), **given)
-        warnings = command(path, tmp_path / "adm.npz")["warnings"]
-        assert any("ordered by class (by their labels)" in text for text in warnings) == (name == "ordered")
 
 
 def test_folder_of_images(tmp_path):

@@ -148,40 +148,31 @@ def test_networks_may_move_and_finished_work_is_not_done_again(
         moved.rename(autoencoder_folder)
 
 
-def test_checksums_find_what_has_changed(prepared, tmp_path, capsys):
+def test_checksums_find_what_has_changed_and_it_is_made_again(prepared, photos, arguments, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     run("", copy, "--verify")
     assert "as they were written" in capsys.readouterr().out
-    for pattern, place in (("images/00002.bin", 40), ("latents/*/moments.npy", -1), ("features/*/tokens.npy", 200)):
+    for pattern in ("images/00002.bin", "latents/*/moments.npy", "features/*/tokens.npy"):
         path = next(copy.glob(pattern))
-        data = bytearray(path.read_bytes())
-        data[place] ^= 1
-        path.write_bytes(data)
-    message = refusal("", copy, "--verify")
-    assert "00002.bin" in message and "moments.npy rows 20 to 21" in message and "tokens.npy rows 0 to 3" in message
-    assert message.count(";") == 2
-    record = next(copy.glob("latents/*/00001.json"))
-    record.unlink()
-    assert "is not finished; the same command without --verify" in refusal("", copy, "--verify")
-    (copy / "meta.json").unlink()
-    assert "is not finished" in refusal("", copy, "--verify")
-
-
-def test_chunks_whose_records_are_deleted_are_made_again(prepared, photos, arguments, tmp_path):
-    """As the message of --verify says."""
-    copy = tmp_path / "copy"
-    shutil.copytree(prepared, copy)
-    bad = [copy / "images" / "00002.bin", *copy.glob("latents/*/moments.npy"), *copy.glob("features/*/tokens.npy")]
-    for path in bad:
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    last = ["images/00002.json", "latents/*/00005.json", "features/*/00005.json", "meta.json", "*/*/meta.json"]
-    for path in [path for pattern in last for path in copy.glob(pattern)]:
-        path.unlink()
+    message = refusal("", copy, "--verify")
+    assert "00002.bin" in message and message.count("npy rows 20 to 21") == 2 and message.count(";") == 2
+    # As the message says: delete the records of these, and prepare again.
+    for pattern in ("images/00002.json", "*/*/00005.json", "*/*/meta.json"):
+        for path in copy.glob(pattern):
+            path.unlink()
+    assert "is not finished; the same command without --verify" in refusal("", copy, "--verify")
+    (copy / "meta.json").unlink()
+    assert "is not finished" in refusal("", copy, "--verify")
     run(photos, copy, *arguments)
     assert content(copy) == content(prepared)
+    for name in ("settings.json", "images/00001.json"):
+        (copy / name).write_text('{"sha2')
+        assert f"{copy / name} is damaged" in refusal(photos, copy, *arguments, *["--verify"] * ("/" in name))
+        shutil.copy(prepared / name, copy / name)
 
 
 def test_estimate_comes_first_and_is_near(photos, arguments, tmp_path, capsys):
@@ -341,7 +332,7 @@ def test_stopped_anywhere_it_ends_up_the_same(
     for stop in stops:
         with monkeypatch.context() as patch:
             counted(patch, owner, name, stop)
-            with pytest.raises(SystemExit, match="the same command again"):
+            with pytest.raises(SystemExit, match="the same command again completes it"):
                 run(photos, out, *words)
     if images_alone:
         assert not (out / "settings.json").exists() or "16 -> 4" in refusal(photos, out, "--resolution", 4)

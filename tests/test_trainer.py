@@ -20,7 +20,7 @@ import train_repa_dar
 from checkpoint import load_file
 from dataset import inputs, prepare
 from eval.online import OnlineEvaluation
-from tests.conftest import ROOT, ending, forked, killed, read_lines
+from tests.conftest import ROOT, TINY, ending, forked, killed, read_lines
 
 TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}  # all that may differ between repeats
 STEPS = 33
@@ -31,13 +31,12 @@ QUIET = ("--eval-every", 0)
 @pytest.fixture(scope="module")
 def command(small_data, encoder_folder, judge_folder):
     """Arguments of a run of seconds: 2 blocks, 70 images, so that 33 steps of 8 cross three epoch ends."""
-    sizes = "--depth 2 --hidden-size 32 --num-heads 2 --projector-dim 32 --routing dar --chunk-size 3"
-    steps = f"--lr 1e-3 --batch-size 8 --max-steps {STEPS} --log-every 5 --checkpoint-every 10 --tensorboard False"
-    aligned = f"--alignment repa --align-depth 1 --encoder={encoder_folder}"
+    steps = f"--lr 1e-3 --max-steps {STEPS} --log-every 5 --checkpoint-every 10"
+    aligned = f"--routing dar --chunk-size 3 --alignment repa --encoder={encoder_folder}"
     judged = f"--eval-encoder={judge_folder} --eval-every 15 --eval-samples 6 --eval-batch-size 4 --sample-steps 2"
 
     def build(out, *extra, data=small_data):
-        words = f"--data={data} --out={out} {sizes} {steps} {aligned} {judged}".split()
+        words = f"--data={data} --out={out} {TINY} {steps} {aligned} {judged}".split()
         return [*words, *map(str, extra)]
 
     return build
@@ -192,14 +191,6 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-def test_finished_run_keeps_its_provenance(command, tmp_path):
-    """Starting a complete run again changes nothing: above all not what the convergence table says it was made with."""
-    run(command(tmp_path / "run", "--max-steps", 2, "--eval-every", 0))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
-    run(command(tmp_path / "run", "--max-steps", 2, "--eval-every", 0))
-    assert before == {path: path.read_bytes() for path in before}
-
-
 def test_snapshot_survives_a_kill_before_the_checkpoint(command, tmp_path, monkeypatch):
     """The snapshot of a step is there whenever the run goes on from that step."""
     original = torch.save
@@ -318,16 +309,20 @@ def test_persistent_non_finite_steps_stop_the_run(command, tmp_path, monkeypatch
     assert good["step"] == 10 and all(value.isfinite().all() for value in good["model"].values())
 
 
-@pytest.mark.parametrize("checkpoint", [True, False])
-def test_another_configuration_is_refused_and_nothing_touched(command, tmp_path, checkpoint):
-    folder = tmp_path / "run"
-    run(command(folder, "--max-steps", 5, "--eval-every", 0))
-    if not checkpoint:  # as if it had been killed before it wrote one
-        (folder / "last.pt").unlink()
+def test_a_finished_run_is_left_alone_and_another_configuration_refused(command, tmp_path):
+    """Nothing changes, above all not what the convergence table says it was made with."""
+    folder, words = tmp_path / "run", command(tmp_path / "run", "--max-steps", 5, *QUIET)
+    run(words)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    with pytest.raises(SystemExit, match=r"(?s)lr: 0.001 -> 0.002.*routing: 'dar' -> 'residual'"):
-        run(command(folder, "--max-steps", 5, "--eval-every", 0, "--lr", 2e-3, "--routing", "residual"))
+    run(words)
     assert before == {path: path.read_bytes() for path in before}
+    for killed_early in (False, True):
+        if killed_early:  # as if it had been killed before it wrote a checkpoint
+            (folder / "last.pt").unlink()
+            del before[folder / "last.pt"]
+        with pytest.raises(SystemExit, match=r"(?s)lr: 0.001 -> 0.002.*routing: 'dar' -> 'residual'"):
+            run([*words, "--lr", "2e-3", "--routing", "residual"])
+        assert before == {path: path.read_bytes() for path in before}
 
 
 def test_changed_images_are_refused(command, tmp_path, digits):
