@@ -357,13 +357,13 @@ class MetricsLog:
                 stream.close()
 
 
-def parsed(line: str) -> dict:
-    """The record of a line of metrics.jsonl; {} for one that was cut off."""
+def parsed(line: str, key: str = "step") -> dict:
+    """The record of a line of metrics.jsonl, or of another log whose records all have `key`; {} for a cut-off line."""
     try:
         record = json.loads(line)
     except ValueError:
         return {}
-    return record if isinstance(record, dict) and "step" in record else {}
+    return record if isinstance(record, dict) and key in record else {}
 
 
 class Tally:

@@ -78,14 +78,15 @@ def read_run(folder: Path, metric: str) -> Run:
         known = ", ".join(sorted({key for record in records for key in record} - set(AXES)))
         raise ValueError(f"{folder} never logged {metric!r}; it has {known or 'nothing yet'}")
     rates = [record["samples_per_second"] for record in records if "samples_per_second" in record]
-    environment, saved = folder / "environment.jsonl", load_saved(folder / "config.yaml")
+    environment = folder / "environment.jsonl"
+    starts = environment.read_text().splitlines() if environment.is_file() else []
     return Run(
         str(folder),
-        plain(DEFAULTS) | saved,  # an option that is younger than the run had its default, in effect
+        plain(DEFAULTS) | load_saved(folder / "config.yaml"),  # an option younger than the run had its default
         {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
         np.array([point[metric] for point in points], dtype=float),
         float(np.median(rates)) if rates else None,
-        [json.loads(line) for line in environment.read_text().splitlines()] if environment.is_file() else [],
+        [start for line in starts if (start := parsed(line, "from_step"))],
     )
 
 

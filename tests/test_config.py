@@ -1,4 +1,4 @@
-"""Options: every wrong value is refused by name, every option is read, and files, command line and records agree."""
+"""Options: every wrong value is refused by name, and files, command line and records agree."""
 
 import dataclasses
 import re
@@ -30,12 +30,12 @@ def refused(capsys, arguments, call=config.parse):
 
 @pytest.fixture
 def write(tmp_path):
-    def write_yaml(text, name="own.yaml"):
-        path = tmp_path / name
+    def own_yaml(text):
+        path = tmp_path / "own.yaml"
         path.write_text(text)
         return path
 
-    return write_yaml
+    return own_yaml
 
 
 def typed(name, words):

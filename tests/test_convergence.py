@@ -303,6 +303,8 @@ def test_reading_a_run(tmp_path):
         for rate in (10.0, 100.0, 130.0, 110.0, 900.0):  # the median: a slow beginning, or a pause, counts once
             file.write(json.dumps({"step": 250, "loss": 1.0, "samples_per_second": rate}) + "\n")
         file.write('{"step": 300, "images": 19200, "seconds": 150.0, "frechet_dist')  # a log that is being written
+    with open(folder / "environment.jsonl", "a") as file:
+        file.write('{"from_step": 400, "gp')  # of a start that was killed
     run = read_run(folder, "frechet_distance")
     assert run.y.tolist() == [9.0, 7.0] and run.environments == machines
     axes = {"step": [100, 200], "images": [100 * BATCH, 200 * BATCH], "seconds": [25, 50]}
@@ -417,7 +419,7 @@ def test_plot_of_means_and_bands(study, tmp_path, monkeypatch):
 def test_machines_are_all_named_and_numbers_are_valid_json_without_a_speed(tmp_path):
     """An evaluation may come before the first line of the log. The name of the output may have dots."""
     runs = [
-        write_run(tmp_path / gpu, line(0.1), rate=None, environment=[{"gpu": gpu, "command": "x"}], seed=seed)
+        write_run(tmp_path / gpu, line(0.1), rate=None, environment=[{"from_step": 0, "gpu": gpu}], seed=seed)
         for seed, gpu in enumerate(["H100", "A100"])
     ]
     convergence.main([*map(str, runs), "--out", str(tmp_path / "lr0.1"), "--x", "step"])

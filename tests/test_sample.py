@@ -254,16 +254,12 @@ def test_the_name_of_the_folder():
         ({"classes": (1, 4)}, r"classes = \(1, 4\): the model's are 0 to 3"),
         ({"classes": (1, 1)}, "repeats a label"),
         ({"precision": "tf32"}, "precision = 'tf32': needs a GPU; give fp32"),
+        ({"trained": {"class_dropout_prob": 0.0}, "cfg_scale": 1.5}, "cfg_scale = 1.5: .* without a null class"),
     ],
 )
 def test_bad_numbers_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         resolved(**changes)
-
-
-def test_guidance_needs_a_null_class_that_was_trained():
-    with pytest.raises(ValueError, match="cfg_scale = 1.5: runs/x/last.pt was trained without a null class"):
-        resolved({"class_dropout_prob": 0.0}, cfg_scale=1.5)
 
 
 # ---- the folder ----
