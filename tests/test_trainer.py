@@ -24,6 +24,7 @@ from tests.conftest import ROOT, TINY, ending, forked, killed, read_lines
 
 TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}  # all that may differ between repeats
 STEPS = 33
+ALIGNED = 12  # steps of those whose alignment ends; between two lines of the log and two checkpoints
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_repa_dar.py"]
 QUIET = ("--eval-every", 0)
 
@@ -215,16 +216,23 @@ def test_checkpoint_of_another_program_or_version_is_refused(command, tmp_path, 
         run(command(tmp_path / "run"))
 
 
-def test_processes_and_accumulation_do_not_change_the_run(command, tmp_path, whole):
-    """Two processes, and one that takes the batch in parts, follow one process that takes it whole."""
-    two, parts = tmp_path / "two", tmp_path / "parts"
-    words = [*TORCHRUN, *command(two, "--micro-batch-size", 2)]
+def test_processes_and_accumulation_do_not_change_the_run(command, tmp_path):
+    """Two processes, and one that takes the batch in parts, follow one process that takes it whole.
+
+    Also over the end of the alignment: none waits for gradients that no longer come.
+    """
+    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
+    settings = ("--align-steps", ALIGNED, "--log-every", 3)
+    run(command(one, *settings))
+    words = [*TORCHRUN, *command(two, *settings, "--micro-batch-size", 2)]
     finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "8 global = 2 processes x 4 local, in 2 accumulated parts of 2" in finished.stdout
-    run(command(parts, "--micro-batch-size", 2, "--num-workers", 1))
-    assert_same_curves(two, whole)
-    assert_same_curves(parts, whole)
+    run(command(parts, *settings, "--micro-batch-size", 2, "--num-workers", 1))
+    assert_same_curves(two, one)
+    assert_same_curves(parts, one)
+    moments = load_file(two / "last.pt")["optimizer"]["state"]
+    assert sorted({int(state["step"]) for state in moments.values()}) == [ALIGNED, STEPS]
 
 
 def test_each_image_meets_the_same_noise_whatever_the_processes(command, tmp_path, monkeypatch):
@@ -446,8 +454,6 @@ def test_tokens_are_normalised_wherever_they_come_from(command, tmp_path, monkey
 
 # ---- the end of the alignment ----
 
-ALIGNED = 12  # steps; falls between two lines of the log and two checkpoints
-
 
 @pytest.mark.parametrize("features, routing", [("prepared", "dar"), ("online", "residual")])
 def test_alignment_ends(command, tmp_path, monkeypatch, capsys, features, routing):
@@ -523,19 +529,6 @@ def test_a_run_stopped_at_the_end_of_its_alignment_goes_on_as_if_it_had_not_been
         assert load_file(stopped / "last.pt")["step"] == last
     run(command(stopped, *settings, "--num-workers", 2))
     assert_same_run(stopped, complete)
-
-
-def test_alignment_ends_in_all_processes(command, tmp_path):
-    """Two processes follow one over the end of the alignment: none waits for gradients that no longer come."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    settings = ("--align-steps", ALIGNED, *QUIET, "--log-every", 3)
-    run(command(one, *settings))
-    words = [*TORCHRUN, *command(two, *settings, "--micro-batch-size", 2)]
-    finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert_same_curves(two, one)
-    moments = load_file(two / "last.pt")["optimizer"]["state"]
-    assert sorted({int(state["step"]) for state in moments.values()}) == [ALIGNED, STEPS]
 
 
 # ---- starting from weights ----
