@@ -73,10 +73,10 @@ def forked(*calls, ranks=False):
         child.start()
     for child in children:
         child.join(120)
-    outcomes = [here.recv() if here.poll() else child.exitcode for child, (here, _) in zip(children, pipes)]
+    codes = [child.exitcode or "no answer" for child in children]
     for child in children:
         child.kill()
-    return outcomes
+    return [here.recv() if here.poll() else code for code, (here, _) in zip(codes, pipes)]
 
 
 def ending(end, where, name, when=lambda *arguments: True):
