@@ -429,7 +429,8 @@ def document() -> str:
                 for key, values in facts["idle_with"].items()
             ]
             meaning += f" No effect with {' or '.join(off)}." if off else ""
-            lines.append(f"| `{name}` | `{DEFAULTS[name]!r}` | {meaning.replace('|', chr(92) + '|')} |")
+            meaning = meaning.replace("|", "\\|")
+            lines.append(f"| `{name}` | `{DEFAULTS[name]!r}` | {meaning} |")
     return "\n".join(lines)
 
 
