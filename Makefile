@@ -38,8 +38,8 @@ $(VENV)/.installed: requirements.txt
 
 digits: setup
 	$(RUN) -m dataset.prepare digits --out $(DIGITS)
-	$(RUN) -m dataset.standin_encoder $(DIGITS) --kind convnet --out $(DIGITS)/judge & \
-	$(RUN) -m dataset.standin_encoder $(DIGITS) --out $(DIGITS)/encoder && wait $$!
+	$(RUN) -m dataset.standin_encoder $(DIGITS) --epochs 10 --lr 2e-3 --kind convnet --out $(DIGITS)/judge & \
+	$(RUN) -m dataset.standin_encoder $(DIGITS) --epochs 10 --lr 2e-3 --out $(DIGITS)/encoder && wait $$!
 	$(RUN) -m dataset.prepare digits --out $(DIGITS) --encoder $(DIGITS)/encoder
 
 quickstart: digits
