@@ -62,9 +62,6 @@ that before.
 
 """
     measured = [{"goal": goal, "measured": value} for goal, value in result["goals"].items()]
-    text += (
-        ""
-        if not measured
-        else table([row if row["measured"] else row | {"measured": "not measured"} for row in measured])
-    )
+    if measured:
+        text += table([row if row["measured"] else row | {"measured": "not measured"} for row in measured])
     return text + "".join(f"\n## {part.capitalize()}\n\n{table(result[part])}" for part in PARTS if part in result)
