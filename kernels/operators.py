@@ -6,6 +6,7 @@ A backend is two functions (`register`). Those of Triton and of the CPU become P
 Shapes: B batch, T tokens, D width, n sources.
 """
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,9 +22,7 @@ def _backend(name: str):
     return (BACKENDS if torch.compiler.is_compiling() else FUNCTIONS)[name]
 
 
-def register(
-    name: str, forward: Callable, backward: Callable, namespace: str = "", eager_backward: Callable | None = None
-):
+def register(name: str, forward: Callable, backward: Callable, namespace: str = ""):
     """Makes two functions the backend `name`; with a namespace, as its PyTorch operators.
 
     forward(sources, query, norm_weight, eps, [shift, scale, norm_eps, dtype]): returns h (B, T, D), the log-sum-exp of
@@ -32,8 +31,8 @@ def register(
         gradients of the sources, a list, of the query and the norm weight; with a dx also of shift and scale. dx or dh
         may be None. known: a gradient or None for each source, from later readers; it is added. What is known, and
         the gradients of the first `carried` sources, are float32 (float64 for float64).
-    eager_backward: takes its place where no operator is needed. It may add to what is known of the carried sources in
-        place: that came through a carrier, from another call of it, and nothing else sees it.
+        That of a backend with a namespace also takes `in_place`, for `gradient_tensors`; operators may not write to
+        their arguments.
     """
 
     def functions(backward):
@@ -43,7 +42,8 @@ def register(
         forwards = dict(route=forward, route_modulate=forward)
         return forwards | dict(route_backward=route_backward, route_modulate_backward=backward)
 
-    BACKENDS[name] = FUNCTIONS[name] = SimpleNamespace(**functions(eager_backward or backward))
+    eager = functools.partial(backward, in_place=True) if namespace else backward
+    BACKENDS[name] = FUNCTIONS[name] = SimpleNamespace(**functions(eager))
     if not namespace:
         return
     library = torch.library.Library(namespace, "FRAGMENT")  # custom_op would cost 60 us more per call
@@ -53,6 +53,25 @@ def register(
         library.define(operator + schema)
         library.impl(operator, functions(backward)[operator], "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{operator}", shapes, lib=library)
+
+
+def gradient_dtype(source: torch.Tensor) -> torch.dtype:
+    """In which the gradients of its readers are added up: float32, or more."""
+    return torch.promote_types(source.dtype, torch.float32)
+
+
+def gradient_tensors(h: torch.Tensor, known: list, carried: int, in_place: bool) -> list:
+    """Where a fused backward writes the sources' gradients; h: the state (B, T, D).
+
+    in_place: that of a carried source onto what is known of it, which came through a carrier from another call; nothing
+    else sees it.
+    """
+    return [
+        g
+        if in_place and i < carried and g is not None
+        else torch.empty_like(h, dtype=gradient_dtype(h) if i < carried else None)
+        for i, g in enumerate(known)
+    ]
 
 
 # ---- schemas and shapes ----
@@ -132,11 +151,6 @@ class Carried(NamedTuple):
 
     value: torch.Tensor
     carrier: torch.Tensor
-
-
-def gradient_dtype(source: torch.Tensor) -> torch.dtype:
-    """In which the gradients of its readers are added up: float32, or more."""
-    return torch.promote_types(source.dtype, torch.float32)
 
 
 class RouteModulate(torch.autograd.Function):

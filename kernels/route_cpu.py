@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.operators import register
+from kernels.operators import gradient_tensors, register
 
 SOURCE = Path(__file__).with_suffix(".c")
 # Not -ffast-math: to load its result would flush denormal numbers in the whole process, and NaN would be lost.
@@ -188,16 +188,14 @@ def _forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=
 
 
 def _backward(
-    dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, reuse=False
+    dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0,
+    in_place=False,
 ):  # fmt: skip
     kinds = [tensor.dtype for tensor in (query, norm_weight, shift, scale) if tensor is not None]
     sources, known = [_plain(v) for v in sources], [None if g is None else _plain(g) for g in known]
     query, norm_weight, dh = _plain(query), _plain(norm_weight), None if dh is None else _plain(dh)
     batch, tokens, width = h.shape
-    gradients = [
-        g if reuse and i < carried and g is not None else torch.empty_like(v)
-        for i, (v, g) in enumerate(zip(sources, known))
-    ]
+    gradients = gradient_tensors(h, known, carried, in_place)
     totals = [torch.empty_like(query), torch.empty_like(norm_weight)]
     rows, parts = Rows(), h.new_empty(2, batch, width)
     if dx is not None:
@@ -213,4 +211,4 @@ def _backward(
     return gradients, *map(_cast, totals, kinds)
 
 
-register("cpu", _forward, _backward, namespace="dar_cpu", eager_backward=functools.partial(_backward, reuse=True))
+register("cpu", _forward, _backward, namespace="dar_cpu")

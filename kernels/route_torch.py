@@ -11,7 +11,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from kernels.operators import register
+from kernels.operators import gradient_dtype, register
 
 
 def _folded(query, norm_weight, compute):
@@ -28,7 +28,7 @@ def _logits(sources, folded, eps):
 
 
 def _forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, dtype=None):
-    compute = torch.promote_types(sources[0].dtype, torch.float32)
+    compute = gradient_dtype(sources[0])
     rows = [v.to(compute) for v in sources]
     logits = _logits(rows, _folded(query, norm_weight, compute)[0], eps)
     alpha = logits[0].softmax(0)

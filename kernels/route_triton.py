@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.operators import register
+from kernels.operators import gradient_tensors, register
 
 # Tokens per program of the backward passes. More of them write fewer partial sums; fewer fill the GPU.
 BACKWARD_ROWS, MODULATE_ROWS = 8, 4
@@ -306,9 +306,9 @@ def _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps):
 
 
 def _launch_backward(
-    gradients, dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0
+    dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0,
+    in_place=False,
 ):  # fmt: skip
-    """gradients: float32 tensors to write those of the carried sources to, then tensors of the others' dtype."""
     dmodulation = []
     if dx is not None:
         dh, *dmodulation = _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps)
@@ -317,6 +317,7 @@ def _launch_backward(
     batch, tokens, width = h.shape
     programs = -(-tokens // BACKWARD_ROWS)
     per_token = query.ndim == 3
+    gradients = gradient_tensors(h, known, carried, in_place)
     # One partial sum per program, added up below in a fixed order: float atomics would vary from run to run.
     parts = h.new_empty((batch, programs, width), dtype=torch.float32)
     dquery = torch.empty_like(query) if per_token else None
@@ -335,20 +336,4 @@ def _launch_backward(
     return gradients, (dq * norm_weight).to(query.dtype), dweight.to(norm_weight.dtype), *dmodulation
 
 
-def _eager_backward(dx, dh, h, lse, sources, known, carried, *rest):
-    known = [g if g is None else g.contiguous() for g in known]
-    gradients = [
-        known[i]
-        if i < carried and known[i] is not None
-        else torch.empty_like(h, dtype=torch.float32 if i < carried else None)
-        for i in range(len(sources))
-    ]
-    return _launch_backward(gradients, dx, dh, h, lse, sources, known, carried, *rest)
-
-
-def _operator_backward(dx, dh, h, lse, sources, known, carried, *rest):
-    gradients = [torch.empty_like(h, dtype=torch.float32 if i < carried else None) for i in range(len(sources))]
-    return _launch_backward(gradients, dx, dh, h, lse, sources, known, carried, *rest)
-
-
-register("triton", _launch_forward, _operator_backward, namespace="dar", eager_backward=_eager_backward)
+register("triton", _launch_forward, _launch_backward, namespace="dar")
