@@ -56,6 +56,8 @@ class Config:
     """Train on the mirrored images too; latents need `dataset.prepare --mirror`."""
     out: str = option("", free=True, arm=False)
     """Run folder. Empty: runs/PRESET/NAME, of routing, alignment, seed and what differs from the preset."""
+    held_out: int = option(0, least=0)
+    """Images of the data folder, spread evenly, that are not trained on; each evaluation logs their denoising loss."""
     seed: int = option(0, least=0, arm=False)
     """Decides initial weights, data order, times, noise and dropped labels, whatever the number of processes."""
     init_from: str = option("")

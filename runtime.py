@@ -34,6 +34,7 @@ class Use(IntEnum):
     SAMPLE = 4
     LABELS = 5
     DIAGNOSIS = 6
+    HELD_OUT = 7
 
 
 def derive_seed(seed: int, use: Use, *numbers: int) -> int:

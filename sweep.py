@@ -62,7 +62,8 @@ class Options:
     target: float | None = None
     """Value whose first crossing is timed; if not given, the best of the worst cell, which all cells reach."""
     jobs: int | None = None
-    """Cells at a time; if not given, as many as the GPUs or the CPU cores take, all of them on Slurm."""
+    """Cells at a time; if not given, as many as the GPUs or the CPU cores take, all of them on Slurm. More than that
+    share the GPUs: small models leave one mostly idle, but their seconds then mean nothing."""
     gpus_per_run: int = 1
     """GPUs of each run; on a machine without any, its processes."""
     cluster: Literal["local", "slurm"] = "local"
@@ -227,12 +228,13 @@ def make_places(options: Options, count: int) -> list[dict]:
         jobs = jobs or max(1, len(os.sched_getaffinity(0)) // each)
         # At sizes that a CPU can train, more threads mostly wait for each other.
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}] * min(jobs, count)
-    jobs = jobs or max(1, gpus // each)
-    if jobs * each > gpus:
-        raise ValueError(f"jobs = {jobs} of gpus_per_run = {each} need {jobs * each} GPUs; this machine has {gpus}")
+    if each > gpus:
+        raise ValueError(f"gpus_per_run = {each}: this machine has {gpus} GPUs")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:gpus]
     names = visible if len(visible) == gpus and all(visible) else [str(i) for i in range(gpus)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i * each : (i + 1) * each])} for i in range(min(jobs, count))]
+    shares = [",".join(names[i : i + each]) for i in range(0, gpus - each + 1, each)]
+    places = itertools.islice(itertools.cycle(shares), min(jobs or len(shares), count))
+    return [{"CUDA_VISIBLE_DEVICES": share} for share in places]
 
 
 def make_executor(options: Options, folder: Path) -> submitit.Executor:

@@ -84,8 +84,7 @@ class Trainer:
         self.progress |= {"evaluation_due": False, "diagnosis_due": False}
         self.evaluate = None
         if config.eval_every:
-            data, decoder, shape = PreparedImages(config.data), self.inputs.decoder, self.inputs.shape
-            self.evaluate = OnlineEvaluation(config, ranks, data, decoder, shape, self.autocast, self.inputs.encoders)
+            self.evaluate = OnlineEvaluation(config, ranks, self.inputs, self.autocast)
 
     def build_model(self):
         config = self.config

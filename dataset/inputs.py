@@ -17,7 +17,8 @@ from runtime import Ranks, Use, derive_seed
 class Inputs:
     """Images, autoencoder and encoders of a run. Raises ValueError where they do not fit together.
 
-    Attributes: shape (C, H, W) of x; encoders to align with; data, and plain_data for steps without alignment.
+    Attributes: shape (C, H, W) of x; encoders to align with; data, and plain_data for steps without alignment; held_out
+    images, or None.
     """
 
     def __init__(self, config, ranks: Ranks):
@@ -40,7 +41,9 @@ class Inputs:
             ]
         # Only what is read is opened: pixels, or moments of latents, and the tokens of encoders if they are stored.
         latents = "" if config.autoencoder == "pixels" else self.autoencoder.fingerprint
-        read = functools.partial(PreparedImages, config.data, mirror=config.mirror, latents=latents)
+        read = functools.partial(PreparedImages, config.data, latents=latents, held_out=config.held_out)
+        self.held_out = read(images=not latents, training=False) if config.held_out else None
+        read = functools.partial(read, mirror=config.mirror)
         stored = [encoder.fingerprint for encoder in self.encoders if config.encoder_features == "prepared"]
         self.data = read(images=not latents or align and not stored, features=stored)
         self.plain_data = read(images=not latents)

@@ -66,12 +66,16 @@ class PreparedImages:
     latents:  ID of the autoencoder whose stored moments are served; empty for none.
     features: IDs of the encoders whose stored tokens are served.
     mirror:   the mirrored images follow the others as further items.
+    held_out: so many images, spread evenly, are left out; they are the only ones unless `training`.
     Items are counted without the damaged files. Attributes: resolution, num_classes (classes without an image
     included), labels (N), and content, a fingerprint of images and labels.
     Raises ValueError where the folder is missing, unfinished, or lacks what is asked for.
     """
 
-    def __init__(self, folder: str | Path, images: bool = True, latents: str = "", features=(), mirror: bool = False):
+    def __init__(
+        self, folder: str | Path, images: bool = True, latents: str = "", features=(), mirror: bool = False,
+        held_out: int = 0, training: bool = True,
+    ):  # fmt: skip
         self.folder, self.mirror = Path(folder), mirror
         if not (self.folder / "meta.json").is_file():
             state = "is not finished" if (self.folder / "settings.json").is_file() else "is not a prepared folder"
@@ -91,6 +95,12 @@ class PreparedImages:
         labels = np.load(self.folder / "labels.npy")
         self.count = len(labels)
         rows = np.flatnonzero(labels >= 0)  # prepare marks damaged images by -1
+        if held_out >= len(rows):
+            raise ValueError(
+                f"held_out = {held_out}: {folder} has {len(rows)} images, and some must be left to train on"
+            )
+        others = np.arange(held_out) * len(rows) // max(1, held_out)
+        rows = np.delete(rows, others) if training else rows[others]
         self.labels = torch.from_numpy(labels[rows]).repeat(1 + mirror)
         self.rows = np.concatenate([rows, self.count + rows]) if mirror else rows
 

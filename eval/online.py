@@ -1,4 +1,4 @@
-"""Judges a model while it trains: a grid of samples, and their distance to the training images.
+"""Judges a model while it trains: a grid of samples, their distance to the training images, and its loss on others.
 
 The distance is the Fréchet distance between features of a network that no run is aligned to: Inception, which makes it
 FID, or another one, whose distance ranks the runs of one study and compares with nothing else. It depends on the number
@@ -20,9 +20,11 @@ import models  # noqa: F401 - before torchvision: see its docstring
 from torchvision.utils import make_grid
 
 from checkpoint import load_file
+from dataset.prepared import PreparedImages
 from eval import features
 from eval.metrics import FeatureStatistics, frechet_distance, npz_statistics
-from eval.samplers import draw
+from eval.samplers import IndexedNoise, draw
+from loss import denoising_loss, interpolant
 from runtime import Ranks, Use, derive_seed, replaced
 
 REFERENCE_IMAGES = 50_000  # the distance is to at most so many training images
@@ -48,15 +50,14 @@ class Judge:
 class OnlineEvaluation:
     """Samples from the same noise and labels at every call, shared among the processes by index.
 
-    data: PreparedImages with images; autoencoder: decodes what the model makes, of this shape (C, H, W); autocast: the
-    context that the model computes in; aligned: the FrozenEncoders that the run is aligned to.
+    inputs: what the run reads (dataset.inputs); autocast: the context that the model computes in.
     Writes nothing before the first call. `fingerprints` are those of the judges.
     Raises ValueError where a judge cannot be had, or is aligned to.
     """
 
-    def __init__(self, config, ranks: Ranks, data, autoencoder, shape: tuple, autocast: Callable, aligned=()):
-        self.config, self.ranks, self.data, self.autoencoder = config, ranks, data, autoencoder
-        self.shape, self.autocast = shape, autocast
+    def __init__(self, config, ranks: Ranks, inputs, autocast: Callable):
+        self.config, self.ranks, self.inputs, self.autocast = config, ranks, inputs, autocast
+        self.data = data = PreparedImages(config.data)
         # Labels as frequent as in the training set, in random order.
         chosen = np.random.default_rng(derive_seed(config.seed, Use.LABELS)).integers(
             len(data), size=config.eval_samples
@@ -65,7 +66,7 @@ class OnlineEvaluation:
         self.judges, self.fingerprints = [], []
         for name in config.eval_encoder:
             with ranks.one_first():
-                judge = self._inception() if name == "inception" else self._network(name, aligned)
+                judge = self._inception() if name == "inception" else self._network(name)
             if any(judge.counts.keys() & other.counts.keys() for other in self.judges):
                 raise ValueError(
                     f"eval_encoder = {config.eval_encoder}: two of them log {list(judge.counts)[-1]}; give one of them"
@@ -73,7 +74,7 @@ class OnlineEvaluation:
             self.judges.append(judge)
 
     def __call__(self, model: Callable, interrupted=lambda: False) -> tuple[dict | None, torch.Tensor | None]:
-        """Returns {name: distance} and a grid (3, H', W') uint8 of the main process's first samples, ordered by label.
+        """Returns {name: figure} and a grid (3, H', W') uint8 of the main process's first samples, ordered by label.
 
         interrupted: asked before each batch, by all processes; once it is true, (None, None) is returned.
         """
@@ -101,6 +102,8 @@ class OnlineEvaluation:
             for name, part in parts.items():
                 so_far.sums += self.ranks.sum(part.sums)
                 distances[name] = frechet_distance(*so_far.mean_and_covariance(), *judge.reference)
+        if self.inputs.held_out:
+            distances["held_out_loss"] = self._held_out_loss(model)
         return distances, grid_of(torch.cat(shown), self.labels) if shown else None
 
     def sample(self, model: Callable, indices: range) -> torch.Tensor:
@@ -110,8 +113,26 @@ class OnlineEvaluation:
         options = {name: getattr(config, name) for name in ("cfg_scale", "guidance_interval", "path")}
         y = self.labels[list(indices)].to(self.ranks.device)
         with self.autocast():
-            x = draw(model, seeds, self.shape, y, config.sampler, num_steps=config.sample_steps, **options)
-        return self.autoencoder.decode(x)
+            x = draw(model, seeds, self.inputs.shape, y, config.sampler, num_steps=config.sample_steps, **options)
+        return self.inputs.decoder.decode(x)
+
+    @torch.no_grad()
+    def _held_out_loss(self, model):
+        """Mean denoising loss over the images that are not trained on.
+
+        An image's time and noise follow from its number alone, so that they are the same at each call, in all runs and
+        for any number of processes. Times are spread over [0, 1] by the golden ratio.
+        """
+        inputs, device, total = self.inputs, self.ranks.device, torch.zeros(1, dtype=torch.float64)
+        for indices in filter(None, self._batches(len(inputs.held_out))):
+            batch = {name: value.to(device) for name, value in inputs.held_out.__getitems__(indices).items()}
+            noise = IndexedNoise([derive_seed(0, Use.HELD_OUT, i) for i in indices], inputs.shape, device)
+            x, t = inputs.clean(batch, noise()), torch.tensor([0.618033988749895 * (i + 1) % 1 for i in indices])
+            x_t, target = interpolant(x, noise(), t.to(device), self.config.path)
+            with self.autocast():
+                velocity, _ = model(x_t, t.to(device), batch["labels"])
+            total += len(indices) * denoising_loss(velocity, target).item()
+        return self.ranks.sum(total.to(device)).item() / len(inputs.held_out)
 
     # ---- judges ----
 
@@ -129,10 +150,10 @@ class OnlineEvaluation:
         counts = {**{f"fid_{n}": n for n in FID_AT if n < count}, "fid": count}
         return self._judge(lambda images: network(images)["pool3"], network, counts, given and given["pool3"])
 
-    def _network(self, name, aligned):
+    def _network(self, name):
         config, network = self.config, features.PooledFeatures(name).to(self.ranks.device)
         of_study = features.timm_source(name) in map(features.timm_source, config.encoder)
-        if not (of_study or any(matrices(network) & matrices(encoder) for encoder in aligned)):
+        if not (of_study or any(matrices(network) & matrices(encoder) for encoder in self.inputs.encoders)):
             return self._judge(network, network, {"frechet_distance": config.eval_samples})
         if not config.eval_aligned:
             raise ValueError(

@@ -571,6 +571,24 @@ def test_steps_and_shares_are_parts_of_one_stream(num_items, batch_size):
             assert {len(share) for part in parts for share in part} == {batch_size // world}
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_held_out_images_are_left_out_of_training(digits, mirror):
+    """Each image is in one of the parts, and a mirrored one where it is itself."""
+    whole = PreparedImages(digits)
+    images = whole.__getitems__(range(len(whole)))["images"]
+    for count in (1, 7, len(whole) - 1):
+        training = PreparedImages(digits, mirror=mirror, held_out=count)
+        held_out = PreparedImages(digits, held_out=count, training=False)
+        assert len(held_out) == count and len(training) == (len(whole) - count) * (1 + mirror)
+        assert sorted([*training.rows[: len(whole) - count], *held_out.rows]) == list(whole.rows)
+        assert set(training.rows % training.count).isdisjoint(held_out.rows)
+        assert torch.equal(held_out.__getitems__(range(count))["images"], images[held_out.rows])
+        assert np.diff(held_out.rows).max(initial=0) <= -(-len(whole) // count)
+    for part in (True, False):
+        with pytest.raises(ValueError, match=f"held_out = {len(whole)}: .* has {len(whole)} images"):
+            PreparedImages(digits, held_out=len(whole), training=part)
+
+
 def test_missing_folder_and_missing_features_say_what_to_run(tmp_path, digits):
     with pytest.raises(ValueError, match="nowhere.*is not a prepared folder.*python -m dataset.prepare"):
         PreparedImages(tmp_path / "nowhere")

@@ -11,6 +11,7 @@ import torch
 
 from config import Config
 from dataset import prepare
+from dataset.inputs import Inputs
 from dataset.prepared import PreparedImages
 from eval import features, online
 from eval.features import PooledFeatures
@@ -79,10 +80,18 @@ def data(folder):
 @pytest.fixture
 def evaluation(data, judge_folder):
     def build(ranks=None, aligned=(), **changes):
-        settings = {"seed": 5, "eval_samples": 30, "eval_batch_size": 7, "sampler": "euler", "sample_steps": 1}
+        settings = {
+            "data": str(data.folder),
+            "seed": 5,
+            "eval_samples": 30,
+            "eval_batch_size": 7,
+            "sampler": "euler",
+            "sample_steps": 1,
+        }
         config = Config(**settings | {"eval_encoder": (str(judge_folder),)} | changes)
-        ranks, pixels = ranks or Ranks(), load_autoencoder("pixels")
-        return OnlineEvaluation(config, ranks, data, pixels, (3, 8, 8), contextlib.nullcontext, aligned)
+        inputs, ranks = Inputs(config, ranks or Ranks()), ranks or Ranks()
+        inputs.encoders = aligned
+        return OnlineEvaluation(config, ranks, inputs, contextlib.nullcontext)
 
     return build
 
@@ -264,8 +273,35 @@ def test_more_processes_than_samples_and_one_that_has_no_reference(evaluation):
     assert group.reduced[1][0] == 3  # all compute the reference first, together
 
 
-def test_labels_are_as_frequent_as_in_the_training_set(data, evaluation):
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_loss_on_held_out_images(data, evaluation, path):
+    """Of a model with a known velocity: the closed form, whatever seed, batches and processes."""
+
+    class Linear(Recall):
+        def __call__(self, x, t, y):
+            return 2 * x + y.view(-1, 1, 1, 1), []
+
+    def judge(ranks, seed=5):
+        return evaluation(ranks, held_out=11, path=path, seed=seed)._held_out_loss(Linear(None))
+
+    held_out, errors = PreparedImages(data.folder, held_out=11, training=False), []
+    for i, (image, label) in enumerate(zip(all_images(held_out), held_out.labels)):
+        generator = torch.Generator().manual_seed(derive_seed(0, Use.HELD_OUT, i))
+        _, noise = (torch.randn(3, 8, 8, generator=generator) for _ in range(2))  # the first is for latents
+        t, x = (i + 1) * (5**0.5 - 1) / 2 % 1, image / 127.5 - 1
+        angle = t * np.pi / 2
+        alpha, sigma, falls, rises = (1 - t, t, -1, 1) if path == "linear" else (
+            np.cos(angle), np.sin(angle), -np.pi / 2 * np.sin(angle), np.pi / 2 * np.cos(angle)
+        )  # fmt: skip
+        errors.append((2 * (alpha * x + sigma * noise) + label - falls * x - rises * noise).square().mean())
+    expected = torch.stack(errors).mean().item()
+    assert judge(None) == judge(None, seed=6) == pytest.approx(expected, rel=1e-5)
+    assert Group(3).run(judge) == [pytest.approx(expected, rel=1e-5)] * 3
+
+
+def test_labels_are_as_frequent_as_in_the_training_set(data, evaluation, monkeypatch):
     data.labels = torch.tensor([1] * 60 + [7] * 30)
+    monkeypatch.setattr(online, "PreparedImages", lambda folder: data)
     labels = evaluation(eval_samples=3000).labels
     assert set(labels.tolist()) == {1, 7}
     # 2000 of 3000 expected; the standard deviation is 26.

@@ -194,9 +194,9 @@ def test_metrics_that_will_be_logged_are_allowed(cells):
         (4, None, {"jobs": 3}, ["0", "1", "2"]),
         (3, "4,6,7", {}, ["4", "6", "7"]),
         (2, "GPU-a,GPU-b", {"gpus_per_run": 2}, ["GPU-a,GPU-b"]),
-        (4, None, {"jobs": 5}, "need 5 GPUs"),
-        (4, None, {"gpus_per_run": 8}, "need 8 GPUs"),
-        (4, None, {"jobs": 3, "gpus_per_run": 2}, "need 6 GPUs; this machine has 4"),
+        (2, None, {"jobs": 5}, ["0", "1", "0", "1", "0"]),
+        (5, None, {"jobs": 3, "gpus_per_run": 2}, ["0,1", "2,3", "0,1"]),
+        (4, None, {"gpus_per_run": 8}, "gpus_per_run = 8: this machine has 4 GPUs"),
     ],
 )
 def test_gpus_are_shared_out(monkeypatch, gpus, visible, changes, expected):
