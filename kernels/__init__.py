@@ -104,10 +104,9 @@ def route_modulate(
     shift, scale: (B, D). norm_eps: of the LayerNorm. Other arguments and errors are those of `route`.
     Returns x (B, T, D), in autocast's dtype where that is on and otherwise in h's; h (B, T, D) in the sources' dtype.
     Returns the sources, each with its carrier (`Carried`): later reads must use these, so that a source's gradients are
-    added up in the backend, in float32.
+    added up in the backend. Each reader rounds the sum so far to the sources' dtype.
     """
-    order = sorted(range(len(sources)), key=lambda i: not isinstance(sources[i], Carried))  # carried ones first
-    carriers, asked = [v.carrier for v in sources if isinstance(v, Carried)], backend
+    carriers, asked = [v.carrier if isinstance(v, Carried) else None for v in sources], backend
     sources, backend = _checked([value_of(v) for v in sources], query, norm_weight, backend)
     shape, width = tuple(sources[0].shape), sources[0].shape[-1]
     for name, value in (("shift", shift), ("scale", scale)):
@@ -119,11 +118,9 @@ def route_modulate(
         x = F.layer_norm(h, (width,), eps=norm_eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
         return x.to(dtype), h, sources
     x, h, *carriers = RouteModulate.apply(
-        backend, query, norm_weight, shift, scale, eps, norm_eps, dtype,
-        len(carriers), *carriers, *(sources[i] for i in order),
+        backend, query, norm_weight, shift, scale, eps, norm_eps, dtype, *carriers, *sources
     )  # fmt: skip
-    carriers = dict(zip(order, carriers))
-    return x, h, [Carried(v, carriers[i]) for i, v in enumerate(sources)]
+    return x, h, list(map(Carried, sources, carriers))
 
 
 def value_of(source: Tensor | Carried) -> Tensor:

@@ -212,7 +212,7 @@ def tune(options, device):
 
 def time_launches(options, width, kind, n, device):
     sources, query, weight, dh = inputs(options.batch, options.tokens, width, kind, n, device)
-    sources, known = [v.detach() for v in sources], [torch.randn_like(v, dtype=torch.float32) for v in sources]
+    sources, known = [v.detach() for v in sources], [torch.randn_like(v) for v in sources]
     shift, scale = torch.randn(2, options.batch, width, device=device)
     before = reset_memory(device)
     common = query.detach(), weight.detach(), 1e-6
@@ -223,8 +223,8 @@ def time_launches(options, width, kind, n, device):
         before,
         forward=lambda: operators.route(sources, *common),
         forward_modulated=lambda: operators.route_modulate(sources, *modulation),
-        backward=lambda: operators.route_backward(dh, h, lse, sources, unknown, 0, *common),
-        backward_with_known=lambda: operators.route_backward(dh, h, lse, sources, known, n - 1, *common),
+        backward=lambda: operators.route_backward(dh, h, lse, sources, unknown, *common),
+        backward_with_known=lambda: operators.route_backward(dh, h, lse, sources, known, *common),
         backward_of_modulation=lambda: route_triton._launch_modulate_backward(dh, None, h, shift, scale, 1e-6),
     )
 

@@ -27,10 +27,9 @@ def register(name: str, forward: Callable, backward: Callable, namespace: str = 
 
     forward(sources, query, norm_weight, eps, [shift, scale, norm_eps, dtype]): returns h (B, T, D), the log-sum-exp of
         its logits (B, T) and, with a shift, x (B, T, D) in `dtype` (`kernels.route_modulate`).
-    backward(dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, [shift, scale, norm_eps]): returns the
-        gradients of the sources, a list, of the query and the norm weight; with a dx also of shift and scale. dx or dh
-        may be None. known: a gradient or None for each source, from later readers; it is added. What is known, and
-        the gradients of the first `carried` sources, are float32 (float64 for float64).
+    backward(dx, dh, h, lse, sources, known, query, norm_weight, eps, [shift, scale, norm_eps]): returns the gradients
+        of the sources, a list, of the query and the norm weight; with a dx also of shift and scale. dx or dh may be
+        None. known: a gradient or None for each source, from later readers; it is added.
         That of a backend with a namespace also takes `in_place`, for `gradient_tensors`; operators may not write to
         their arguments.
     """
@@ -55,23 +54,12 @@ def register(name: str, forward: Callable, backward: Callable, namespace: str = 
         torch.library.register_fake(f"{namespace}::{operator}", shapes, lib=library)
 
 
-def gradient_dtype(source: torch.Tensor) -> torch.dtype:
-    """In which the gradients of its readers are added up: float32, or more."""
-    return torch.promote_types(source.dtype, torch.float32)
-
-
-def gradient_tensors(h: torch.Tensor, known: list, carried: int, in_place: bool) -> list:
+def gradient_tensors(h: torch.Tensor, known: list, in_place: bool) -> list:
     """Where a fused backward writes the sources' gradients; h: the state (B, T, D).
 
-    in_place: that of a carried source onto what is known of it, which came through a carrier from another call; nothing
-    else sees it.
+    in_place: onto what is known, which came through a carrier from another call; nothing else sees it.
     """
-    return [
-        g
-        if in_place and i < carried and g is not None
-        else torch.empty_like(h, dtype=gradient_dtype(h) if i < carried else None)
-        for i, g in enumerate(known)
-    ]
+    return [g if in_place and g is not None else torch.empty_like(h) for g in known]
 
 
 # ---- schemas and shapes ----
@@ -89,13 +77,12 @@ def _modulated(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype):
     return *_routed(sources, query, norm_weight, eps), _like(sources[0], dtype)
 
 
-def _route_gradients(dh, h, lse, sources, known, carried, query, norm_weight, eps):
-    gradients = [_like(v, gradient_dtype(v) if i < carried else None) for i, v in enumerate(sources)]
-    return gradients, _like(query), _like(norm_weight)
+def _route_gradients(dh, h, lse, sources, known, query, norm_weight, eps):
+    return [_like(v) for v in sources], _like(query), _like(norm_weight)
 
 
-def _modulate_gradients(dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift, scale, norm_eps):
-    gradients = _route_gradients(dh, h, lse, sources, known, carried, query, norm_weight, eps)
+def _modulate_gradients(dx, dh, h, lse, sources, known, query, norm_weight, eps, shift, scale, norm_eps):
+    gradients = _route_gradients(dh, h, lse, sources, known, query, norm_weight, eps)
     return *gradients, shift.new_empty(shift.shape), scale.new_empty(scale.shape)
 
 
@@ -110,12 +97,12 @@ OPERATORS = {
         _modulated,
     ),
     "route_backward": (
-        "(Tensor dh, Tensor h, Tensor lse, Tensor[] sources, Tensor?[] known, int carried, Tensor query, "
-        "Tensor norm_weight, float eps) -> (Tensor[], Tensor, Tensor)",
+        "(Tensor dh, Tensor h, Tensor lse, Tensor[] sources, Tensor?[] known, Tensor query, Tensor norm_weight, "
+        "float eps) -> (Tensor[], Tensor, Tensor)",
         _route_gradients,
     ),
     "route_modulate_backward": (
-        "(Tensor dx, Tensor? dh, Tensor h, Tensor lse, Tensor[] sources, Tensor?[] known, int carried, Tensor query, "
+        "(Tensor dx, Tensor? dh, Tensor h, Tensor lse, Tensor[] sources, Tensor?[] known, Tensor query, "
         "Tensor norm_weight, float eps, Tensor shift, Tensor scale, float norm_eps) "
         "-> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
         _modulate_gradients,
@@ -142,7 +129,7 @@ class Route(torch.autograd.Function):
         h, lse, query, norm_weight, *sources = ctx.saved_tensors
         known = [None] * len(sources)
         backward = _backend(ctx.backend).route_backward
-        gradients, dquery, dweight = backward(dh, h, lse, sources, known, 0, query, norm_weight, ctx.eps)
+        gradients, dquery, dweight = backward(dh, h, lse, sources, known, query, norm_weight, ctx.eps)
         return None, dquery, dweight, None, *gradients
 
 
@@ -158,33 +145,33 @@ class RouteModulate(torch.autograd.Function):
 
     A carrier is a tensor of a source's shape without memory of its own; only its gradient means something. Later
     readers take the carriers and return new ones. Autograd thus hands the sum of their gradients to this backward,
-    which adds its own share in the kernel. No gradient is written only to be read again and added to another, and
-    the sum is float32 even where sources are not: the first reader rounds it, once (README.md).
+    which adds its own share in the kernel. No gradient is written only to be read again and added to another
+    (README.md).
     """
 
     @staticmethod
-    def forward(ctx, backend, query, norm_weight, shift, scale, eps, norm_eps, dtype, carried, *tensors):
-        """tensors: the carriers of the first `carried` sources, then all sources."""
-        carriers, sources = tensors[:carried], tensors[carried:]
+    def forward(ctx, backend, query, norm_weight, shift, scale, eps, norm_eps, dtype, *tensors):
+        """tensors: a carrier of each source, None if it has not been read; then the sources."""
+        carriers, sources = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         operator = _backend(backend).route_modulate
         h, lse, x = operator(sources, query, norm_weight, eps, shift, scale, norm_eps, dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, lse, query, norm_weight, shift, scale, *sources)
-        ctx.backend, ctx.eps, ctx.norm_eps, ctx.carried = backend, eps, norm_eps, carried
-        new = [h.new_empty((), dtype=gradient_dtype(h)).expand(h.shape) for _ in sources[carried:]]
-        return x, h, *carriers, *new
+        ctx.backend, ctx.eps, ctx.norm_eps = backend, eps, norm_eps
+        ctx.unread = [carrier is None for carrier in carriers]
+        return x, h, *(h.new_empty(()).expand(h.shape) if carrier is None else carrier for carrier in carriers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx, dh, *known):
         h, lse, query, norm_weight, shift, scale, *sources = ctx.saved_tensors
-        backend, carried = _backend(ctx.backend), ctx.carried
-        routing = h, lse, sources, known, carried, query, norm_weight, ctx.eps
+        backend, routing = _backend(ctx.backend), (h, lse, sources, known, query, norm_weight, ctx.eps)
         gradients, dquery, dweight, dshift, dscale = known, None, None, None, None
         if dx is not None:
             results = backend.route_modulate_backward(dx, dh, *routing, shift, scale, ctx.norm_eps)
             gradients, dquery, dweight, dshift, dscale = results
         elif dh is not None:
             gradients, dquery, dweight = backend.route_backward(dh, *routing)
-        through = *gradients[:carried], *[None] * carried, *gradients[carried:]
-        return None, dquery, dweight, dshift, dscale, None, None, None, None, *through
+        of_carriers = [None if unread else gradient for unread, gradient in zip(ctx.unread, gradients)]
+        of_sources = [gradient if unread else None for unread, gradient in zip(ctx.unread, gradients)]
+        return None, dquery, dweight, dshift, dscale, None, None, None, *of_carriers, *of_sources

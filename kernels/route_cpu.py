@@ -188,14 +188,13 @@ def _forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=
 
 
 def _backward(
-    dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0,
-    in_place=False,
+    dx, dh, h, lse, sources, known, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, in_place=False
 ):  # fmt: skip
     kinds = [tensor.dtype for tensor in (query, norm_weight, shift, scale) if tensor is not None]
     sources, known = [_plain(v) for v in sources], [None if g is None else _plain(g) for g in known]
     query, norm_weight, dh = _plain(query), _plain(norm_weight), None if dh is None else _plain(dh)
     batch, tokens, width = h.shape
-    gradients = gradient_tensors(h, known, carried, in_place)
+    gradients = gradient_tensors(h, known, in_place)
     totals = [torch.empty_like(query), torch.empty_like(norm_weight)]
     rows, parts = Rows(), h.new_empty(2, batch, width)
     if dx is not None:

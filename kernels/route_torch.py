@@ -11,7 +11,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from kernels.operators import gradient_dtype, register
+from kernels.operators import register
 
 
 def _folded(query, norm_weight, compute):
@@ -28,7 +28,7 @@ def _logits(sources, folded, eps):
 
 
 def _forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, dtype=None):
-    compute = gradient_dtype(sources[0])
+    compute = torch.promote_types(sources[0].dtype, torch.float32)
     rows = [v.to(compute) for v in sources]
     logits = _logits(rows, _folded(query, norm_weight, compute)[0], eps)
     alpha = logits[0].softmax(0)
@@ -42,9 +42,7 @@ def _forward(sources, query, norm_weight, eps, shift=None, scale=None, norm_eps=
     return h, logits, torch.addcmul(shift.unsqueeze(1), normalized, 1 + scale.unsqueeze(1)).to(dtype)
 
 
-def _backward(
-    dx, dh, h, logits, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0
-):
+def _backward(dx, dh, h, logits, sources, known, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0):
     """With r = 1 / rms(v) and s = r (v . q'):
 
     ds_i = a_i (dh . v_i - sum_j a_j dh . v_j),  dv = known + a dh + ds r (q' - s r / D v),  dq' = sum_i ds_i r_i v_i
@@ -60,9 +58,8 @@ def _backward(
     along_v = -along_q * logits * inverse / width
     gradients, dfolded = [], torch.zeros_like(dh)
     for i, (v, a, to_q, to_v) in enumerate(zip(rows, *(each.unsqueeze(-1) for each in (alpha, along_q, along_v)))):
-        dv = a * dh if known[i] is None else torch.addcmul(known[i], a, dh)
-        dv = dv.addcmul_(to_q, folded).addcmul_(to_v, v)
-        gradients.append(dv if i < carried else dv.to(sources[i].dtype))
+        dv = a * dh if known[i] is None else torch.addcmul(known[i].to(compute), a, dh)
+        gradients.append(dv.addcmul_(to_q, folded).addcmul_(to_v, v).to(sources[i].dtype))
         dfolded.addcmul_(to_q, v)
     dquery = (dfolded * (norm_weight / math.sqrt(width))).sum_to_size(q.shape).view_as(query)
     dweight = (dfolded * (q / math.sqrt(width))).sum((0, 1))

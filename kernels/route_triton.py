@@ -94,7 +94,7 @@ def _row_at(address, like, offset, ALIGN: tl.constexpr):
 # ---- kernels ----
 
 # Or n = 1 and n = 16, and addresses that are a multiple of 16, would each be compiled again.
-UNSPECIALIZED = ["sources", "known", "gradients", "num_sources", "num_carried", "tokens"]
+UNSPECIALIZED = ["sources", "known", "gradients", "num_sources", "tokens"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -143,14 +143,12 @@ def _normalized(a, b, eps, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constex
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward(
-    sources, num_sources, num_carried, known, gradients, dh, h, lse,
+    sources, num_sources, known, gradients, dh, h, lse,
     query, query_sample_stride, query_row_stride, weight, eps, dquery, parts, tokens, PER_TOKEN: tl.constexpr,
     ALIGN: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all sources in one read of them, each added to what is `known` of it unless that address is 0.
-
-    What is known, and the gradients of the first num_carried sources, are float32; others have the sources' dtype.
 
     With s = r (v . q') / sqrt(D), q' = g * q and r = 1 / rms(v):
         ds = a (dh . v - dh . h)             as sum_j a_j (dh . v_j) = dh . h, no second pass over the sources
@@ -183,23 +181,21 @@ def _backward(
             dq_a, dq_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
         excess = 0.0
         mean_a, mean_b = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
-        for PLAIN in tl.static_range(2):  # the carried ones, then those whose gradient has their own dtype
-            like = h if PLAIN else lse
-            for i in tl.range(num_carried if PLAIN else 0, num_sources if PLAIN else num_carried, num_stages=STAGES):
-                v_a, v_b = _load(_row_at(_entry(source_table, i), h, row * D, ALIGN), D, HEAD, TAIL)
-                r = tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
-                logit = r * _dot(v_a, v_b, q_a, q_b)
-                a = tl.minimum(tl.exp(logit - logsumexp), 1.0)
-                ds = tl.where(a < 1.0, a * (_dot(v_a, v_b, dh_a, dh_b) - dh_h), 0.0)
-                along_q, along_v = ds * r, -ds * logit * r * r / D
-                k = _entry(known_table, i)
-                k_a, k_b = _load_if(k != 0, _row_at(k, lse, row * D, ALIGN), D, HEAD, TAIL)
-                dv_a = k_a + a * dh_a + along_q * q_a + along_v * v_a
-                dv_b = k_b + a * dh_b + along_q * q_b + along_v * v_b
-                _store(_row_at(_entry(gradient_table, i), like, row * D, ALIGN), dv_a, dv_b, D, HEAD, TAIL)
-                dq_a, dq_b = dq_a + along_q * v_a, dq_b + along_q * v_b
-                mean_a, mean_b = mean_a + (a * r) * v_a, mean_b + (a * r) * v_b
-                excess += ds
+        for i in tl.range(0, num_sources, num_stages=STAGES):
+            v_a, v_b = _load(_row_at(_entry(source_table, i), h, row * D, ALIGN), D, HEAD, TAIL)
+            r = tl.math.rsqrt(_dot(v_a, v_b, v_a, v_b) / D + eps)
+            logit = r * _dot(v_a, v_b, q_a, q_b)
+            a = tl.minimum(tl.exp(logit - logsumexp), 1.0)
+            ds = tl.where(a < 1.0, a * (_dot(v_a, v_b, dh_a, dh_b) - dh_h), 0.0)
+            along_q, along_v = ds * r, -ds * logit * r * r / D
+            k = _entry(known_table, i)
+            k_a, k_b = _load_if(k != 0, _row_at(k, h, row * D, ALIGN), D, HEAD, TAIL)
+            dv_a = k_a + a * dh_a + along_q * q_a + along_v * v_a
+            dv_b = k_b + a * dh_b + along_q * q_b + along_v * v_b
+            _store(_row_at(_entry(gradient_table, i), h, row * D, ALIGN), dv_a, dv_b, D, HEAD, TAIL)
+            dq_a, dq_b = dq_a + along_q * v_a, dq_b + along_q * v_b
+            mean_a, mean_b = mean_a + (a * r) * v_a, mean_b + (a * r) * v_b
+            excess += ds
         dq_a, dq_b = dq_a - excess * mean_a, dq_b - excess * mean_b
         if PER_TOKEN:
             q_a, q_b = _load(query + row * query_row_stride, D, HEAD, TAIL)
@@ -306,8 +302,7 @@ def _launch_modulate_backward(dx, dh, h, shift, scale, norm_eps):
 
 
 def _launch_backward(
-    dx, dh, h, lse, sources, known, carried, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0,
-    in_place=False,
+    dx, dh, h, lse, sources, known, query, norm_weight, eps, shift=None, scale=None, norm_eps=0.0, in_place=False
 ):  # fmt: skip
     dmodulation = []
     if dx is not None:
@@ -317,7 +312,7 @@ def _launch_backward(
     batch, tokens, width = h.shape
     programs = -(-tokens // BACKWARD_ROWS)
     per_token = query.ndim == 3
-    gradients = gradient_tensors(h, known, carried, in_place)
+    gradients = gradient_tensors(h, known, in_place)
     # One partial sum per program, added up below in a fixed order: float atomics would vary from run to run.
     parts = h.new_empty((batch, programs, width), dtype=torch.float32)
     dquery = torch.empty_like(query) if per_token else None
@@ -325,7 +320,7 @@ def _launch_backward(
         *addresses, align = _addresses(sources, known, gradients)
         with torch.cuda.device_of(h):
             _backward[batch * programs,](
-                addresses[0], len(sources), carried, *addresses[1:], dh, h, lse,
+                addresses[0], len(sources), *addresses[1:], dh, h, lse,
                 query, *_strides(query), norm_weight, eps, dquery, parts, tokens,
                 PER_TOKEN=per_token, ALIGN=align, STAGES=STAGES, ROWS=BACKWARD_ROWS, **_options(width),
             )  # fmt: skip

@@ -23,7 +23,7 @@ from kernels import route_triton as k
 assert not k.INTERPRETED
 options = k._options(1152)
 warps = options.pop("num_warps")
-TABLES, COUNTS = ("sources", "known", "gradients"), ("num_sources", "num_carried", "tokens")
+TABLES, COUNTS = ("sources", "known", "gradients"), ("num_sources", "tokens")
 FLOAT32 = ("query", "weight", "lse", "parts", "dshift_parts", "dscale_parts")
 forward = dict(ALIGN=16, STAGES=k.STAGES)
 backward = dict(ALIGN=16, STAGES=k.STAGES, ROWS=k.BACKWARD_ROWS)
@@ -91,7 +91,7 @@ def test_compiled_kernels_move_sixteen_bytes_at_a_time_and_keep_an_order(compile
     assert not re.search(r"\bld\.global(?:\.\w+)*\.b16\b", ptx)  # nothing is read number by number
     assert not re.search(r"\b(atom|red)\.", ptx)  # sums in an order that changes from run to run
     # Triton compiles again for every integer argument that is 1 or a multiple of 16, unless told not to.
-    assert not {"num_sources", "num_carried", "tokens"} & set(compiled[kernel]["fixed"])
+    assert not {"num_sources", "tokens"} & set(compiled[kernel]["fixed"])
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:4])
@@ -104,7 +104,7 @@ def test_loops_over_sources_do_not_spill_registers(compiled, kernel):
     ends = [(int(m[1], 16), at) for at, what in lines if (m := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", what))]
     loops = [(first, last) for first, last in ends if first < last]
     inner = [one for one in loops if not any(one[0] < two[0] and two[1] < one[1] for two in loops)]
-    assert len(inner) == (2 if "backward" in kernel else 1)
+    assert len(inner) == 1
     for first, last in inner:
         inside = [what for at, what in lines if first <= at <= last]
         assert any("FFMA" in what for what in inside) and not any(re.search(r"\b(LDL|STL)\b", what) for what in inside)
