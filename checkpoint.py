@@ -103,7 +103,7 @@ class RunFolder:
                     f"{self.last} is no checkpoint of this version of the trainer; give another --out, "
                     f"and --init-from {self.last} to start from its weights"
                 )
-            changed = configuration.differences(self.identity, checkpoint["config"])
+            changed = configuration.differences(self.identity, checkpoint["config"], type(self.config))
         else:  # perhaps a run that ended before its first checkpoint
             checkpoint, saved = None, configuration.load_saved(self.path / "config.yaml")
             if not saved and (self.path / "metrics.jsonl").exists():
@@ -111,7 +111,7 @@ class RunFolder:
                     f"{self.path} has a metrics.jsonl without config.yaml, so it is not the folder of a "
                     "run; give another --out"
                 )
-            changed = configuration.differences(asdict(self.config), saved) if saved else []
+            changed = configuration.differences(asdict(self.config), saved, type(self.config)) if saved else []
         if changed:
             lines = "\n  ".join(changed)
             raise ValueError(f"{self.path} holds a run of another configuration:\n  {lines}\n{elsewhere}")

@@ -31,7 +31,7 @@ NOT_EVALUATED = {"eval_every": (0,)}
 
 
 def option(default: Any, least=None, above=None, idle_with=None, free=False, arm=True, model=False):
-    """A field of Config.
+    """A field of Config or DistillConfig.
 
     least, above: bounds of a number.
     idle_with: {option: values} that make this one have no effect.
@@ -44,7 +44,9 @@ def option(default: Any, least=None, above=None, idle_with=None, free=False, arm
 
 
 @dataclass(frozen=True)
-class Config:
+class Arm:
+    """What a pretraining run trains, on what. Option by option a part of `Config`."""
+
     # ---- run ----
     data: str = option("data/digits")
     """Folder made by `python -m dataset.prepare`."""
@@ -119,6 +121,11 @@ class Config:
     time_sampling: Literal["uniform", "lognormal"] = option("uniform")
     """Distribution of the training times."""
 
+
+@dataclass(frozen=True)
+class Common:
+    """The options of every training entry."""
+
     # ---- optimisation ----
     batch_size: int = option(256, least=1)
     """Global batch: images per step over all processes and accumulated parts."""
@@ -144,8 +151,6 @@ class Config:
     """torch.compile the model."""
     checkpoint_activations: bool = option(False, free=True, arm=False)
     """Compute the insides of each sublayer again in the backward pass rather than keep them: less memory, more time."""
-    num_workers: int = option(0, least=0, free=True, arm=False)
-    """Reader processes per training process."""
     max_skipped_steps: int = option(20, least=1)
     """Consecutive non-finite steps that stop the run at its next log line; fewer are skipped and counted."""
 
@@ -176,6 +181,36 @@ class Config:
     """Samples per evaluation. The distance depends on it: compare like with like."""
     eval_batch_size: int = option(250, least=1, idle_with=NOT_EVALUATED)
     """Samples that one process draws at a time."""
+    # ---- diagnosis ----
+    diagnose_every: int = option(0, least=0, free=True, arm=False)
+    """Steps between two diagnoses of the evaluated average (figures of analysis.diagnose, in diagnosis/); 0: none."""
+    diagnose_images: int = option(256, least=20, idle_with={"diagnose_every": (0,)}, free=True, arm=False)
+    """Training images that a diagnosis looks at."""
+
+    def check(self):
+        """Raise a ValueError that names the first value out of range."""
+        for spec in dataclasses.fields(self):
+            value, least, above = getattr(self, spec.name), spec.metadata["least"], spec.metadata["above"]
+            if value is not None and least is not None:
+                _require(least <= value < float("inf"), spec.name, value, f"must be at least {least}, and finite")
+            if above is not None:
+                _require(above < value < float("inf"), spec.name, value, f"must be above {above}, and finite")
+        for fine, name, rule in (
+            (all(0 <= b < 1 for b in self.betas), "betas", "must both be in [0, 1)"),
+            (self.ema_decays and all(0 <= d < 1 for d in self.ema_decays), "ema_decays", "needs numbers in [0, 1)"),
+            (len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", "repeats a decay"),
+            (self.eval_encoder, "eval_encoder", "needs a judge; --eval-every 0 switches the evaluation off"),
+        ):
+            _require(fine, name, getattr(self, name), rule)
+
+
+@dataclass(frozen=True)
+class Config(Common, Arm):  # fields of the last base come first
+    """Pretraining, by train_repa_dar.py."""
+
+    # ---- reading and sampling ----
+    num_workers: int = option(0, least=0, free=True, arm=False)
+    """Reader processes per training process."""
     sampler: Literal["euler", "heun", "sde"] = option("euler", idle_with=NOT_EVALUATED)
     """ODE by Euler or Heun, or SDE by Euler-Maruyama."""
     sample_steps: int = option(50, least=2, idle_with=NOT_EVALUATED)
@@ -185,26 +220,11 @@ class Config:
     guidance_interval: tuple[float, float] = option((0.0, 1.0), idle_with=NOT_EVALUATED | {"cfg_scale": (1,)})
     """Times between which guidance is applied."""
 
-    # ---- diagnosis ----
-    diagnose_every: int = option(0, least=0, free=True, arm=False)
-    """Steps between two diagnoses of the evaluated average (figures of analysis.diagnose, in diagnosis/); 0: none."""
-    diagnose_images: int = option(256, least=20, idle_with={"diagnose_every": (0,)}, free=True, arm=False)
-    """Training images that a diagnosis looks at."""
-
     def check(self):
-        """Raise a ValueError that names the first value out of range."""
-        for name, spec in FIELDS.items():
-            value, least, above = getattr(self, name), spec.metadata["least"], spec.metadata["above"]
-            if value is not None and least is not None:
-                _require(least <= value < float("inf"), name, value, f"must be at least {least}, and finite")
-            if above is not None:
-                _require(above < value < float("inf"), name, value, f"must be above {above}, and finite")
+        super().check()
         low, high = self.guidance_interval
         for fine, name, rule in (
             (self.class_dropout_prob < 1, "class_dropout_prob", "must be below 1"),
-            (all(0 <= b < 1 for b in self.betas), "betas", "must both be in [0, 1)"),
-            (self.ema_decays and all(0 <= d < 1 for d in self.ema_decays), "ema_decays", "needs numbers in [0, 1)"),
-            (len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", "repeats a decay"),
             (self.cfg_scale == 1 or self.class_dropout_prob > 0, "cfg_scale", "needs class_dropout_prob above 0"),
             ((self.spatial_norm or 0) <= 1, "spatial_norm", "must be in [0, 1], or None for tokens as they are"),
             (0 <= low < high <= 1, "guidance_interval", "must be 0 <= low < high <= 1"),
@@ -217,7 +237,6 @@ class Config:
                 "encoder_weights",
                 f"give one file for each of the {len(self.encoder)} encoders, or none",
             ),
-            (self.eval_encoder, "eval_encoder", "needs a judge; --eval-every 0 switches the evaluation off"),
         ):
             _require(fine, name, getattr(self, name), rule)
 
@@ -226,9 +245,56 @@ class Config:
         return {name: value for name in MODEL_ARGUMENTS if (value := getattr(self, name)) is not None}
 
 
+@dataclass(frozen=True)
+class DistillConfig(Common):
+    """Distillation, by distill.py."""
+
+    # ---- distillation ----
+    teacher: str = option("")
+    """Checkpoint to distil: ours (its first average is taken), or weights that SiT or REPA has released."""
+    model: str = option("")
+    """Name of a released teacher (SiT-XL/2). Empty: the one of our checkpoint."""
+    autoencoder: str = option("")
+    """What a released teacher was trained on: an autoencoder, or pixels. Empty: what our checkpoint says."""
+    data: str = option("")
+    """Prepared folder with labels, and with the images of the evaluation. Empty: the teacher's own."""
+    out: str = option("", free=True, arm=False)
+    """Run folder; must be given."""
+    seed: int = option(0, least=0, arm=False)
+    """Decides labels, times, noise and step counts, whatever the number of processes."""
+    student_steps: Literal[1, 2, 4] = option(4)
+    """Network evaluations K that the student makes for an image."""
+    time_shift: float = option(1.0, above=0)
+    """Moves the student's equally spaced times towards noise, t to s t / (1 + (s - 1) t); 1: none."""
+    routing: Literal["", "residual", "dar", "attnres", "unet"] = option("")
+    """Of the student, as are the next three. Empty: the teacher's."""
+    query: Literal["", "static", "timestep", "dynamic"] = option("")
+    """DAR query. Empty: the teacher's."""
+    chunk_size: int | None = option(None, least=1)
+    """Chunk size of DAR and AttnRes. None: the teacher's."""
+    route_backend: Literal["auto", "torch", "triton", "cpu"] = option("auto")
+    """Kernels of DAR and AttnRes, as in training."""
+    retrofit_steps: int = option(0, least=0)
+    """Steps in which routing fades into the weights of a residual teacher."""
+    cfg_scale: float = option(1.0, least=0)
+    """Guidance scale of the teacher, whose guided samples the student then imitates; 1: no guidance."""
+    critic_steps: int = option(5, least=1)
+    """Updates of the critic before each one of the student."""
+    critic_lr: float = option(1e-5, above=0)
+    """AdamW learning rate of the critic, constant."""
+    lr: float = option(1e-5, above=0)
+    """AdamW learning rate of the student, constant."""
+    betas: tuple[float, float] = option((0.0, 0.999))
+    """AdamW betas of both."""
+
+    def check(self):
+        super().check()
+        _require(self.teacher, "teacher", self.teacher, "give the checkpoint to distil")
+        _require(self.out, "out", self.out, "give a folder for the run")
+
+
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
 DEFAULTS = asdict(Config())
-FREE_TO_CHANGE = {name for name, spec in FIELDS.items() if spec.metadata["free"]}
 NOT_THE_ARM = {name for name, spec in FIELDS.items() if not spec.metadata["arm"]}
 MODEL_ARGUMENTS = [name for name, spec in FIELDS.items() if spec.metadata["model"]]
 
@@ -264,19 +330,25 @@ def parse(argv: list[str] | None = None) -> Config:
     return config
 
 
+def parse_distillation(argv: list[str] | None = None) -> DistillConfig:
+    """The same for distill.py, which has no preset unless one is given."""
+    name, words = split_preset(sys.argv[1:] if argv is None else argv, "")
+    try:
+        preset = read_preset(name, DistillConfig) if name else DistillConfig()
+        return read_words(words, preset, "distill.py")
+    except ValueError as error:
+        raise SystemExit(f"configuration error: {error}") from None
+
+
 def resolve(argv: list[str]) -> Config:
     """The configuration of a command line, with the run folder derived where none is given.
 
     Raises ValueError on an unknown option and on a value out of range; tyro itself exits on what it cannot read.
     """
     name, words = split_preset(argv)
-    for word in words:
-        if word.startswith("--") and not word.startswith(("--help", "--tyro")):
-            _check_key(word[2:].partition("=")[0].replace("-", "_"), f"unknown option {word}")
     preset = read_preset(name)
     sizes = {"depth": None, "hidden_size": None, "num_heads": None} if "model" in given(words) else {}
-    config = _parse(_switched_on(words), dataclasses.replace(preset, **sizes), "train_repa_dar.py")
-    config.check()
+    config = read_words(words, dataclasses.replace(preset, **sizes), "train_repa_dar.py")
     if config.out:
         return config
     unsaid = NOT_THE_ARM | idle(asdict(config)) | {"routing", "alignment"}
@@ -286,14 +358,24 @@ def resolve(argv: list[str]) -> Config:
     return dataclasses.replace(config, out=str(Path("runs") / Path(name).stem / f"{folder}-seed{config.seed}"))
 
 
+def read_words(words: list[str], default: Common, prog: str) -> Common:
+    """The checked configuration of a command line, of the class of its defaults."""
+    for word in words:
+        if word.startswith("--") and not word.startswith(("--help", "--tyro")):
+            _check_key(word[2:].partition("=")[0].replace("-", "_"), type(default), f"unknown option {word}")
+    config = _parse(_switched_on(words, default), default, prog)
+    config.check()
+    return config
+
+
 def given(words: list[str]) -> set:
     """The options that a command line names."""
     return {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
 
 
-def split_preset(argv: list[str]) -> tuple[str, list[str]]:
-    """The value of --config, and the other words."""
-    name, words, rest = "digits", [], iter(argv)
+def split_preset(argv: list[str], name: str = "digits") -> tuple[str, list[str]]:
+    """The value of --config, or else `name`, and the other words."""
+    words, rest = [], iter(argv)
     for word in rest:
         option, equals, value = word.partition("=")
         if option == "--config":
@@ -304,7 +386,7 @@ def split_preset(argv: list[str]) -> tuple[str, list[str]]:
 
 
 @functools.cache  # a sweep reads one for each of its runs
-def read_preset(name: str) -> Config:
+def read_preset(name: str, kind: type = Config) -> Common:
     """The options of a preset, or of a YAML file. They become words for the parser, which thus judges both."""
     path = PRESETS / f"{name}.yaml" if (PRESETS / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
@@ -312,37 +394,45 @@ def read_preset(name: str) -> Config:
         raise ValueError(f"--config {name!r} is neither a preset ({', '.join(known)}) nor a YAML file")
     words = []
     for key, value in load_saved(path).items():
-        _check_key(str(key), f"{path}: unknown key {key!r}")
-        several = isinstance(DEFAULTS[key], tuple)
+        _check_key(str(key), kind, f"{path}: unknown key {key!r}")
+        usual = getattr(kind, key)
+        several = isinstance(usual, tuple)
         if isinstance(value, dict) or isinstance(value, list) and not several:
             raise ValueError(f"{path}: {key} = {value!r}: must be {'a list' if several else 'one value'}")
-        if isinstance(DEFAULTS[key], str) and not isinstance(value, str):
+        if isinstance(usual, str) and not isinstance(value, str):
             raise ValueError(f"{path}: {key} = {value!r}: must be text in quotes, '' for none")
         option = f"--{key.replace('_', '-')}"
         words += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
-    return _parse(words, Config(), str(path))
+    return _parse(words, kind(), str(path))
 
 
-def _switched_on(words):
+def _switched_on(words, default):
     """A switch without a value, such as --dry-run, as `--dry-run=True`."""
 
     def bare(word, after):
-        switch = isinstance(DEFAULTS.get(word[2:].replace("-", "_")), bool)
+        switch = isinstance(getattr(default, word[2:].replace("-", "_"), None), bool)
         return word.startswith("--") and switch and after[:2] in ("", "--")
 
     return [f"{word}=True" if bare(word, after) else word for word, after in zip(words, [*words[1:], ""])]
 
 
 def _parse(words, default, prog):
-    description = "--config NAME takes the preset configs/NAME.yaml, or a YAML file by its path (default: digits)."
+    usual = " (default: digits)" if isinstance(default, Config) else ""
+    description = f"--config NAME takes the preset configs/NAME.yaml, or a YAML file by its path{usual}."
     return tyro.cli(
-        Config, args=words, default=default, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,)
+        type(default),
+        args=words,
+        default=default,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.FlagConversionOff,),
     )
 
 
-def _check_key(key, problem):
-    if key not in FIELDS:
-        near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0)[0]
+def _check_key(key, kind, problem):
+    known = [spec.name for spec in dataclasses.fields(kind)]
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
         raise ValueError(f"{problem}; the nearest valid one is {near!r} (--{near.replace('_', '-')})")
 
 
@@ -359,15 +449,16 @@ def idle(settings: dict) -> set:
     }
 
 
-def differences(wanted: dict, saved: dict) -> list[str]:
+def differences(wanted: dict, saved: dict, kind: type = Config) -> list[str]:
     """Lines 'key: saved -> wanted': the changed options that forbid resuming a run with settings `saved`."""
-    known = {key: DEFAULTS[key] for key in wanted.keys() & DEFAULTS.keys()}  # an option added since the run
-    saved = known | saved
+    known = {spec.name: spec.default for spec in dataclasses.fields(kind)}  # an option added since the run
+    free = {spec.name for spec in dataclasses.fields(kind) if spec.metadata["free"]}
+    saved = {key: known[key] for key in wanted.keys() & known.keys()} | saved
     new, old = plain(wanted), plain(saved)
     return [
         f"{key}: {saved.get(key)!r} -> {wanted.get(key)!r}"
         for key in sorted(new.keys() | old.keys())
-        if key not in FREE_TO_CHANGE and new.get(key) != old.get(key)
+        if key not in free and new.get(key) != old.get(key)
     ]
 
 
@@ -390,7 +481,7 @@ def plain(settings: dict) -> dict:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def save(config: Config, path: Path):
+def save(config: Common, path: Path):
     """Write the resolved configuration as YAML that `--config` accepts."""
     unfinished = Path(f"{path}.unfinished")
     unfinished.write_text(yaml.safe_dump(plain(asdict(config)), sort_keys=False))
@@ -415,15 +506,16 @@ def load_saved(path: Path) -> dict:
 
 
 def document() -> str:
-    """docs/configuration.md: the options as tables, one for each part of the class."""
+    """docs/configuration.md: the options as tables, one for each part of the classes."""
     lines = ["# Configuration", "", "Made by `python config.py > docs/configuration.md`."]
-    for part in inspect.getsource(Config).split("    # ---- ")[1:]:
+    for part in "".join(map(inspect.getsource, (Arm, Common, Config, DistillConfig))).split("    # ---- ")[1:]:
         heading = part.partition(" ----")[0].capitalize()
+        fields = DistillConfig.__dataclass_fields__ if heading == "Distillation" else FIELDS
         lines += ["", f"## {heading}", "", "| option | default | meaning |", "| --- | --- | --- |"]
         for name, kind, meaning in re.findall(r'^    (\w+): (.+?) = option\(.*\n    """(.+)"""$', part, re.MULTILINE):
-            facts = FIELDS[name].metadata
+            facts = fields[name].metadata
             if kind.startswith("Literal"):
-                meaning = " | ".join(get_args(FIELDS[name].type)) + f". {meaning}"
+                meaning = " | ".join(str(value) or "''" for value in get_args(fields[name].type)) + f". {meaning}"
             meaning += "" if facts["least"] is None else f" At least {facts['least']}."
             meaning += "" if facts["above"] is None else f" Above {facts['above']}."
             off = [
@@ -432,7 +524,7 @@ def document() -> str:
             ]
             meaning += f" No effect with {' or '.join(off)}." if off else ""
             meaning = meaning.replace("|", "\\|")
-            lines.append(f"| `{name}` | `{DEFAULTS[name]!r}` | {meaning} |")
+            lines.append(f"| `{name}` | `{fields[name].default!r}` | {meaning} |")
     return "\n".join(lines)
 
 

@@ -370,15 +370,14 @@ def parsed(line: str, key: str = "step") -> dict:
 class Tally:
     """Means over the logged interval and counts of skipped steps, kept on the device until they are read."""
 
-    NAMES = ("loss", "denoising_loss", "alignment_loss", "grad_norm")
-
-    def __init__(self, device: torch.device):
-        self.state = {"sums": torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)}
+    def __init__(self, device: torch.device, names: tuple):
+        self.names = names
+        self.state = {"sums": torch.zeros(len(names), dtype=torch.float64, device=device)}
         for name in ("counted", "skipped", "in_row", "longest"):
             self.state[name] = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, values: torch.Tensor, finite: torch.Tensor):
-        """values: as in NAMES; finite: whether the step was taken. Both on the device."""
+        """values: as in `names`; finite: whether the step was taken. Both on the device."""
         state = self.state
         state["sums"] += torch.where(finite, values.double(), 0)
         state["counted"] += finite
@@ -392,7 +391,7 @@ class Tally:
         Starts a new interval.
         """
         count, skipped, longest = (int(self.state[name]) for name in ("counted", "skipped", "longest"))
-        means = dict(zip(self.NAMES, (self.state["sums"] / count).tolist())) if count else {}
+        means = dict(zip(self.names, (self.state["sums"] / count).tolist())) if count else {}
         self.state["sums"].zero_()
         self.state["counted"].zero_()
         self.state["longest"].copy_(self.state["in_row"])

@@ -398,5 +398,7 @@ def test_folders_of_different_settings_differ():
 
 def test_documentation_lists_every_option_with_its_meaning():
     rows = [line for line in config.document().splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == FIELDS and all(len(row.split(" | ")[2]) > 10 for row in rows)
+    own = list(config.DistillConfig.__annotations__)
+    assert [row.split("`")[1] for row in rows] == FIELDS + own
+    assert all(len(row.split(" | ")[2]) > 10 for row in rows)
     assert r"| `query` | `'timestep'` | static \| timestep \| dynamic. DAR query: w" in "\n".join(rows)

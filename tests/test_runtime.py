@@ -165,13 +165,14 @@ def test_the_log_keeps_what_it_is_told_to_and_no_half_lines(tmp_path):
 
 
 def test_the_tally_counts_skipped_steps_and_means_over_the_others():
-    tally, nan = Tally(torch.device("cpu")), float("nan")
+    names, nan = ("a", "b", "c", "d"), float("nan")
+    tally = Tally(torch.device("cpu"), names)
     for value, finite in ((1.0, True), (nan, False), (nan, False), (3.0, True), (nan, False)):
         tally.add(torch.full((4,), value), torch.tensor(finite))
-    copy = Tally(torch.device("cpu"))
+    copy = Tally(torch.device("cpu"), names)
     copy.load_state_dict(tally.state_dict())
     for each in (tally, copy):
-        assert each.read() == (dict.fromkeys(Tally.NAMES, 2.0), 3, 2)
+        assert each.read() == (dict.fromkeys(names, 2.0), 3, 2)
         each.add(torch.full((4,), nan), torch.tensor(False))  # the row goes on over the line of the log
         assert each.read() == ({}, 4, 2)
 

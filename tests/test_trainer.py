@@ -250,7 +250,7 @@ def test_each_image_meets_the_same_noise_whatever_the_processes(command, tmp_pat
             return total, {"denoising_loss": total, "alignment_loss": total}
 
         monkeypatch.setattr(loss.Loss, "__call__", take)
-        with train_repa_dar.Ranks() as ranks:
+        with runtime.Ranks() as ranks:
             trainer = train_repa_dar.Trainer(config, ranks)
             ranks.rank, ranks.world = rank, world
             batches = list(trainer.batches())
@@ -383,7 +383,7 @@ def test_records_and_grids_of_a_run(command, tmp_path):
     saved = load_file(folder / "last.pt")
     assert saved["emas"].keys() == {"0.5", "0.9"}
     config = train_repa_dar.configuration.parse(command(tmp_path / "next", "--init-from", folder / "last.pt"))
-    with train_repa_dar.Ranks() as ranks:
+    with runtime.Ranks() as ranks:
         model = train_repa_dar.Trainer(config, ranks).model
     assert all(torch.equal(value, saved["emas"]["0.5"][key]) for key, value in model.state_dict().items())
 
