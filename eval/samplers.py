@@ -1,7 +1,8 @@
 """Samplers of SiT: from noise at t = 1 to data at t = 0, by ODE or SDE, with classifier-free guidance.
 
-`model(x, t, y)` returns (velocity, anything) and has `num_classes`, the null label. The state is kept in float64
-whatever the model computes in.
+Distilled models have a sampler of their own, of few steps.
+`model(x, t, y)` returns (velocity, anything) and has `num_classes`, the null label. The state of ODE and SDE is kept in
+float64 whatever the model computes in.
 
 Shapes: B batch, C channels, H = W size.
 """
@@ -10,19 +11,23 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from loss import path_coefficients
+from loss import interpolant, path_coefficients
 
 SOLVERS = ("euler", "heun")
 SDE_LAST = 0.04  # the SDE's score diverges towards t = 0, so its last step starts here (REPA)
 
 
 def draw(model: Callable, seeds: Iterable[int], shape: tuple, y: torch.Tensor, sampler: str, **options) -> torch.Tensor:
-    """Samples by "euler", "heun" or "sde". Each depends on its own seed and label alone, not on the rest of the batch.
+    """Samples by "euler", "heun", "sde", or "few-step" for a distilled model.
 
-    seeds: one per sample; shape: (C, H, W); y: (B) labels, on the model's device; options: of sample_ode or sample_sde.
+    Each depends on its own seed and label alone, not on the rest of the batch.
+
+    seeds: one per sample; shape: (C, H, W); y: (B) labels, on the model's device; options: of the sampler's function.
     Returns (B, C, H, W) float64. Raises ValueError as they do.
     """
     noise = IndexedNoise(seeds, shape, y.device)
+    if sampler == "few-step":
+        return sample_few_steps(model, noise(), y, step_noise=noise, **options)
     if sampler == "sde":
         return sample_sde(model, noise(), y, step_noise=noise, **options)
     return sample_ode(model, noise(), y, solver=sampler, **options)
@@ -94,6 +99,34 @@ def sample_sde(
     return x
 
 
+@torch.no_grad()
+def sample_few_steps(model: Callable, noise: torch.Tensor, y: torch.Tensor, times: tuple, step_noise: Callable):
+    """Samples of a distilled model: x_0 is predicted at the first of its times, noised again to the next, and so on.
+
+    noise: (B, C, H, W) standard normal; y: (B) labels; times: descending from 1. step_noise: called before each step
+    but the first, returns (B, C, H, W) standard normal numbers.
+    Returns (B, C, H, W) float64.
+    """
+    x = before_last_step(model, noise, y, times, step_noise)
+    return predict_clean(model, x, x.new_full(x.shape[:1], times[-1]), y).double()
+
+
+@torch.no_grad()
+def before_last_step(model: Callable, noise: torch.Tensor, y: torch.Tensor, times: tuple, step_noise: Callable):
+    """The state that `sample_few_steps` gives to the model in its last step: (B, C, H, W) at the last of the times."""
+    x = noise
+    for now, after in zip(times[:-1], times[1:]):
+        clean = predict_clean(model, x, x.new_full(x.shape[:1], now), y)
+        x, _ = interpolant(clean, step_noise(), x.new_full(x.shape[:1], after))
+    return x
+
+
+def predict_clean(model: Callable, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, cfg_scale: float = 1.0):
+    """E[x_0 | x_t] = x_t - t v on the linear path. x: (B, C, H, W), t: (B), of one dtype, as is what is returned."""
+    v = guided(model, x, t, y, cfg_scale)
+    return (x - t.view(-1, *[1] * (x.ndim - 1)) * v).to(x.dtype)
+
+
 def score_from_velocity(x: torch.Tensor, v: torch.Tensor, t: float, path: str = "linear") -> torch.Tensor:
     """grad log p_t(x) = - E[eps | x] / sigma, with eps solved from x = alpha x_0 + sigma eps and v = its derivative."""
     alpha, sigma, d_alpha, d_sigma = path_coefficients(torch.tensor(t, dtype=x.dtype, device=x.device), path)
@@ -107,17 +140,21 @@ def guided_velocity(model: Callable, like: torch.Tensor, y: torch.Tensor, cfg_sc
     like: a tensor of the dtype in which the model takes x and t.
     """
     low, high = interval[0] - 1e-6, interval[1] + 1e-6  # else rounded times would miss its ends
-    y_null = torch.full_like(y, model.num_classes)
 
     def velocity(x, t):
         x, times = x.to(like.dtype), torch.full((len(x),), t, dtype=like.dtype, device=x.device)
-        if cfg_scale == 1 or not low <= t <= high:
-            return model(x, times, y)[0].double()
-        both, _ = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, y_null]))
-        v, v_null = both.double().chunk(2)
-        return v_null + cfg_scale * (v - v_null)
+        return guided(model, x, times, y, cfg_scale if low <= t <= high else 1.0)
 
     return velocity
+
+
+def guided(model: Callable, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, cfg_scale: float) -> torch.Tensor:
+    """v_null + w (v - v_null) in float64, by one pass for both. x: (B, C, H, W); t, y: (B)."""
+    if cfg_scale == 1:
+        return model(x, t, y)[0].double()
+    both, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, model.num_classes)]))
+    v, v_null = both.double().chunk(2)
+    return v_null + cfg_scale * (v - v_null)
 
 
 class IndexedNoise:
