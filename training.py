@@ -174,8 +174,9 @@ class Run:
             raise SystemExit(
                 f"error: {longest} steps in a row had a non-finite loss or gradient (max_skipped_steps = "
                 f"{config.max_skipped_steps}), {skipped} of {progress['step']} in all. Weights were not touched by "
-                f"them. Try a lower --lr (now {config.lr:g}) or --precision fp32, with another --out; --init-from "
-                f"{self.folder.last} starts from the last checkpoint, where there is one"
+                f"them. Try a lower --lr (now {config.lr:g}) or --precision fp32, with another --out"
+                + f"; --init-from {self.folder.last} starts from the last checkpoint, where there is one"
+                * hasattr(config, "init_from")
             )
         return {"loss": f"{means['loss']:.4f}"} if means else {"skipped": skipped}
 

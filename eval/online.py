@@ -110,10 +110,13 @@ class OnlineEvaluation:
         """The samples with these indices, uint8 (B, 3, H, W)."""
         config = self.config
         seeds = [derive_seed(config.seed, Use.SAMPLE, i) for i in indices]
-        options = {name: getattr(config, name) for name in ("cfg_scale", "guidance_interval", "path")}
+        options = {name: getattr(config, name) for name in ("sampler", "cfg_scale", "guidance_interval", "path")}
+        options["num_steps"] = config.sample_steps
+        if model.step_times:
+            options = {"sampler": "few-step", "times": model.step_times}
         y = self.labels[list(indices)].to(self.ranks.device)
         with self.autocast():
-            x = draw(model, seeds, self.inputs.shape, y, config.sampler, num_steps=config.sample_steps, **options)
+            x = draw(model, seeds, self.inputs.shape, y, **options)
         return self.inputs.decoder.decode(x)
 
     @torch.no_grad()

@@ -118,6 +118,7 @@ class SiT(nn.Module):
         )
         self.projectors.apply(_xavier)
         self.skips = long_skips(depth if routing == "unet" else 0, hidden_size)
+        self.step_times = ()  # where the steps of a distilled model start (distill.py)
 
     def forward(
         self,

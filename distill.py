@@ -1,0 +1,223 @@
+"""Distils a trained model into one of 1, 2 or 4 steps, by distribution matching (DMD2, arXiv 2405.14867).
+
+    python distill.py --teacher runs/digits/residual-none-seed0/last.pt --student-steps 4 --out runs/distilled
+    torchrun --nproc_per_node=8 distill.py --teacher SiT-XL-2-256x256.pt --model SiT-XL/2 \\
+        --autoencoder sd-vae-ft-ema --data data/imagenet256 --batch-size 512 --lr 2e-5 --critic-lr 2e-5 --out runs/xl-4
+
+A step updates the critic `critic_steps` times, then the student once. No images are read but by the evaluation. The
+same command again resumes the run, bit for bit on a CPU. The folder is that of a training run, and `eval.sample` draws
+from its last.pt. The student may have another routing than its teacher: --routing dar --retrofit-steps 1000.
+"""
+
+import json
+from dataclasses import replace
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import config as configuration
+from checkpoint import EMA, load_published, load_trained, released_arguments
+from dataset.inputs import Inputs
+from distribution_matching import critic_loss, draw_samples, step_times, student_loss, training_sample
+from eval.online import OnlineEvaluation
+from models.cost import flops_per_image
+from models.sit import SIT_MODELS
+from runtime import Tally, Use, derive_seed, fingerprint
+from training import Run, launch
+
+
+def main(argv=None):
+    launch(Distiller, configuration.parse_distillation(argv))
+
+
+class Distiller(Run):
+    """One run: teacher, critic and student (`model`), and what trains them."""
+
+    def __init__(self, config, ranks):
+        self.teacher, trained = load_trained(config.teacher, name=config.model, route_backend=config.route_backend)
+        self.teacher_arguments = trained.get("arguments") or released_arguments(self.teacher.state_dict(), config.model)
+        self.arguments = self.student_arguments(config)
+        config = resolved(config, trained, self.arguments)
+        super().__init__(config, ranks)
+        # What inputs and evaluation need to know, in the words of the trainer.
+        same = {name: value for name, value in vars(config).items() if name in configuration.FIELDS}
+        seen = {"encoder": tuple(trained.get("encoder", configuration.Config.encoder))}  # none of them may judge
+        self.inputs = Inputs(configuration.Config(**same, **seen, decoder=trained.get("decoder", "")), ranks)
+        self.check_teacher(trained)
+
+        self.teacher.align_depth, self.times = (), step_times(config.student_steps, config.time_shift)
+        self.labels = self.inputs.data.labels.to(self.device)
+        self.model = self.copy_of_teacher(self.arguments)
+        self.model.step_times = self.times
+        self.critic = self.copy_of_teacher(self.teacher_arguments | {"align_dims": ()})
+        self.teacher = self.teacher.to(self.device)
+        self.flops = self.flops_of_step()
+        networks = {"model": self.model, "critic": self.critic}
+        ddp = DistributedDataParallel if ranks.world > 1 else lambda model: model
+        self.wrapped = {name: ddp(network) for name, network in networks.items()}
+        common = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **common)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=config.critic_lr, **common)
+        self.ema, self.critic_weights = EMA(self.model, config.ema_decays), list(self.critic.parameters())
+        self.tally = Tally(self.device, ("loss", "critic_loss", "grad_norm", "critic_grad_norm"))
+        self.parts = {**networks, "emas": self.ema, "optimizer": self.optimizer}
+        self.parts |= {"critic_optimizer": self.critic_optimizer, "tally": self.tally}
+        if config.eval_every:
+            self.evaluate = OnlineEvaluation(self.inputs.config, ranks, self.inputs, self.autocast)
+
+    # ---- networks ----
+
+    def student_arguments(self, config):
+        """The teacher's, but for routing; without projectors, as nothing is aligned."""
+        arguments = dict(self.teacher_arguments)
+        if self.teacher.routing == "dar" and arguments["final_aggregator"] == "auto" and arguments["align_dims"]:
+            arguments["final_aggregator"] = "shared"  # what "auto" is with projectors
+        chosen = {name: value for name in ("routing", "query", "chunk_size") if (value := getattr(config, name))}
+        return arguments | chosen | {"align_dims": ()}
+
+    def copy_of_teacher(self, arguments):
+        """A network with the teacher's weights, in eval mode: labels are never dropped here."""
+        torch.manual_seed(derive_seed(self.config.seed, Use.WEIGHTS))
+        kept = {"route_backend": self.config.route_backend}
+        kept["checkpoint_activations"] = self.config.checkpoint_activations
+        try:
+            model = SIT_MODELS[self.config.model](**arguments, **kept)
+            load_published(model, self.teacher.state_dict())
+        except ValueError as error:
+            raise ValueError(
+                f"routing = {self.config.routing!r}: {self.config.teacher} has routing = {self.teacher.routing!r}, and "
+                f"does not fit such a student: {error}"
+            ) from None
+        return model.eval().to(self.device)
+
+    def check_teacher(self, trained):
+        """Raises ValueError where the teacher cannot teach, or not on these data."""
+        config, teacher, data = self.config, self.teacher, self.inputs.data
+        size, wanted = (teacher.in_channels, *2 * (teacher.input_size,)), self.inputs.shape
+        for fine, problem in (
+            (trained.get("path", "linear") == "linear", "was trained on the cosine path, and only linear is supported"),
+            (not trained.get("step_times"), "is a distilled model; give the one that it was distilled from"),
+            (
+                config.cfg_scale == 1 or trained.get("class_dropout_prob", 1) > 0,
+                f"was trained without a null class, which cfg_scale = {config.cfg_scale} needs; give 1",
+            ),
+            (
+                teacher.num_classes == data.num_classes,
+                f"has {teacher.num_classes} classes and {config.data} has {data.num_classes}; give the --data of the "
+                "teacher",
+            ),
+            (size == wanted, f"takes {size} and {config.data} by {config.autoencoder} gives {wanted}"),
+        ):
+            if not fine:
+                raise ValueError(f"teacher = {config.teacher!r}: {problem}")
+
+    def flops_of_step(self):
+        """Of the matrix products of one step, for an image, with as many student steps as are made on average."""
+        config = self.config
+        student = flops_per_image(config.model, self.arguments)
+        teacher = flops_per_image(config.model, self.teacher_arguments | {"align_dims": ()})
+        sample, guided = student * (config.student_steps + 1) / 2, 2 if config.cfg_scale != 1 else 1
+        return sample + 2 * student + (1 + guided) * teacher + config.critic_steps * (sample + 3 * teacher)
+
+    # ---- steps ----
+
+    def open_folder(self):
+        content = fingerprint(self.teacher, json.dumps(self.teacher_arguments, sort_keys=True))
+        super().open_folder(step_times=list(self.times), **{"content of teacher": content})
+
+    def train(self):
+        if self.config.compile:
+            self.teacher.compile()
+            self.critic.compile()
+        return super().train()
+
+    def batches(self):
+        return range(self.progress["step"], self.config.max_steps)
+
+    def train_step(self, step):
+        """critic_steps updates of the critic, then one of the student, on fresh samples each."""
+        config, critic_values = self.config, []
+        self.model.gamma = min(1.0, step / config.retrofit_steps) if config.retrofit_steps else 1.0
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for number in range(config.critic_steps):
+            draws = self.draw(step, number)
+            values, taken = self.learn("critic", self.critic_losses, draws, self.critic_optimizer, self.critic_weights)
+            critic_values.append(values)
+            finite = finite & taken
+        draws = self.draw(step, config.critic_steps)
+        values, taken = self.learn("model", self.student_losses, draws, self.optimizer, self.ema.weights)
+        self.ema.update()
+        # Each a loss and the norm of its gradient.
+        values = torch.stack([values, torch.stack(critic_values).mean(0)], dim=1)
+        self.tally.add(values.flatten(), finite & taken)
+
+    def learn(self, name, losses_of, draws, optimizer, weights):
+        """One update of a network. Returns its loss and the norm of its gradients (2), and whether it was taken."""
+        loss = self.gradients(self.wrapped[name], lambda rows: losses_of(draws[rows]))
+        grad_norm, taken = self.update(optimizer, weights, loss)
+        return torch.cat([loss, grad_norm.view(1)]), taken
+
+    def draw(self, step, number):
+        """This process's share of the random numbers of an update, which follow from the seed for the global batch."""
+        shape, seed = (
+            (self.config.batch_size, *self.inputs.shape),
+            derive_seed(self.config.seed, Use.STEP, step, number),
+        )
+        mine = slice(self.ranks.rank * self.share, (self.ranks.rank + 1) * self.share)
+        return draw_samples(self.labels, shape, len(self.times), seed)[mine]
+
+    def critic_losses(self, draws):
+        with self.autocast():
+            with torch.no_grad():
+                x = training_sample(self.model, self.model, self.times, draws)
+            return [critic_loss(self.wrapped["critic"], x, draws)]
+
+    def student_losses(self, draws):
+        with self.autocast():
+            x = training_sample(self.model, self.wrapped["model"], self.times, draws)
+            return [student_loss(self.teacher, self.critic, x, draws, self.config.cfg_scale)]
+
+    # ---- records ----
+
+    def describe(self):
+        """Print what the run is and what it takes."""
+        config, student, teacher = self.config, parameters(self.model), parameters(self.critic)
+        kept, averages = 3 * (student + teacher), len(config.ema_decays) * student  # weights and two moments
+        memory = 4 * (kept + averages + student + teacher + teacher)  # and gradients, and the frozen teacher
+        routing = config.routing + f", fading in for {config.retrofit_steps} steps" * bool(config.retrofit_steps)
+        guided = "" if config.cfg_scale == 1 else f", guided by {config.cfg_scale:g}"
+        precision = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32"
+        self.say(
+            f"run        {config.out}, {config.max_steps} steps, each of {config.critic_steps} critic updates and one "
+            f"student update\n"
+            f"teacher    {config.teacher}, {config.model}, routing {self.teacher.routing}{guided}\n"
+            f"student    routing {routing}; steps from t = {', '.join(f'{t:.3g}' for t in self.times)}\n"
+            f"data       labels of {len(self.labels)} images in {config.data}; {config.autoencoder}, "
+            f"{' x '.join(map(str, self.inputs.shape))}\n"
+            f"parameters {student / 1e6:.2f} M student, {teacher / 1e6:.2f} M critic, as many teacher\n"
+            f"compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a step\n"
+            f"batch      {config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
+            f"in {self.share // self.micro} accumulated parts of {self.micro}\n"
+            f"memory     {memory / 2**30:.3g} GiB for weights, gradients, moments and averages, activations excluded\n"
+            f"disk       {4 * (kept + averages) / 2**30:.3g} GiB for a checkpoint\n"
+            f"device     {self.device}, {precision}, torch {torch.__version__}"
+        )
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def resolved(config, trained, arguments):
+    """The options with what the teacher says in place of what is empty. Raises ValueError where it does not say it."""
+    said = {name: getattr(config, name) or trained.get(name, "") for name in ("model", "autoencoder", "data")}
+    for name, value in said.items():
+        if not value:
+            raise ValueError(f"{name} = '': {config.teacher} is not of this trainer and does not say it; give --{name}")
+    routing = {name: arguments.get(name, getattr(configuration.Config, name)) for name in ("routing", "query")}
+    chunk_size = arguments.get("chunk_size", configuration.Config.chunk_size)
+    return replace(config, **said, **routing, chunk_size=chunk_size)
+
+
+if __name__ == "__main__":
+    main()
