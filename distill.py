@@ -35,8 +35,10 @@ class Distiller(Run):
 
     def __init__(self, config, ranks):
         self.teacher, trained = load_trained(config.teacher, name=config.model, route_backend=config.route_backend)
-        self.teacher_arguments = trained.get("arguments") or released_arguments(self.teacher.state_dict(), config.model)
-        self.arguments = self.student_arguments(config)
+        known = trained.get("arguments") or released_arguments(self.teacher.state_dict(), config.model)
+        self.teacher_arguments = without_projectors(known)
+        chosen = {name: value for name in ("routing", "query", "chunk_size") if (value := getattr(config, name))}
+        self.arguments = self.teacher_arguments | chosen
         config = resolved(config, trained, self.arguments)
         super().__init__(config, ranks)
         # What inputs and evaluation need to know, in the words of the trainer.
@@ -49,7 +51,7 @@ class Distiller(Run):
         self.labels = self.inputs.data.labels.to(self.device)
         self.model = self.copy_of_teacher(self.arguments)
         self.model.step_times = self.times
-        self.critic = self.copy_of_teacher(self.teacher_arguments | {"align_dims": ()})
+        self.critic = self.copy_of_teacher(self.teacher_arguments)
         self.teacher = self.teacher.to(self.device)
         self.flops = self.flops_of_step()
         networks = {"model": self.model, "critic": self.critic}
@@ -66,14 +68,6 @@ class Distiller(Run):
             self.evaluate = OnlineEvaluation(self.inputs.config, ranks, self.inputs, self.autocast)
 
     # ---- networks ----
-
-    def student_arguments(self, config):
-        """The teacher's, but for routing; without projectors, as nothing is aligned."""
-        arguments = dict(self.teacher_arguments)
-        if self.teacher.routing == "dar" and arguments["final_aggregator"] == "auto" and arguments["align_dims"]:
-            arguments["final_aggregator"] = "shared"  # what "auto" is with projectors
-        chosen = {name: value for name in ("routing", "query", "chunk_size") if (value := getattr(config, name))}
-        return arguments | chosen | {"align_dims": ()}
 
     def copy_of_teacher(self, arguments):
         """A network with the teacher's weights, in eval mode: labels are never dropped here."""
@@ -115,7 +109,7 @@ class Distiller(Run):
         """Of the matrix products of one step, for an image, with as many student steps as are made on average."""
         config = self.config
         student = flops_per_image(config.model, self.arguments)
-        teacher = flops_per_image(config.model, self.teacher_arguments | {"align_dims": ()})
+        teacher = flops_per_image(config.model, self.teacher_arguments)
         sample, guided = student * (config.student_steps + 1) / 2, 2 if config.cfg_scale != 1 else 1
         return sample + 2 * student + (1 + guided) * teacher + config.critic_steps * (sample + 3 * teacher)
 
@@ -202,6 +196,14 @@ class Distiller(Run):
             f"disk       {4 * (kept + averages) / 2**30:.3g} GiB for a checkpoint\n"
             f"device     {self.device}, {precision}, torch {torch.__version__}"
         )
+
+
+def without_projectors(arguments):
+    """The arguments of the same SiT, of which nothing is aligned any more."""
+    final = arguments.get("final_aggregator", "auto")
+    if final == "auto" and arguments.get("routing") == "dar" and arguments["align_dims"]:
+        final = "shared"  # which is what "auto" was with projectors
+    return arguments | {"final_aggregator": final, "align_dims": ()}
 
 
 def parameters(model):

@@ -58,7 +58,8 @@ class Options:
     """Folder to write. Empty: samples/{run}-{step}-{sampler}-{hash of the settings}."""
     preset: Literal["repa-sde-250", "paper-cfg-1.5", "sit-ode-250", "fast-ode-50"] = "repa-sde-250"
     """Sampler, steps and guidance scale, of which any given by hand wins: Euler-Maruyama with 250 steps, without and
-    with guidance 1.5; Heun with 125 steps, hence 249 evaluations; Euler with 50, for a quick look."""
+    with guidance 1.5; Heun with 125 steps, hence 249 evaluations; Euler with 50, for a quick look. A distilled model
+    brings its own few steps instead."""
     sampler: Literal["euler", "heun", "sde"] | None = None
     """ODE by Euler or Heun, or SDE by Euler-Maruyama."""
     steps: int | None = None
@@ -190,6 +191,13 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
     """
     given = {key: value for key in PRESETS[options.preset] if (value := getattr(options, key)) is not None}
     chosen = {**PRESETS[options.preset], **given}
+    if model.step_times:
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} cannot be chosen: {options.checkpoint} is a distilled model, drawn in the "
+                f"{len(model.step_times)} steps that it was trained for"
+            )
+        chosen = {"sampler": "few-step", "steps": len(model.step_times), "cfg_scale": 1.0}
     steps, scale, fewest = chosen["steps"], float(chosen["cfg_scale"]), 1 + (chosen["sampler"] == "sde")
     interval, classes = options.guidance_interval or (0.0, 1.0), options.classes
     precision = options.precision
@@ -222,7 +230,8 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
     trained_on = trained.get("classes with images", ())
     if not classes and 0 < len(trained_on) < model.num_classes:  # of the others the model has seen nothing
         classes = trained_on
-    identity = json.dumps([options.model or trained["model"], trained.get("arguments")], sort_keys=True)
+    makes = [options.model or trained["model"], trained.get("arguments"), *model.step_times]
+    identity = json.dumps(makes, sort_keys=True)
     return Settings(
         weights=fingerprint(model, identity),
         autoencoder=autoencoder.fingerprint,
@@ -258,9 +267,12 @@ def sample_images(model, autoencoder, settings: Settings, indices, device: torch
     seeds = [derive_seed(settings.seed, Use.SAMPLE, i) for i in indices]
     y = labels_of(settings, indices, model.num_classes).to(device)
     options = {name: getattr(settings, name) for name in ("cfg_scale", "guidance_interval", "path")}
+    options["num_steps"] = settings.steps
+    if model.step_times:
+        options = {"times": model.step_times}
     with tf32(settings.precision == "tf32"):
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            x = draw(model, seeds, shape, y, settings.sampler, num_steps=settings.steps, **options)
+            x = draw(model, seeds, shape, y, settings.sampler, **options)
         if not x.isfinite().all():  # as uint8 they would be noise that looks like a bad model
             raise ValueError(
                 f"samples {indices[0]} to {indices[-1]} are not finite with precision = "
@@ -322,7 +334,7 @@ def record(options: Options, settings: Settings, origin: dict, folder: Path, sha
     content = {
         "settings": dataclasses.asdict(settings),
         "hash": settings.digits(),
-        "preset": options.preset,
+        "preset": None if settings.sampler == "few-step" else options.preset,
         "function_evaluations": settings.evaluations(),
         "uint8": CONVERSION,
         "starts": [*starts, {"batch_size": options.batch_size, **origin, **environment(ranks)}],

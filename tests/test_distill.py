@@ -1,15 +1,31 @@
 """Distillation: its losses against Gaussians, whose velocity has a closed form, and distill.py end to end on digits."""
 
+import functools
+import json
+import signal
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
 
+import config as configuration
+import distill
+import train_repa_dar
+from checkpoint import load_file, load_trained
+from dataset import prepare
 from distribution_matching import critic_loss, draw_samples, step_times, student_loss, training_sample
+from eval import sample as sampling
+from eval.online import OnlineEvaluation
 from eval.samplers import draw
-from runtime import derive_seed
+from models.sit import SIT_MODELS, SiT
+from runtime import Ranks, derive_seed
+from tests.conftest import TINY, ending, forked, killed
+from tests.test_trainer import assert_same_curves, assert_same_run, records
 
 SHAPE = (1, 2, 2)
+STEPS = 12
 
 
 def denoised(x, t, mean, std):
@@ -90,10 +106,10 @@ def test_a_linear_student_becomes_the_teacher(count):
     """With a critic that is exact at every step, after one step and after two."""
     times = step_times(count)
     teacher, student = Gaussian([1.5], [0.7]), Linear(times)
-    optimizer = torch.optim.Adam(student.parameters(), lr=0.03, betas=(0.0, 0.999))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 700)
-    for step in range(700):
-        draws = draws_of(count, 64, seed=step)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.05, betas=(0.0, 0.999))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 400)
+    for step in range(400):
+        draws = draws_of(count, 32, seed=step)
         mean, std = student.moments(len(draws.noises))
         x = training_sample(student, student, times, draws)
         student_loss(teacher, Gaussian([mean], [std]), x, draws).backward()
@@ -113,7 +129,7 @@ def test_the_critics_optimum_is_the_students_velocity():
     optimizer = torch.optim.Adam(critic.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 300)
     for step in range(300):
-        draws = draws_of(1, 256, seed=step)
+        draws = draws_of(1, 64, seed=step)
         critic_loss(critic, training_sample(student, student, times, draws), draws).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -164,3 +180,213 @@ def test_few_step_samples_follow_the_definition_whatever_the_batch():
         if k < 3:
             x = (1 - times[k + 1]) * clean + times[k + 1] * torch.randn(SHAPE, generator=generator).numpy()
     np.testing.assert_allclose(alone[0].numpy(), clean, rtol=1e-5, atol=1e-6)
+
+
+# ---- distill.py ----
+
+
+@pytest.fixture(scope="module")
+def teacher(small_data, encoder_folder, tmp_path_factory):
+    """Checkpoints of one step of the trainer, by the words that they were made with."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    @functools.cache
+    def made(words=""):
+        out = folder / str(len(list(folder.iterdir())))
+        line = f"--data {small_data} --out {out} --encoder {encoder_folder} {TINY} --max-steps 1 --eval-every 0"
+        train_repa_dar.main(f"{line} --lr 1e-2 --ema-decays 0 --alignment repa {words}".split())
+        return out / "last.pt"
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def command(teacher, judge_folder):
+    """Arguments of a run of seconds."""
+
+    def build(out, *extra, of=""):
+        judged = f"--eval-encoder={judge_folder} --eval-every 8 --eval-samples 6 --eval-batch-size 4"
+        steps = f"--max-steps {STEPS} --log-every 1 --checkpoint-every 5 --batch-size 4 --critic-steps 2"
+        words = (
+            f"--teacher={of or teacher()} --out={out} --lr 1e-3 --critic-lr 1e-3 --ema-decays 0.5 --tensorboard=False"
+        )
+        return [*f"{words} {steps} {judged}".split(), *map(str, extra)]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    distill.main(command(folder, *RETROFIT))
+    return folder
+
+
+RETROFIT = ("--routing", "dar", "--chunk-size", 3, "--query", "dynamic", "--retrofit-steps", 8)
+
+
+def test_killed_anywhere_and_restarted_is_the_same_run(command, whole, tmp_path):
+    """Before the first checkpoint, between two in the middle of the critic's updates, and in an evaluation."""
+    words, updates = command(tmp_path / "killed", *RETROFIT), []
+
+    def run(patch):
+        setattr(*patch[:2], ending(killed, *patch))
+        distill.main(words)
+
+    def in_update(number):
+        return distill.Distiller, "learn", lambda *_: updates.append(0) or len(updates) == number
+
+    for patch in (in_update(7), in_update(3 * 8 + 2), (OnlineEvaluation, "sample")):
+        assert forked(functools.partial(run, patch)) == [-signal.SIGKILL]
+    distill.main(words)
+    assert_same_run(tmp_path / "killed", whole)
+    assert [line["step"] for line in records(whole) if "frechet_distance" in line] == [8, STEPS]
+    saved = load_file(whole / "last.pt")
+    for name in ("model", "critic"):
+        assert any(
+            not torch.equal(saved[name][key], value) for key, value in saved["ema"].items() if key in saved[name]
+        )
+
+
+def test_two_processes_in_parts_are_the_same_run(command, whole, tmp_path):
+    """To rounding: each sample meets the same label, noise, times and number of steps."""
+    words = command(tmp_path / "two", *RETROFIT, "--micro-batch-size", 1)
+    assert forked(*2 * [functools.partial(distill.main, words)], ranks=True) == [None, None]
+    assert_same_curves(tmp_path / "two", whole)
+
+
+def test_a_non_finite_update_leaves_its_network_alone(command, tmp_path, monkeypatch):
+    """Here of the critic in step 2 and of the student in step 4: the other one learns all the same."""
+    states = []
+
+    def spoil(name, step):
+        original = getattr(distill, name)
+
+        def spoiled(*arguments):
+            return original(*arguments) * (float("nan") if len(states) == step else 1)
+
+        monkeypatch.setattr(distill, name, spoiled)
+
+    def remember(self, *arguments):
+        states.append(
+            {name: [value.clone() for value in self.parts[name].parameters()] for name in ("model", "critic")}
+        )
+
+    spoil("critic_loss", 2)
+    spoil("student_loss", 4)
+    monkeypatch.setattr(distill.Distiller, "train_step", ending(remember, distill.Distiller, "train_step"))
+    distill.main(command(tmp_path / "run", "--max-steps", 6, "--eval-every", 0))
+    moved = {
+        name: [any(not torch.equal(*pair) for pair in zip(a[name], b[name])) for a, b in zip(states, states[1:])]
+        for name in ("model", "critic")
+    }
+    assert moved == {"critic": [True, False, True, True, True], "model": [True, True, True, False, True]}
+    assert records(tmp_path / "run")[-1]["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "made_with, words, routing",
+    [
+        ("", "", "residual"),
+        ("", "--routing attnres --chunk-size 2", "attnres"),
+        ("--routing dar --query static", "", "dar"),
+        ("--routing dar --query static --final-aggregator dedicated", "--chunk-size 1", "dar"),
+    ],
+)
+def test_students_of_every_teacher_are_drawn_by_their_own_steps(command, teacher, tmp_path, made_with, words, routing):
+    """The checkpoint says how: images from eval.sample are those of the sampler with the averaged weights."""
+    settings = ("--student-steps", 2, "--time-shift", 2, "--max-steps", 2, "--eval-every", 0)
+    distill.main(command(tmp_path / "run", *settings, *words.split(), of=teacher(made_with)))
+    path = tmp_path / "run" / "last.pt"
+    model, trained = load_trained(path)
+    assert model.routing == routing and model.step_times == (1.0, 2 / 3) and not model.projectors
+    sampling.main([str(path), "--out", str(tmp_path / "drawn"), "--num-samples", "5"])
+    images = np.load(tmp_path / "drawn" / "drawn.npz")
+    seeds = [derive_seed(0, 4, i) for i in range(5)]
+    x = draw(model, seeds, (3, 8, 8), torch.from_numpy(images["arr_1"]), "few-step", times=(1.0, 2 / 3))
+    expected = ((x + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images["arr_0"] - expected).max() <= 1
+    said = json.loads((tmp_path / "drawn" / "settings.json").read_text())
+    assert said["settings"]["sampler"] == "few-step" and said["function_evaluations"] == 2
+    with pytest.raises(
+        SystemExit, match="steps cannot be chosen: .*last.pt is a distilled model, drawn in the 2 steps"
+    ):
+        sampling.main([str(path), "--out", str(tmp_path / "other"), "--steps", "4"])
+
+
+def test_routing_fades_in(command, tmp_path, monkeypatch):
+    seen, original = [], distill.Distiller.learn
+    monkeypatch.setattr(
+        distill.Distiller, "learn", lambda self, *rest: seen.append(self.model.gamma) or original(self, *rest)
+    )
+    distill.main(command(tmp_path / "run", *RETROFIT[:-1], 4, "--max-steps", 6, "--eval-every", 0, "--critic-steps", 1))
+    assert seen[::2] == seen[1::2] == [0, 0.25, 0.5, 0.75, 1, 1]
+
+
+@pytest.mark.parametrize("scale, words", [(1.0, ()), (2.0, ("--routing", "dar"))])
+def test_the_dry_run_says_what_a_step_takes(command, tmp_path, capsys, scale, words):
+    """The compute, to the 10 % that the first layers of so small a model save in backward; and nothing is written."""
+    words = command(tmp_path / "run", "--student-steps", 1, "--cfg-scale", scale, "--eval-every", 0, *words)
+    distill.main([*words, "--dry-run"])
+    assert not (tmp_path / "run").exists()
+    said = capsys.readouterr().out
+    run = distill.Distiller(configuration.parse_distillation(words), Ranks())
+    with FlopCounterMode(display=False) as counter:
+        run.train_step(0)
+    assert run.flops == pytest.approx(counter.get_total_flops() / 4, rel=0.1)
+    assert f"{run.flops / 1e9:.4g} GFLOP" in said and "each of 2 critic updates" in said
+
+
+def test_a_published_teacher(command, small_data, tmp_path, monkeypatch):
+    """Bare weights say neither their name nor what they were trained on."""
+    small = functools.partial(SiT, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+    monkeypatch.setitem(SIT_MODELS, "SiT-S/2", small)
+    weights = small(input_size=8, in_channels=3, num_classes=10, align_dims=()).state_dict()
+    path = tmp_path / "published.pt"
+    torch.save({"ema": weights}, path)
+    words = command(tmp_path / "run", "--eval-every", 0, "--max-steps", 1, of=path)
+    with pytest.raises(SystemExit, match="say which model .*published.pt is of"):
+        distill.main(words)
+    with pytest.raises(SystemExit, match="autoencoder = '': .*published.pt is not of this trainer"):
+        distill.main([*words, "--model", "SiT-S/2"])
+    distill.main([*words, "--model", "SiT-S/2", "--autoencoder", "pixels", "--data", str(small_data)])
+    model, trained = load_trained(tmp_path / "run" / "last.pt", "0.5")
+    assert trained["model"] == "SiT-S/2" and model.step_times == (1.0, 0.75, 0.5, 0.25)
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=2e-3)  # a step away
+
+
+@pytest.mark.parametrize(
+    "made_with, words, message",
+    [
+        ("--path cosine", "", "cosine path, and only linear is supported"),
+        ("--class-dropout-prob 0", "--cfg-scale 2", "without a null class, which cfg_scale = 2.0 needs"),
+        ("", "--data {few}", "has 10 classes and .* has 11; give the --data of the teacher"),
+        ("--routing dar", "--routing residual", "routing = 'residual': .* has routing = 'dar'.*unknown router"),
+        ("--routing dar --query static", "--query dynamic", "fit such a student: .*router.* the model's is"),
+        ("", "--chunk-size 9 --routing dar", "chunk_size = 9 is not between 1 and the 4 sublayers"),
+        ("", "--batch-size 3 --micro-batch-size 2", "cannot be shared evenly"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(command, teacher, small_data, tmp_path, made_with, words, message):
+    few = tmp_path / "few"
+    if "few" in words:
+        prepare.main(["digits", "--out", str(few), "--limit", "40"])
+        meta = json.loads((few / "meta.json").read_text())
+        (few / "meta.json").write_text(json.dumps(meta | {"class_names": [*meta["class_names"], "eleventh"]}))
+    given = command(tmp_path / "run", *words.format(few=few).split(), of=teacher(made_with))
+    with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
+        distill.main(given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_distilled_model_and_other_settings_are_refused(command, whole, tmp_path):
+    with pytest.raises(SystemExit, match="is a distilled model; give the one that it was distilled from"):
+        distill.main(command(tmp_path / "run", of=whole / "last.pt"))
+    before = (whole / "last.pt").read_bytes()
+    with pytest.raises(SystemExit, match=r"(?s)another configuration:.*student_steps: 4 -> 2"):
+        distill.main(command(whole, *RETROFIT, "--student-steps", 2))
+    assert (whole / "last.pt").read_bytes() == before
+    for words, message in (([], "teacher = '': give"), (["--teacher=x"], "out = '': give"), (["--lrs=1"], "is 'lr'")):
+        with pytest.raises(SystemExit, match=f"configuration error: .*{message}"):
+            distill.main(words)
