@@ -1,5 +1,6 @@
 # make setup        .venv with everything in requirements.txt
 # make quickstart   four arms on the embedded digits: grids, convergence.png, table of speedups
+# make distill      few-step students of the quickstart's residual arm: {residual, DAR} x {1, 4 steps}
 # make test         all tests
 # make study        the study as it is meant: CIFAR-10 on the GPUs of this machine, all of them side by side
 # make study-pilots short runs before it, from which to choose its LR= and DEPTH=
@@ -19,6 +20,8 @@ ENCODER ?= dinov2-vit-b
 JUDGE ?= inception
 METRIC := $(if $(filter inception,$(JUDGE)),fid,frechet_distance)
 STEPS ?= 20000
+TEACHER := $(RUNS)/routing=residual,alignment=none,seed=0/last.pt
+DISTILLED := runs/distilled
 LR ?= 1e-4
 DEPTH ?= 12
 STUDY := runs/study
@@ -26,7 +29,7 @@ STUDY := runs/study
 # At shapes that a CPU can train, more threads mostly wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test digits cifar10 study study-pilots study-cpu
+.PHONY: setup quickstart distill test digits cifar10 study study-pilots study-cpu
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -45,6 +48,18 @@ digits: setup
 quickstart: digits
 	$(RUN) sweep.py --config digits --out $(RUNS) --routing residual dar --alignment none repa
 	$(RUN) -m analysis.convergence $(RUNS)/*/ --reference residual --out $(RUNS)/convergence
+
+$(TEACHER): | digits
+	$(RUN) train_repa_dar.py --config digits --out $(@D)
+
+# One student on each of two cores.
+distill: $(TEACHER)
+	for steps in 1 4; do \
+		$(RUN) distill.py --config digits --student-steps $$steps --out $(DISTILLED)/residual-$$steps & \
+		$(RUN) distill.py --config digits --student-steps $$steps --routing dar --retrofit-steps 20 \
+			--out $(DISTILLED)/dar-$$steps && wait $$! || exit 1; \
+	done
+	$(RUN) -m analysis.convergence $(DISTILLED)/*/ --reference "residual, student_steps=1" --out $(DISTILLED)/convergence
 
 cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32

@@ -388,9 +388,10 @@ def split_preset(argv: list[str], name: str = "digits") -> tuple[str, list[str]]
 @functools.cache  # a sweep reads one for each of its runs
 def read_preset(name: str, kind: type = Config) -> Common:
     """The options of a preset, or of a YAML file. They become words for the parser, which thus judges both."""
-    path = PRESETS / f"{name}.yaml" if (PRESETS / f"{name}.yaml").is_file() else Path(name)
+    folder = PRESETS / "distill" if kind is DistillConfig else PRESETS
+    path = folder / f"{name}.yaml" if (folder / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
-        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ValueError(f"--config {name!r} is neither a preset ({', '.join(known)}) nor a YAML file")
     words = []
     for key, value in load_saved(path).items():
@@ -417,8 +418,8 @@ def _switched_on(words, default):
 
 
 def _parse(words, default, prog):
-    usual = " (default: digits)" if isinstance(default, Config) else ""
-    description = f"--config NAME takes the preset configs/NAME.yaml, or a YAML file by its path{usual}."
+    preset = "configs/NAME.yaml (default: digits)" if isinstance(default, Config) else "configs/distill/NAME.yaml"
+    description = f"--config NAME takes the preset {preset}, or a YAML file by its path."
     return tyro.cli(
         type(default),
         args=words,

@@ -20,7 +20,7 @@ from checkpoint import EMA, load_published, load_trained, released_arguments
 from dataset.inputs import Inputs
 from distribution_matching import critic_loss, draw_samples, step_times, student_loss, training_sample
 from eval.online import OnlineEvaluation
-from models.cost import flops_per_image
+from models.cost import flops_per_image, parameters_by_part
 from models.sit import SIT_MODELS
 from runtime import Tally, Use, derive_seed, fingerprint
 from training import Run, launch
@@ -175,7 +175,8 @@ class Distiller(Run):
 
     def describe(self):
         """Print what the run is and what it takes."""
-        config, student, teacher = self.config, parameters(self.model), parameters(self.critic)
+        config = self.config
+        student, teacher = (sum(parameters_by_part(model).values()) for model in (self.model, self.critic))
         kept, averages = 3 * (student + teacher), len(config.ema_decays) * student  # weights and two moments
         memory = 4 * (kept + averages + student + teacher + teacher)  # and gradients, and the frozen teacher
         routing = config.routing + f", fading in for {config.retrofit_steps} steps" * bool(config.retrofit_steps)
@@ -204,10 +205,6 @@ def without_projectors(arguments):
     if final == "auto" and arguments.get("routing") == "dar" and arguments["align_dims"]:
         final = "shared"  # which is what "auto" was with projectors
     return arguments | {"final_aggregator": final, "align_dims": ()}
-
-
-def parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def resolved(config, trained, arguments):

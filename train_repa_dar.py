@@ -38,8 +38,6 @@ class Trainer(Run):
 
     def __init__(self, config, ranks):
         super().__init__(config, ranks)
-        resolve_backend(config.route_backend, self.device)  # refuses one that cannot run here
-
         self.inputs = Inputs(config, ranks)
         self.loss = Loss(config.path, config.time_sampling, config.proj_coeff, config.spatial_norm)
         last = min(config.align_steps or config.max_steps, config.max_steps)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from checkpoint import RunFolder
 from dataset.prepared import PreparedImages
+from kernels import resolve_backend
 from models.cost import peak_flops
 from runtime import Ranks, Stop, environment, plain_errors, tf32
 
@@ -48,6 +49,7 @@ class Run:
         self.share, self.micro = split_batch(config, ranks.world)
         bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
+        resolve_backend(config.route_backend, self.device)  # refuses one that cannot run here
         self.evaluate = None
         # Seconds are of training alone. Checkpoints hold what is due, so that interrupted work is repeated.
         self.progress = {"step": 0, "seconds": 0.0, "logged_step": 0, "logged_seconds": 0.0}
