@@ -64,6 +64,8 @@ class Config:
     """Weights to start from: ours, SiT's or REPA's (`ema` is taken where the file has it)."""
     new_labels: bool = option(False, idle_with={"init_from": ("",)})
     """Start with a new label table, as other classes need, and take only the null class from `init_from`."""
+    retrofit_steps: int = option(0, least=0, idle_with=NOT_ROUTED | {"init_from": ("",)})
+    """Steps in which routing fades into the residual weights of `init_from`, from their function to plain routing."""
 
     # ---- model ----
     model: str = option("SiT-B/2")
@@ -217,6 +219,11 @@ class Config:
                 "encoder_weights",
                 f"give one file for each of the {len(self.encoder)} encoders, or none",
             ),
+            (
+                not (self.retrofit_steps and self.compile),
+                "compile",
+                "waits for the end of retrofit_steps; leave it out",
+            ),
             (self.eval_encoder, "eval_encoder", "needs a judge; --eval-every 0 switches the evaluation off"),
         ):
             _require(fine, name, getattr(self, name), rule)
@@ -357,6 +364,12 @@ def idle(settings: dict) -> set:
         for name, spec in FIELDS.items()
         if any(settings[switch] in values for switch, values in spec.metadata["idle_with"].items())
     }
+
+
+def retrofit_gamma(settings: dict, step: int) -> float:
+    """How far routing has faded in after so many steps of a run with these options: 0 to 1 (`SiT.gamma`)."""
+    steps = 0 if "retrofit_steps" in idle(settings) else (DEFAULTS | settings)["retrofit_steps"]
+    return min(1.0, step / steps) if steps else 1.0
 
 
 def differences(wanted: dict, saved: dict) -> list[str]:

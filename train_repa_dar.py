@@ -26,9 +26,10 @@ from dataset.inputs import Inputs
 from dataset.prepared import PreparedImages
 from eval.online import OnlineEvaluation
 from kernels import resolve_backend, why_not_fused
-from loss import Loss
+from loss import Loss, interpolant
 from models.cost import flops_per_image, parameters_by_part, peak_flops
 from models.sit import SIT_MODELS
+from models.streams import ResidualStream
 from runtime import Ranks, Stop, Tally, Use, derive_seed, environment, plain_errors, tf32
 
 KERNELS = {"torch": "plain PyTorch", "triton": "fused Triton kernels", "cpu": "fused C"}
@@ -181,6 +182,7 @@ class Trainer:
 
     def train_step(self, batch):
         """One optimiser step on this process's share of the global batch, in parts of micro_batch_size."""
+        self.fade_in()
         if self.progress["step"] >= self.aligned_steps and self.model.align_depth:
             self.end_alignment()
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -215,6 +217,10 @@ class Trainer:
         posterior = torch.randn(shape, generator=generator, device=self.device)  # of latents
         mine = slice(self.ranks.rank * self.share, (self.ranks.rank + 1) * self.share)
         return draws[mine], posterior[mine]
+
+    def fade_in(self):
+        for model in (self.model, *self.ema.models.values()):
+            model.gamma = configuration.retrofit_gamma(vars(self.config), self.progress["step"])
 
     def end_alignment(self):
         """From here on the model only denoises, and its projectors stay as they are.
@@ -270,6 +276,7 @@ class Trainer:
         progress = self.progress
         if not (progress["evaluation_due"] or progress["diagnosis_due"]):
             return 0
+        self.fade_in()
         if progress["evaluation_due"]:
             began = time.perf_counter()
             distances, grid = self.evaluate(self.ema.first, interrupted=stop.agreed)
@@ -326,6 +333,10 @@ class Trainer:
         alignment = config.alignment
         if 0 < self.aligned_steps < config.max_steps:
             alignment += f" for {self.aligned_steps} steps"
+        if configuration.retrofit_gamma(vars(config), 0) < 1:
+            routing += f", fading in for {config.retrofit_steps} steps"
+            if not Path(config.out, "last.pt").is_file():
+                routing += f" from a velocity {self.retrofit_error():.1e} off that of residual addition (relative RMS)"
         for encoder in inputs.encoders:
             alignment += f", {encoder.name} ({encoder.grid[0]} x {encoder.grid[1]} tokens)"
         precision = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32"
@@ -347,6 +358,21 @@ class Trainer:
             f"disk       {4 * total * states / 2**30:.3g} GiB for a checkpoint\n"
             f"device     {self.device}, {precision}, torch {torch.__version__}"
         )
+
+    @torch.no_grad()
+    def retrofit_error(self):
+        """How far the model is from residual addition with the same weights, on the first images at random times."""
+        data, rows = self.inputs.plain_data, range(min(16, len(self.inputs.plain_data)))
+        batch = {name: value.to(self.device) for name, value in data.__getitems__(rows).items()}
+        draws = self.loss.draw((len(rows), *self.inputs.shape), torch.Generator(self.device).manual_seed(0))
+        x_t, _ = interpolant(self.inputs.clean(batch, draws.noise), draws.noise, draws.t, self.config.path)
+        self.fade_in()
+        self.model.eval()
+        with self.autocast():
+            inputs = x_t, draws.t, batch["labels"]
+            ours, residual = self.model(*inputs)[0], self.model(*inputs, make_stream=lambda v, e: ResidualStream(v))[0]
+        self.model.train()
+        return ((ours - residual).float().square().mean() / residual.float().square().mean()).sqrt().item()
 
     def say(self, text):
         if self.ranks.main:

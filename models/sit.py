@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.dar import AttnResRouter, DepthRouter
 from models.projector import PROJECTORS, ConvProjector, Projector
-from models.streams import ResidualStream, RoutedStream, SkipStream, long_skips
+from models.streams import ResidualStream, RetrofitStream, RoutedStream, SkipStream, long_skips
 
 ROUTINGS = ("residual", "dar", "attnres", "unet")
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
@@ -91,6 +91,7 @@ class SiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.checkpoint_activations, self.routing = num_classes, checkpoint_activations, routing
         self.align_depth, self.num_encoders = align_depth if align_dims else (), len(align_dims)
+        self.gamma = 1.0  # how far a router has faded in (RetrofitStream)
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -154,6 +155,8 @@ class SiT(nn.Module):
 
     def stream(self, tokens: torch.Tensor, e: torch.Tensor) -> ResidualStream | RoutedStream:
         """What joins the sublayers in one forward pass. tokens: (B, T, D); e: the timestep embedding (B, D)."""
+        if self.router and self.gamma < 1:
+            return RetrofitStream(self.router, tokens, e, self.gamma)
         if self.router:
             return RoutedStream(self.router, tokens, e)
         return SkipStream(tokens, self.skips, len(self.blocks)) if self.routing == "unet" else ResidualStream(tokens)

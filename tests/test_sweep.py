@@ -101,7 +101,7 @@ def test_options_without_effect_create_no_extra_runs(cells):
 def test_what_has_no_effect():
     """With everything on, nothing; then each switch alone. A wrong entry would make one cell, or arm, of two."""
     on = dict(routing="dar", alignment="repa", eval_every=1, diagnose_every=1, cfg_scale=1.5, init_from="x")
-    of_routers = {"query", "chunk_size", "final_aggregator", "route_backend"}
+    of_routers = {"query", "chunk_size", "final_aggregator", "route_backend", "retrofit_steps"}
     alignment = {"align_depth", "proj_coeff", "projector", "projector_dim", "spatial_norm", "align_steps"}
     evaluation = {"eval_encoder", "eval_aligned", "inception", "fid_reference", "eval_samples", "eval_batch_size"}
     expected = {
@@ -113,7 +113,7 @@ def test_what_has_no_effect():
         ("eval_every", 0): evaluation | {"decoder", "sampler", "sample_steps", "cfg_scale", "guidance_interval"},
         ("cfg_scale", 1.0): {"guidance_interval"},
         ("diagnose_every", 0): {"diagnose_images"},
-        ("init_from", ""): {"new_labels"},
+        ("init_from", ""): {"new_labels", "retrofit_steps"},
         ("lr", 7.0): set(),
     }
     assert {(key, value): config.idle({**on, key: value}) for key, value in expected} == expected
