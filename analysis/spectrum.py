@@ -127,9 +127,6 @@ def compare(sources, references=(), num_images: int = 10_000) -> dict:
     return {"references": references, "size": list(size), "bands": names, "frequency": frequency, "sources": entries}
 
 
-# ---- what is shown ----
-
-
 def markdown(result: dict) -> str:
     sources, text = result["sources"], ""
     for reference in result["references"]:
