@@ -88,6 +88,8 @@ class Config:
     """DAR query: w, w + e(t), or W v of the newest output."""
     chunk_size: int = option(4, least=1, idle_with=NOT_ROUTED, model=True)
     """Chunk size S of DAR and AttnRes in sublayers (two per block)."""
+    chunk_summary: Literal["last", "sum"] = option("last", idle_with=NOT_DAR, model=True)
+    """What stands for a chunk of DAR: its last output, as in the paper, or the sum of its outputs, as in AttnRes."""
     final_aggregator: Literal["auto", "dedicated", "shared"] = option("auto", idle_with=NOT_DAR, model=True)
     """DAR's aggregator of the head; auto is shared with alignment and dedicated without."""
     route_backend: Literal["auto", "torch", "triton", "cpu"] = option("auto", idle_with=NOT_ROUTED)

@@ -33,7 +33,7 @@ class SiT(nn.Module):
     num_classes: labels are 0 .. num_classes - 1; the null class of classifier-free guidance is num_classes.
     class_dropout_prob: how often training replaces the label by the null class.
     routing: "residual", "dar" (models/dar.py), or a baseline: "attnres" (`AttnResRouter`), "unet" (`SkipStream`).
-    query and final_aggregator belong to "dar", chunk_size and route_backend to "dar" and "attnres".
+    query, chunk_summary and final_aggregator belong to "dar", chunk_size and route_backend to "dar" and "attnres".
     final_aggregator: "auto" is "shared" with alignment and "dedicated" without (DAR, Appendix C.3).
     route_backend: "auto", "torch", "triton" or "cpu" (`kernels.route`).
     align_depth: 1-based block numbers; the state after block k is projected, which with DAR and AttnRes is z_k, the
@@ -60,6 +60,7 @@ class SiT(nn.Module):
         routing: str = "residual",
         query: str = "timestep",
         chunk_size: int = 4,
+        chunk_summary: str = "last",
         final_aggregator: str = "auto",
         route_backend: str = "auto",
         align_depth: int | tuple = (8,),
@@ -106,7 +107,8 @@ class SiT(nn.Module):
         if routing == "dar":
             if final_aggregator == "auto":
                 final_aggregator = "shared" if align_dims else "dedicated"
-            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, final_aggregator, route_backend)
+            rest = final_aggregator, route_backend, chunk_summary
+            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, *rest)
             if query == "timestep":  # so that the first aggregation is a plain mean
                 nn.init.zeros_(self.t_embedder.mlp[2].weight)
                 nn.init.zeros_(self.t_embedder.mlp[2].bias)
