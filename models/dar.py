@@ -85,8 +85,8 @@ class DepthRouter(nn.Module):
     of the last sublayer (L aggregators; Appendix C.3).
     backend: "auto", "torch", "triton" or "cpu" (`kernels.route`).
     chunk_summary: "last" is Eq. 7. With "sum" v_l is the sum of the outputs of l's chunk up to sublayer l, so that
-    v_{nS} summarises all of chunk n. A state sees v_0, the summaries of all finished chunks and the sum of its own chunk so
-    far, if that has begun; the head sees v_0 and all chunks. The sources are those of Block Attention Residuals.
+    v_{nS} summarises all of chunk n. A state sees v_0, the summaries of all finished chunks and the sum of its own
+    chunk so far, if that has begun; the head sees v_0 and all chunks. So do Block Attention Residuals.
     """
 
     def __init__(
