@@ -64,8 +64,8 @@ class Config:
     """Weights to start from: ours, SiT's or REPA's (`ema` is taken where the file has it)."""
     new_labels: bool = option(False, idle_with={"init_from": ("",)})
     """Start with a new label table, as other classes need, and take only the null class from `init_from`."""
-    retrofit_steps: int = option(0, least=0, idle_with=NOT_ROUTED | {"init_from": ("",)})
-    """Steps in which routing fades into the residual weights of `init_from`, from their function to plain routing."""
+    retrofit_steps: int = option(0, least=0, idle_with=NOT_ROUTED)
+    """Steps in which the model goes over from residual addition to routing, as suits residual weights in `init_from`."""
 
     # ---- model ----
     model: str = option("SiT-B/2")
@@ -370,7 +370,7 @@ def idle(settings: dict) -> set:
 
 def retrofit_gamma(settings: dict, step: int) -> float:
     """How far routing has faded in after so many steps of a run with these options: 0 to 1 (`SiT.gamma`)."""
-    steps = 0 if "retrofit_steps" in idle(settings) else (DEFAULTS | settings)["retrofit_steps"]
+    steps = settings.get("retrofit_steps", 0)
     return min(1.0, step / steps) if steps else 1.0
 
 

@@ -333,9 +333,9 @@ class Trainer:
         alignment = config.alignment
         if 0 < self.aligned_steps < config.max_steps:
             alignment += f" for {self.aligned_steps} steps"
-        if configuration.retrofit_gamma(vars(config), 0) < 1:
+        if model.router and config.retrofit_steps:
             routing += f", fading in for {config.retrofit_steps} steps"
-            if not Path(config.out, "last.pt").is_file():
+            if config.init_from and not Path(config.out, "last.pt").is_file():
                 routing += f" from a velocity {self.retrofit_error():.1e} off that of residual addition (relative RMS)"
         for encoder in inputs.encoders:
             alignment += f", {encoder.name} ({encoder.grid[0]} x {encoder.grid[1]} tokens)"

@@ -114,7 +114,7 @@ def test_what_has_no_effect():
         ("eval_every", 0): evaluation | {"decoder", "sampler", "sample_steps", "cfg_scale", "guidance_interval"},
         ("cfg_scale", 1.0): {"guidance_interval"},
         ("diagnose_every", 0): {"diagnose_images"},
-        ("init_from", ""): {"new_labels", "retrofit_steps"},
+        ("init_from", ""): {"new_labels"},
         ("lr", 7.0): set(),
     }
     assert {(key, value): config.idle({**on, key: value}) for key, value in expected} == expected
