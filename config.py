@@ -65,7 +65,7 @@ class Config:
     new_labels: bool = option(False, idle_with={"init_from": ("",)})
     """Start with a new label table, as other classes need, and take only the null class from `init_from`."""
     retrofit_steps: int = option(0, least=0, idle_with=NOT_ROUTED)
-    """Steps in which the model goes over from residual addition to routing, as suits residual weights in `init_from`."""
+    """Steps in which the model goes over from residual addition to routing; for residual weights in `init_from`."""
 
     # ---- model ----
     model: str = option("SiT-B/2")
