@@ -212,6 +212,7 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
             arguments = released_arguments(weights, name)
         model = SIT_MODELS[name](**arguments, route_backend=route_backend)
         load_published(model, weights)
+        model.gamma = configuration.retrofit_gamma(options, options["step"]) if options else 1.0
         model.step_times = tuple(options.get("step_times", ()))
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path} does not fit {name}: {error}") from None

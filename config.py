@@ -66,6 +66,8 @@ class Arm:
     """Weights to start from: ours, SiT's or REPA's (`ema` is taken where the file has it)."""
     new_labels: bool = option(False, idle_with={"init_from": ("",)})
     """Start with a new label table, as other classes need, and take only the null class from `init_from`."""
+    retrofit_steps: int = option(0, least=0, idle_with=NOT_ROUTED)
+    """Steps in which the model goes over from residual addition to routing; for residual weights in `init_from`."""
 
     # ---- model ----
     model: str = option("SiT-B/2")
@@ -88,6 +90,8 @@ class Arm:
     """DAR query: w, w + e(t), or W v of the newest output."""
     chunk_size: int = option(4, least=1, idle_with=NOT_ROUTED, model=True)
     """Chunk size S of DAR and AttnRes in sublayers (two per block)."""
+    chunk_summary: Literal["last", "sum"] = option("last", idle_with=NOT_DAR, model=True)
+    """What stands for a chunk of DAR: its last output, as in the paper, or the sum of its outputs, as in AttnRes."""
     final_aggregator: Literal["auto", "dedicated", "shared"] = option("auto", idle_with=NOT_DAR, model=True)
     """DAR's aggregator of the head; auto is shared with alignment and dedicated without."""
     route_backend: Literal["auto", "torch", "triton", "cpu"] = option("auto", idle_with=NOT_ROUTED)
@@ -199,6 +203,11 @@ class Common:
             (all(0 <= b < 1 for b in self.betas), "betas", "must both be in [0, 1)"),
             (self.ema_decays and all(0 <= d < 1 for d in self.ema_decays), "ema_decays", "needs numbers in [0, 1)"),
             (len(set(self.ema_decays)) == len(self.ema_decays), "ema_decays", "repeats a decay"),
+            (
+                not (self.retrofit_steps and self.compile),
+                "compile",
+                "waits for the end of retrofit_steps; leave it out",
+            ),
             (self.eval_encoder, "eval_encoder", "needs a judge; --eval-every 0 switches the evaluation off"),
         ):
             _require(fine, name, getattr(self, name), rule)
@@ -267,11 +276,13 @@ class DistillConfig(Common):
     time_shift: float = option(1.0, above=0)
     """Moves the student's equally spaced times towards noise, t to s t / (1 + (s - 1) t); 1: none."""
     routing: Literal["", "residual", "dar", "attnres", "unet"] = option("")
-    """Of the student, as are the next three. Empty: the teacher's."""
+    """Of the student, as are the next four. Empty: the teacher's."""
     query: Literal["", "static", "timestep", "dynamic"] = option("")
     """DAR query. Empty: the teacher's."""
     chunk_size: int | None = option(None, least=1)
     """Chunk size of DAR and AttnRes. None: the teacher's."""
+    chunk_summary: Literal["", "last", "sum"] = option("")
+    """What stands for a chunk of DAR. Empty: as in the teacher."""
     route_backend: Literal["auto", "torch", "triton", "cpu"] = option("auto")
     """Kernels of DAR and AttnRes, as in training."""
     retrofit_steps: int = option(0, least=0)
@@ -448,6 +459,12 @@ def idle(settings: dict) -> set:
         for name, spec in FIELDS.items()
         if any(settings[switch] in values for switch, values in spec.metadata["idle_with"].items())
     }
+
+
+def retrofit_gamma(settings: dict, step: int) -> float:
+    """How far routing has faded in after so many steps of a run with these options: 0 to 1 (`SiT.gamma`)."""
+    steps = settings.get("retrofit_steps", 0)
+    return min(1.0, step / steps) if steps else 1.0
 
 
 def differences(wanted: dict, saved: dict, kind: type = Config) -> list[str]:

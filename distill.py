@@ -25,6 +25,8 @@ from models.sit import SIT_MODELS
 from runtime import Tally, Use, derive_seed, fingerprint
 from training import Run, launch
 
+ROUTING = ("routing", "query", "chunk_size", "chunk_summary")  # arguments of SiT in which a student may differ
+
 
 def main(argv=None):
     launch(Distiller, configuration.parse_distillation(argv))
@@ -37,7 +39,7 @@ class Distiller(Run):
         self.teacher, trained = load_trained(config.teacher, name=config.model, route_backend=config.route_backend)
         known = trained.get("arguments") or released_arguments(self.teacher.state_dict(), config.model)
         self.teacher_arguments = without_projectors(known)
-        chosen = {name: value for name in ("routing", "query", "chunk_size") if (value := getattr(config, name))}
+        chosen = {name: value for name in ROUTING if (value := getattr(config, name))}
         self.arguments = self.teacher_arguments | chosen
         config = resolved(config, trained, self.arguments)
         super().__init__(config, ranks)
@@ -82,6 +84,7 @@ class Distiller(Run):
                 f"routing = {self.config.routing!r}: {self.config.teacher} has routing = {self.teacher.routing!r}, and "
                 f"does not fit such a student: {error}"
             ) from None
+        model.gamma = self.teacher.gamma
         return model.eval().to(self.device)
 
     def check_teacher(self, trained):
@@ -130,8 +133,8 @@ class Distiller(Run):
 
     def train_step(self, step):
         """critic_steps updates of the critic, then one of the student, on fresh samples each."""
+        self.fade_in()
         config, critic_values = self.config, []
-        self.model.gamma = min(1.0, step / config.retrofit_steps) if config.retrofit_steps else 1.0
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for number in range(config.critic_steps):
             draws = self.draw(step, number)
@@ -213,9 +216,8 @@ def resolved(config, trained, arguments):
     for name, value in said.items():
         if not value:
             raise ValueError(f"{name} = '': {config.teacher} is not of this trainer and does not say it; give --{name}")
-    routing = {name: arguments.get(name, getattr(configuration.Config, name)) for name in ("routing", "query")}
-    chunk_size = arguments.get("chunk_size", configuration.Config.chunk_size)
-    return replace(config, **said, **routing, chunk_size=chunk_size)
+    routing = {name: arguments.get(name, getattr(configuration.Config, name)) for name in ROUTING}
+    return replace(config, **said, **routing)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ class Ranks:
                 )
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
+            # Its backward gives NaN for some lengths, 64 tokens among them, on Hopper (pytorch/pytorch#196678).
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.host_group = None
         if given:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")

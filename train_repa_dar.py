@@ -20,9 +20,10 @@ from checkpoint import EMA, load_published, load_weights
 from dataset.inputs import Inputs
 from eval.online import OnlineEvaluation
 from kernels import resolve_backend, why_not_fused
-from loss import Loss
+from loss import Loss, interpolant
 from models.cost import flops_per_image, parameters_by_part
 from models.sit import SIT_MODELS
+from models.streams import ResidualStream
 from runtime import Tally, Use, derive_seed
 from training import Run, launch
 
@@ -89,6 +90,7 @@ class Trainer(Run):
 
     def train_step(self, batch):
         """One optimiser step on this process's share of the global batch, in parts of micro_batch_size."""
+        self.fade_in()
         if self.progress["step"] >= self.aligned_steps and self.model.align_depth:
             self.end_alignment()
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -145,6 +147,10 @@ class Trainer(Run):
         alignment = config.alignment
         if 0 < self.aligned_steps < config.max_steps:
             alignment += f" for {self.aligned_steps} steps"
+        if model.router and config.retrofit_steps:
+            routing += f", fading in for {config.retrofit_steps} steps"
+            if config.init_from and not Path(config.out, "last.pt").is_file():
+                routing += f" from a velocity {self.retrofit_error():.1e} off that of residual addition (relative RMS)"
         for encoder in inputs.encoders:
             alignment += f", {encoder.name} ({encoder.grid[0]} x {encoder.grid[1]} tokens)"
         precision = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32"
@@ -166,6 +172,21 @@ class Trainer(Run):
             f"disk       {4 * total * states / 2**30:.3g} GiB for a checkpoint\n"
             f"device     {self.device}, {precision}, torch {torch.__version__}"
         )
+
+    @torch.no_grad()
+    def retrofit_error(self):
+        """How far the model is from residual addition with the same weights, on the first images at random times."""
+        data, rows = self.inputs.plain_data, range(min(16, len(self.inputs.plain_data)))
+        batch = {name: value.to(self.device) for name, value in data.__getitems__(rows).items()}
+        draws = self.loss.draw((len(rows), *self.inputs.shape), torch.Generator(self.device).manual_seed(0))
+        x_t, _ = interpolant(self.inputs.clean(batch, draws.noise), draws.noise, draws.t, self.config.path)
+        self.fade_in()
+        self.model.eval()
+        with self.autocast():
+            inputs = x_t, draws.t, batch["labels"]
+            ours, residual = self.model(*inputs)[0], self.model(*inputs, make_stream=lambda v, e: ResidualStream(v))[0]
+        self.model.train()
+        return ((ours - residual).float().square().mean() / residual.float().square().mean()).sqrt().item()
 
 
 def abridged(names):

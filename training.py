@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import config as configuration
 from checkpoint import RunFolder
 from dataset.prepared import PreparedImages
 from kernels import resolve_backend
@@ -155,6 +156,11 @@ class Run:
     def save(self, snapshot=False):
         self.folder.save(self.parts, self.progress, self.arguments, snapshot)
 
+    def fade_in(self):
+        """Sets how far routing has faded in (models/streams.py), in the model and its averages."""
+        for model in (self.model, *self.ema.models.values()):
+            model.gamma = configuration.retrofit_gamma(vars(self.config), self.progress["step"])
+
     # ---- records ----
 
     def write_log(self):
@@ -191,6 +197,7 @@ class Run:
         progress = self.progress
         if not (progress["evaluation_due"] or progress["diagnosis_due"]):
             return 0
+        self.fade_in()
         if progress["evaluation_due"]:
             began = time.perf_counter()
             distances, grid = self.evaluate(self.ema.first, interrupted=stop.agreed)

@@ -1,4 +1,4 @@
-"""Images for eval.metrics: from an npz, a folder of png or jpg, or a folder of dataset.prepare.
+"""Images for eval.metrics and analysis.spectrum: from an npz, a folder of png or jpg, or a folder of dataset.prepare.
 
 Each source has a length, `__getitems__(indices)` -> uint8 (B, 3, H, W), `labels` (N) or None, `size` (H, W), and what
 the report says of it: `uint8_conversion`, `settings`, `warnings`.

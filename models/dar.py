@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from kernels import BACKENDS
 
 QUERIES = ("static", "timestep", "dynamic")
+CHUNK_SUMMARIES = ("last", "sum")
 FINAL_AGGREGATORS = ("dedicated", "shared")
 
 
@@ -83,21 +84,29 @@ class DepthRouter(nn.Module):
     final_aggregator: "dedicated" gives the head's state its own parameters (L + 1 aggregators); "shared" reuses those
     of the last sublayer (L aggregators; Appendix C.3).
     backend: "auto", "torch", "triton" or "cpu" (`kernels.route`).
+    chunk_summary: "last" is Eq. 7. With "sum" v_l is the sum of the outputs of l's chunk up to sublayer l, so that
+    v_{nS} summarises all of chunk n. A state sees v_0, the summaries of all finished chunks and the sum of its own
+    chunk so far, if that has begun; the head sees v_0 and all chunks. So do Block Attention Residuals.
     """
 
-    summed = 1  # outputs added up in one source (RoutedStream.write): DAR adds none
-
-    def __init__(self, num_sublayers, width, query, chunk_size, final_aggregator, backend="auto", query_scale=1.0):
+    def __init__(
+        self, num_sublayers, width, query, chunk_size, final_aggregator, backend="auto", chunk_summary="last",
+        query_scale=1.0,
+    ):  # fmt: skip
         super().__init__()
         for name, value, known in (
             ("query", query, QUERIES),
             ("final_aggregator", final_aggregator, FINAL_AGGREGATORS),
             ("route_backend", backend, BACKENDS),
+            ("chunk_summary", chunk_summary, CHUNK_SUMMARIES),
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         self.backend = backend
-        self.plan = source_plan(num_sublayers, chunk_size)
+        self.plan, self.summed = source_plan(num_sublayers, chunk_size), 1
+        if chunk_summary == "sum":
+            self.summed = chunk_size  # outputs that are added up in one source (RoutedStream.write)
+            self.plan = [(*range(0, latest, chunk_size), latest) for latest in range(num_sublayers + 1)]
         count = num_sublayers + (final_aggregator == "dedicated")
         self.aggregators = nn.ModuleList(Aggregator(width, query, query_scale) for _ in range(count))
 
@@ -112,13 +121,9 @@ class DepthRouter(nn.Module):
 class AttnResRouter(DepthRouter):
     """All aggregators of Block Attention Residuals for L sublayers in chunks of S (their blocks).
 
-    With it v_l is the sum of the outputs of l's chunk up to sublayer l, so that v_{nS} summarises chunk n. A state
-    sees v_0, the summaries of all finished chunks and the sum of its own chunk so far, if that has begun; the head
-    sees v_0 and all chunks. Queries are static, the head has its own, and logits are w . k without 1 / sqrt(D).
+    Chunks are summed. Queries are static, the head has its own, and logits are w . k without 1 / sqrt(D).
     """
 
     def __init__(self, num_sublayers, width, chunk_size, backend="auto"):
         scale = math.sqrt(width)  # by which the kernels divide
-        super().__init__(num_sublayers, width, "static", chunk_size, "dedicated", backend, scale)
-        self.summed = chunk_size
-        self.plan = [(*range(0, latest, chunk_size), latest) for latest in range(num_sublayers + 1)]
+        super().__init__(num_sublayers, width, "static", chunk_size, "dedicated", backend, "sum", scale)

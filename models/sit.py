@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.dar import AttnResRouter, DepthRouter
 from models.projector import PROJECTORS, ConvProjector, Projector
-from models.streams import ResidualStream, RoutedStream, SkipStream, long_skips
+from models.streams import ResidualStream, RetrofitStream, RoutedStream, SkipStream, long_skips
 
 ROUTINGS = ("residual", "dar", "attnres", "unet")
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
@@ -33,7 +33,7 @@ class SiT(nn.Module):
     num_classes: labels are 0 .. num_classes - 1; the null class of classifier-free guidance is num_classes.
     class_dropout_prob: how often training replaces the label by the null class.
     routing: "residual", "dar" (models/dar.py), or a baseline: "attnres" (`AttnResRouter`), "unet" (`SkipStream`).
-    query and final_aggregator belong to "dar", chunk_size and route_backend to "dar" and "attnres".
+    query, chunk_summary and final_aggregator belong to "dar", chunk_size and route_backend to "dar" and "attnres".
     final_aggregator: "auto" is "shared" with alignment and "dedicated" without (DAR, Appendix C.3).
     route_backend: "auto", "torch", "triton" or "cpu" (`kernels.route`).
     align_depth: 1-based block numbers; the state after block k is projected, which with DAR and AttnRes is z_k, the
@@ -60,6 +60,7 @@ class SiT(nn.Module):
         routing: str = "residual",
         query: str = "timestep",
         chunk_size: int = 4,
+        chunk_summary: str = "last",
         final_aggregator: str = "auto",
         route_backend: str = "auto",
         align_depth: int | tuple = (8,),
@@ -91,6 +92,7 @@ class SiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.checkpoint_activations, self.routing = num_classes, checkpoint_activations, routing
         self.align_depth, self.num_encoders = align_depth if align_dims else (), len(align_dims)
+        self.gamma = 1.0  # how far a router has faded in (RetrofitStream)
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -105,7 +107,8 @@ class SiT(nn.Module):
         if routing == "dar":
             if final_aggregator == "auto":
                 final_aggregator = "shared" if align_dims else "dedicated"
-            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, final_aggregator, route_backend)
+            rest = final_aggregator, route_backend, chunk_summary
+            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, *rest)
             if query == "timestep":  # so that the first aggregation is a plain mean
                 nn.init.zeros_(self.t_embedder.mlp[2].weight)
                 nn.init.zeros_(self.t_embedder.mlp[2].bias)
@@ -155,6 +158,8 @@ class SiT(nn.Module):
 
     def stream(self, tokens: torch.Tensor, e: torch.Tensor) -> ResidualStream | RoutedStream:
         """What joins the sublayers in one forward pass. tokens: (B, T, D); e: the timestep embedding (B, D)."""
+        if self.router and self.gamma < 1:
+            return RetrofitStream(self.router, tokens, e, self.gamma)
         if self.router:
             return RoutedStream(self.router, tokens, e)
         return SkipStream(tokens, self.skips, len(self.blocks)) if self.routing == "unet" else ResidualStream(tokens)

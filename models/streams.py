@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import autocast_dtype, resolve_backend, route_modulate, value_of
+from kernels import autocast_dtype, resolve_backend, route, route_modulate, value_of
 from models.dar import DepthRouter
 
 
@@ -22,11 +22,16 @@ class ResidualStream:
 
     def read(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """shift, scale: (B, D). Returns x and h_l, both (B, T, D)."""
-        x = F.layer_norm(self.h, self.h.shape[-1:], eps=1e-6)
-        return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1), self.h
+        return modulated(self.h, shift, scale), self.h
 
     def write(self, output: torch.Tensor):
         self.h = self.h + output
+
+
+def modulated(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """LayerNorm without weights, then adaLN. h: (B, T, D); shift, scale: (B, D). Returns (B, T, D)."""
+    x = F.layer_norm(h, h.shape[-1:], eps=eps)
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class RoutedStream:
@@ -57,6 +62,31 @@ class RoutedStream:
         begins = (len(self.v) - 1) % self.router.summed == 0
         output = output.to(value_of(self.v[0]).dtype)
         self.v.append(output if begins else value_of(self.v[-1]) + output)
+
+
+class RetrofitStream(RoutedStream):
+    """Routing that fades into a model trained with residual addition: h_l = (1 - gamma) m_l + gamma r_l.
+
+    m_l is the mean of v_0 .. v_{l-1}, which a LayerNorm takes for their sum, the residual state; r_l is the routed
+    state. With gamma = 0 a model keeps its function, whatever its router. This is ours; the paper does not say.
+    """
+
+    def __init__(self, router: DepthRouter, tokens: torch.Tensor, t_embedding: torch.Tensor, gamma: float):
+        super().__init__(router, tokens, t_embedding)
+        self.gamma, self.total, self.count = gamma, tokens, 1
+
+    def read(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """shift, scale: (B, D). Returns x and h_l, both (B, T, D)."""
+        indices, query, norm_weight = self.router.aggregation(self.v, self.t_embedding)
+        routed = route([self.v[i] for i in indices], query, norm_weight, backend=self.router.backend)
+        h = torch.lerp(self.total / self.count, routed.to(self.total.dtype), self.gamma)
+        # A mean is smaller than its sum, and so must be the eps that its LayerNorm adds to the variance.
+        eps = 1e-6 * ((1 - self.gamma) / self.count**2 + self.gamma)
+        return modulated(h, shift, scale, eps), h
+
+    def write(self, output: torch.Tensor):
+        super().write(output)
+        self.total, self.count = self.total + output, self.count + 1
 
 
 class SkipStream(ResidualStream):

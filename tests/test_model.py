@@ -140,7 +140,8 @@ def reference(w, x, t, y, settings):
             states.append(states[-1] + f(states[-1]))
     elif routing == "dar":
         kind, final = settings["query"], settings["final_aggregator"]
-        states = dar_states(tokens, e, sublayers, S, kind, final, of_aggregator)
+        summary = settings.get("chunk_summary", "last")
+        states = dar_states(tokens, e, sublayers, S, kind, final, of_aggregator, summary)
     elif routing == "attnres":
         states = attnres_states(tokens, sublayers, S, of_aggregator)
     else:
@@ -189,6 +190,10 @@ DAR = [
     )
 ]
 DAR += [dict(routing="dar", query="static", final_aggregator="shared", chunk_size=4, projector="conv")]
+DAR += [
+    dict(routing="dar", query=query, final_aggregator=final, chunk_size=S, chunk_summary="sum", align_depth=(1, 2, 3))
+    for query, final, S in (("timestep", "shared", 4), ("dynamic", "dedicated", 2), ("dynamic", "shared", 3))
+]
 ATTNRES = [
     dict(routing="attnres", depth=depth, chunk_size=S, align_depth=tuple(range(1, depth + 1)))
     for depth, S in ((1, 1), (1, 2), (3, 1), (3, 2), (3, 3), (3, 4), (3, 5), (3, 6), (4, 3))

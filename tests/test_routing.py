@@ -41,7 +41,12 @@ def aggregate(sources, query, g, eps=1e-6):
     return (alpha.unsqueeze(-1) * v).sum(dim=0), alpha
 
 
-def dar_states(v_0, e, sublayers, S, kind, final, parameter):
+def chunk_sums(v, S):
+    """v_0 and the sum of each chunk, finished or begun, of the outputs v[1:]; chunk m holds (m - 1) S + 1 .. m S."""
+    return [v[0], *(sum(v[first : first + S]) for first in range(1, len(v), S))]
+
+
+def dar_states(v_0, e, sublayers, S, kind, final, parameter, summary="last"):
     """All states h_1 .. h_{L+1} of a network whose sublayer l is the function sublayers[l - 1].
 
     e: (B, D), the timestep embedding. parameter(l, name): "query" or "norm_weight" of aggregator l = 1..L+1.
@@ -50,30 +55,27 @@ def dar_states(v_0, e, sublayers, S, kind, final, parameter):
     for l in range(1, L + 2):
         owner = L if l == L + 1 and final == "shared" else l  # Appendix C.3: the head reuses the last one
         query, g = parameter(owner, "query"), parameter(owner, "norm_weight")
+        sources = chunk_sums(v, S) if summary == "sum" else [v[i] for i in source_set(l, L, S)]
         if kind == "timestep":
             query = (query + e)[:, None, :]
         elif kind == "dynamic":
-            query = torch.einsum("ij,btj->bti", query, v[l - 1])  # W_l v_{l-1}; the head's newest is v_L
-        states.append(aggregate([v[i] for i in source_set(l, L, S)], query, g)[0])
+            query = torch.einsum("ij,btj->bti", query, sources[-1])  # W_l v_{l-1}; the head's newest is v_L
+        states.append(aggregate(sources, query, g)[0])
         if l <= L:
             v.append(sublayers[l - 1](states[-1]))
     return states
 
 
 def attnres_states(v_0, sublayers, S, parameter):
-    """The same for Block Attention Residuals, whose chunk m holds sublayers (m - 1) S + 1 .. m S."""
-    L, outputs, states = len(sublayers), {}, []
+    """The same for Block Attention Residuals."""
+    L, v, states = len(sublayers), [v_0], []
     for l in range(1, L + 2):
-        sources = [v_0]
-        for first in range(1, L + 1, S):  # of a chunk
-            members = [outputs[i] for i in range(first, min(first + S, L + 1)) if i < l]
-            if members:  # finished, or begun before l
-                sources.append(sum(members))
+        sources = chunk_sums(v, S)
         keys = [parameter(l, "norm_weight") * v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() for v in sources]
         raised = [torch.exp(key @ parameter(l, "query")) for key in keys]  # no square root of D
         states.append(sum((r / sum(raised))[..., None] * v for r, v in zip(raised, sources)))
         if l <= L:
-            outputs[l] = sublayers[l - 1](states[-1])
+            v.append(sublayers[l - 1](states[-1]))
     return states
 
 

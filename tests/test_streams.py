@@ -14,7 +14,7 @@ from loss import alignment_loss, denoising_loss
 from models.dar import AttnResRouter
 from models.streams import RoutedStream
 from tests.test_model import batch, build, recorded
-from tests.test_routing import LEARNABLE, assert_near, source_set
+from tests.test_routing import LEARNABLE, aggregate, assert_near, source_set
 
 ROUTINGS = ("residual", "dar", "attnres", "unet")
 needs_triton = pytest.mark.skipif(kernels.route_triton is None, reason="triton is not installed")
@@ -63,6 +63,34 @@ def test_at_first_every_state_is_the_mean_of_v0_and_zeros(query, final, S):
         sources = 1 + -(-(l - 1) // S) if routing == "attnres" else len(source_set(l, 6, S))
         torch.testing.assert_close(h, stream.v[0].value / sources)
     assert len(projected) == 3 and all(map(torch.equal, projected, states[2::2]))  # z_k is the input of sublayer 2k + 1
+
+
+ROUTED = [dict(routing="dar", query=query, chunk_size=S) for query in ("static", "timestep", "dynamic") for S in (1, 4)]
+
+
+@pytest.mark.parametrize("changes", [*ROUTED, dict(routing="attnres", chunk_size=4)], ids=str)
+def test_routing_fades_into_residual_weights(changes):
+    """First the residual model's function; then Eq. 5 and the mean of all outputs, mixed; last, routing to the bit."""
+    residual = build(align_dims=(), routing="residual")
+    model = build(align_dims=(), seed=7, **changes)
+    load_published(model, residual.state_dict())
+    expected = residual(*batch())[0]
+    plain = model(*batch())[0]
+    assert (plain - expected).norm() > 0.01 * expected.norm()
+    model.gamma = 0.0
+    assert_near(model(*batch())[0], expected, "velocity", 2e-6)
+
+    model.gamma, e = 0.3, model.t_embedder(batch()[1])
+    states, stream, _ = recorded(model, *batch())
+    for l, h in enumerate(states, start=1):
+        indices, query, g = model.router.aggregation(stream.v[:l], e)
+        query = query.unsqueeze(1) if query.ndim == 2 else query
+        routed, _ = aggregate([stream.v[i].double() for i in indices], query.double(), g.double())
+        # With AttnRes v_l is the sum of a chunk, and a chunk's last is all of it.
+        ends = {*range(0, l - 1, changes["chunk_size"]), l - 1} if changes["routing"] == "attnres" else range(l)
+        assert_near(h, 0.7 * sum(stream.v[i].double() for i in ends) / l + 0.3 * routed, f"h {l}", 1e-5)
+    model.gamma = 1.0
+    assert torch.equal(model(*batch())[0], plain)
 
 
 @pytest.mark.parametrize("changes", ARMS, ids=str)

@@ -101,13 +101,14 @@ def test_options_without_effect_create_no_extra_runs(cells):
 def test_what_has_no_effect():
     """With everything on, nothing; then each switch alone. A wrong entry would make one cell, or arm, of two."""
     on = dict(routing="dar", alignment="repa", eval_every=1, diagnose_every=1, cfg_scale=1.5, init_from="x")
-    of_routers = {"query", "chunk_size", "final_aggregator", "route_backend"}
+    of_dar = {"query", "chunk_summary", "final_aggregator"}
+    of_routers = of_dar | {"chunk_size", "route_backend", "retrofit_steps"}
     alignment = {"align_depth", "proj_coeff", "projector", "projector_dim", "spatial_norm", "align_steps"}
     evaluation = {"eval_encoder", "eval_aligned", "inception", "fid_reference", "eval_samples", "eval_batch_size"}
     expected = {
         ("routing", "residual"): of_routers,
         ("routing", "unet"): of_routers,
-        ("routing", "attnres"): {"query", "final_aggregator"},
+        ("routing", "attnres"): of_dar,
         ("alignment", "none"): alignment | {"encoder", "encoder_weights", "encoder_features"},
         ("projector", "conv"): {"projector_dim"},
         ("eval_every", 0): evaluation | {"decoder", "sampler", "sample_steps", "cfg_scale", "guidance_interval"},

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 import loss
 import runtime
 import train_repa_dar
-from checkpoint import load_file
+from checkpoint import load_file, load_trained
 from dataset import inputs, prepare
 from eval.online import OnlineEvaluation
 from tests.conftest import ROOT, TINY, ending, forked, killed, read_lines
@@ -557,6 +558,31 @@ def test_a_residual_checkpoint_starts_a_dar_run_for_other_classes(command, tmp_p
         torch.testing.assert_close(after["model"][name][rows], before["ema"][name][rows])
     table = "y_embedder.embedding_table.weight"
     assert not torch.allclose(after["model"][table][:10], before["ema"][table][:10], atol=1e-3)
+
+
+def test_a_retrofit_is_resumed_sampled_and_ends_as_plain_routing(command, tmp_path, capsys, monkeypatch):
+    """Killed in the middle it goes on to the same bits; its checkpoints belong to their step."""
+    run(command(tmp_path / "residual", *QUIET, "--max-steps", 20, "--routing", "residual"))
+    capsys.readouterr()
+    settings = "--init-from", tmp_path / "residual" / "last.pt", "--retrofit-steps", 20
+    gammas = []
+    with monkeypatch.context() as patch:
+        original = OnlineEvaluation.__call__
+        patch.setattr(
+            OnlineEvaluation,
+            "__call__",
+            lambda self, model, **rest: gammas.append(model.gamma) or original(self, model, **rest),
+        )
+        run(command(tmp_path / "whole", *settings))
+    assert gammas == [0.75, 1, 1]
+    said = re.search(r"fading in for 20 steps from a velocity (\S+) off", capsys.readouterr().out)
+    assert float(said[1]) < 1e-5
+    run_killed(command(tmp_path / "killed", *settings), *killed_at(14))
+    model, _ = load_trained(tmp_path / "killed" / "last.pt")
+    assert model.gamma == 0.5
+    run(command(tmp_path / "killed", *settings))
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert load_trained(tmp_path / "whole" / "last.pt")[0].gamma == 1
 
 
 # ---- machines, disks and logs that fail ----
