@@ -59,7 +59,13 @@ distill: $(TEACHER)
 		$(RUN) distill.py --config digits --student-steps $$steps --routing dar --retrofit-steps 20 \
 			--out $(DISTILLED)/dar-$$steps && wait $$! || exit 1; \
 	done
-	$(RUN) -m analysis.convergence $(DISTILLED)/*/ --reference "residual, student_steps=1" --out $(DISTILLED)/convergence
+	for name in residual-1 residual-4 dar-1 dar-4; do \
+		$(RUN) -m eval.sample $(DISTILLED)/$$name/last.pt --num-samples 1000 --out $(DISTILLED)/samples/$$name || exit 1; \
+	done
+	$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps 10 --num-samples 1000 --out $(DISTILLED)/samples/teacher
+	$(RUN) -m analysis.convergence $(DISTILLED)/residual-* $(DISTILLED)/dar-* --out $(DISTILLED)/convergence
+	$(RUN) -m analysis.spectrum $(DISTILLED)/samples/*/*.npz --reference $(DIGITS) $(DISTILLED)/samples/teacher/teacher.npz \
+		--out $(DISTILLED)/spectrum
 
 cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32

@@ -289,8 +289,8 @@ def test_a_non_finite_update_leaves_its_network_alone(command, tmp_path, monkeyp
     "made_with, words, routing",
     [
         ("", "", "residual"),
-        ("", "--routing attnres --chunk-size 2", "attnres"),
-        ("--routing dar --query static", "", "dar"),
+        ("", "--routing attnres --chunk-size 2 --precision bf16", "attnres"),
+        ("--routing dar --query static", "--cfg-scale 2 --chunk-summary sum", "dar"),
         ("--routing dar --query static --final-aggregator dedicated", "--chunk-size 1", "dar"),
     ],
 )
