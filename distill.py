@@ -156,10 +156,8 @@ class Distiller(Run):
 
     def draw(self, step, number):
         """This process's share of the random numbers of an update, which follow from the seed for the global batch."""
-        shape, seed = (
-            (self.config.batch_size, *self.inputs.shape),
-            derive_seed(self.config.seed, Use.STEP, step, number),
-        )
+        seed = derive_seed(self.config.seed, Use.STEP, step, number)
+        shape = (self.config.batch_size, *self.inputs.shape)
         mine = slice(self.ranks.rank * self.share, (self.ranks.rank + 1) * self.share)
         return draw_samples(self.labels, shape, len(self.times), seed)[mine]
 

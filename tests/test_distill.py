@@ -324,6 +324,23 @@ def test_routing_fades_in(command, tmp_path, monkeypatch):
     assert seen[::2] == seen[1::2] == [0, 0.25, 0.5, 0.75, 1, 1]
 
 
+def test_autocast_keeps_the_gradients_of_the_last_step(command, tmp_path):
+    """Weights that were cast for an earlier step, without gradient, must not be reused in the last one."""
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        words = command(tmp_path / "run", "--precision", precision, "--eval-every", 0, "--student-steps", 2)
+        run = distill.Distiller(configuration.parse_distillation(words), Ranks())
+        torch.manual_seed(0)
+        for weight in (*run.model.parameters(), *run.critic.parameters()):
+            weight.data.add_(torch.randn_like(weight), alpha=0.1)
+        seed = next(seed for seed in range(100) if len(draws_of(2, 2, seed).noises) == 2)
+        [loss] = run.student_losses(draw_samples(run.labels, (64, 3, 8, 8), 2, seed))
+        loss.backward()
+        weights = run.model.blocks[1].mlp.fc1.weight, run.model.final_layer.linear.weight
+        gradients.append(torch.cat([weight.grad.flatten() for weight in weights]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+
+
 @pytest.mark.parametrize("scale, words", [(1.0, ()), (2.0, ("--routing", "dar"))])
 def test_the_dry_run_says_what_a_step_takes(command, tmp_path, capsys, scale, words):
     """The compute, to the 10 % that the first layers of so small a model save in backward; and nothing is written."""
