@@ -158,8 +158,7 @@ class Distiller(Run):
         """This process's share of the random numbers of an update, which follow from the seed for the global batch."""
         seed = derive_seed(self.config.seed, Use.STEP, step, number)
         shape = (self.config.batch_size, *self.inputs.shape)
-        mine = slice(self.ranks.rank * self.share, (self.ranks.rank + 1) * self.share)
-        return draw_samples(self.labels, shape, len(self.times), seed)[mine]
+        return draw_samples(self.labels, shape, len(self.times), seed)[self.mine]
 
     def critic_losses(self, draws):
         with self.autocast():

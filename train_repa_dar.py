@@ -115,8 +115,7 @@ class Trainer(Run):
         generator, shape = torch.Generator(self.device).manual_seed(seed), (self.config.batch_size, *self.inputs.shape)
         draws = self.loss.draw(shape, generator)
         posterior = torch.randn(shape, generator=generator, device=self.device)  # of latents
-        mine = slice(self.ranks.rank * self.share, (self.ranks.rank + 1) * self.share)
-        return draws[mine], posterior[mine]
+        return draws[self.mine], posterior[self.mine]
 
     def end_alignment(self):
         """From here on the model only denoises, and its projectors stay as they are.

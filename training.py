@@ -122,6 +122,11 @@ class Run:
         self.say(f"{self.folder.path}: step {progress['step']} of {config.max_steps}{end}")
         return stopped_by
 
+    @property
+    def mine(self) -> slice:
+        """This process's share of the global batch."""
+        return slice(self.ranks.rank * self.share, (self.ranks.rank + 1) * self.share)
+
     def due(self, every):
         return every > 0 and self.progress["step"] % every == 0
 

@@ -115,12 +115,17 @@ def route_modulate(
     dtype = autocast_dtype(sources[0])
     if asked == "torch":  # x is made from h, so that it has a gradient in the states (analysis/diagnose.py)
         h = Route.apply(backend, query, norm_weight, eps, *sources)
-        x = F.layer_norm(h, (width,), eps=norm_eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-        return x.to(dtype), h, sources
+        return modulated(h, shift, scale, norm_eps).to(dtype), h, sources
     x, h, *carriers = RouteModulate.apply(
         backend, query, norm_weight, shift, scale, eps, norm_eps, dtype, *carriers, *sources
     )  # fmt: skip
     return x, h, list(map(Carried, sources, carriers))
+
+
+def modulated(h: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm without weights, then adaLN. h: (B, T, D); shift, scale: (B, D). Returns (B, T, D)."""
+    x = F.layer_norm(h, h.shape[-1:], eps=eps)
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def value_of(source: Tensor | Carried) -> Tensor:

@@ -8,9 +8,8 @@ Shapes: B batch, T tokens, D width.
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from kernels import autocast_dtype, resolve_backend, route, route_modulate, value_of
+from kernels import autocast_dtype, modulated, resolve_backend, route, route_modulate, value_of
 from models.dar import DepthRouter
 
 
@@ -26,12 +25,6 @@ class ResidualStream:
 
     def write(self, output: torch.Tensor):
         self.h = self.h + output
-
-
-def modulated(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """LayerNorm without weights, then adaLN. h: (B, T, D); shift, scale: (B, D). Returns (B, T, D)."""
-    x = F.layer_norm(h, h.shape[-1:], eps=eps)
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class RoutedStream:
