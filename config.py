@@ -291,6 +291,10 @@ class DistillConfig(Common):
     """Guidance scale of the teacher, whose guided samples the student then imitates; 1: no guidance."""
     critic_steps: int = option(5, least=1)
     """Updates of the critic before each one of the student."""
+    critic_rank: int | None = option(None, least=1)
+    """Train the critic as a LoRA of this rank on the teacher's blocks. None: as a copy of the teacher, whole."""
+    gan_weight: float = option(0.0, least=0)
+    """Weight of a GAN between student and critic, which reads the images of `data`; 0: none."""
     critic_lr: float = option(1e-5, above=0)
     """AdamW learning rate of the critic, constant."""
     lr: float = option(1e-5, above=0)

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 distill.py --teacher SiT-XL-2-256x256.pt --model SiT-XL/2 \\
         --autoencoder sd-vae-ft-ema --data data/imagenet256 --batch-size 512 --lr 2e-5 --critic-lr 2e-5 --out runs/xl-4
 
-A step updates the critic `critic_steps` times, then the student once. No images are read but by the evaluation. The
+A step updates the critic `critic_steps` times, then the student once. Only a GAN and the evaluation read images. The
 same command again resumes the run, bit for bit on a CPU. The folder is that of a training run, and `eval.sample` draws
 from its last.pt. The student may have another routing than its teacher: --routing dar --retrofit-steps 1000.
 """
@@ -53,19 +53,19 @@ class Distiller(Run):
         self.labels = self.inputs.data.labels.to(self.device)
         self.model = self.copy_of_teacher(self.arguments)
         self.model.step_times = self.times
-        self.critic = self.copy_of_teacher(self.teacher_arguments)
-        self.teacher = self.teacher.to(self.device)
+        self.content = fingerprint(self.teacher, json.dumps(self.teacher_arguments, sort_keys=True))
+        self.teacher_size = sum(weight.numel() for weight in self.teacher.parameters())
+        self.critic, self.critic_weights = self.make_critic()
         self.flops = self.flops_of_step()
-        networks = {"model": self.model, "critic": self.critic}
         ddp = DistributedDataParallel if ranks.world > 1 else lambda model: model
-        self.wrapped = {name: ddp(network) for name, network in networks.items()}
+        self.wrapped = {"model": ddp(self.model), "critic": ddp(self.critic)}
         common = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **common)
-        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=config.critic_lr, **common)
-        self.ema, self.critic_weights = EMA(self.model, config.ema_decays), list(self.critic.parameters())
+        self.critic_optimizer = torch.optim.AdamW(self.critic_weights, lr=config.critic_lr, **common)
+        self.ema = EMA(self.model, config.ema_decays)
         self.tally = Tally(self.device, ("loss", "critic_loss", "grad_norm", "critic_grad_norm"))
-        self.parts = {**networks, "emas": self.ema, "optimizer": self.optimizer}
-        self.parts |= {"critic_optimizer": self.critic_optimizer, "tally": self.tally}
+        self.parts = {"model": self.model, "emas": self.ema, "optimizer": self.optimizer}
+        self.parts |= {"critic": self.critic_weights, "critic_optimizer": self.critic_optimizer, "tally": self.tally}
         if config.eval_every:
             self.evaluate = OnlineEvaluation(self.inputs.config, ranks, self.inputs, self.autocast)
 
@@ -86,6 +86,26 @@ class Distiller(Run):
             ) from None
         model.gamma = self.teacher.gamma
         return model.eval().to(self.device)
+
+    def make_critic(self):
+        """The critic, whose projector is the GAN's head, and what it trains of it. Moves the teacher to the device."""
+        config, arguments = self.config, self.teacher_arguments
+        if config.gan_weight:
+            middle, width = len(self.teacher.blocks) // 2, self.teacher.pos_embed.shape[-1]
+            arguments = arguments | {"align_depth": max(1, middle), "align_dims": (1,), "projector_dim": width}
+        critic = self.copy_of_teacher(arguments)
+        if config.critic_rank:
+            from peft import LoraConfig, get_peft_model  # takes seconds
+
+            adapted = [name for name, part in critic.blocks.named_modules() if isinstance(part, torch.nn.Linear)]
+            adapted = [f"blocks.{name}" for name in adapted]
+            lora = LoraConfig(r=config.critic_rank, lora_alpha=config.critic_rank, target_modules=adapted)
+            critic = get_peft_model(critic, lora)
+            critic.projectors.requires_grad_(True)
+            self.teacher = WithoutLora(critic)
+        else:
+            self.teacher = self.teacher.to(self.device)
+        return critic, torch.nn.ParameterList(weight for weight in critic.parameters() if weight.requires_grad)
 
     def check_teacher(self, trained):
         """Raises ValueError where the teacher cannot teach, or not on these data."""
@@ -114,18 +134,20 @@ class Distiller(Run):
         student = flops_per_image(config.model, self.arguments)
         teacher = flops_per_image(config.model, self.teacher_arguments)
         sample, guided = student * (config.student_steps + 1) / 2, 2 if config.cfg_scale != 1 else 1
-        return sample + 2 * student + (1 + guided) * teacher + config.critic_steps * (sample + 3 * teacher)
+        gan, passes = config.gan_weight > 0, 2 if config.critic_rank else 3  # frozen weights need no gradients
+        critic = sample + passes * teacher * (3 if gan else 1)
+        return sample + 2 * student + (1 + guided + 2 * gan) * teacher + config.critic_steps * critic
 
     # ---- steps ----
 
     def open_folder(self):
-        content = fingerprint(self.teacher, json.dumps(self.teacher_arguments, sort_keys=True))
-        super().open_folder(step_times=list(self.times), **{"content of teacher": content})
+        super().open_folder(step_times=list(self.times), **{"content of teacher": self.content})
 
     def train(self):
         if self.config.compile:
-            self.teacher.compile()
             self.critic.compile()
+            if not self.config.critic_rank:
+                self.teacher.compile()
         return super().train()
 
     def batches(self):
@@ -142,7 +164,9 @@ class Distiller(Run):
             critic_values.append(values)
             finite = finite & taken
         draws = self.draw(step, config.critic_steps)
+        self.critic_weights.requires_grad_(False)  # a GAN's gradient passes through the critic, and leaves none there
         values, taken = self.learn("model", self.student_losses, draws, self.optimizer, self.ema.weights)
+        self.critic_weights.requires_grad_(True)
         self.ema.update()
         # Each a loss and the norm of its gradient.
         values = torch.stack([values, torch.stack(critic_values).mean(0)], dim=1)
@@ -164,32 +188,41 @@ class Distiller(Run):
         with self.autocast():
             with torch.no_grad():
                 x = training_sample(self.model, self.model, self.times, draws)
-            return [critic_loss(self.wrapped["critic"], x, draws)]
+            real = self.real_images(draws) if self.config.gan_weight else None
+            return [critic_loss(self.wrapped["critic"], x, draws, real, self.config.gan_weight)]
 
     def student_losses(self, draws):
         with self.autocast():
             x = training_sample(self.model, self.wrapped["model"], self.times, draws)
-            return [student_loss(self.teacher, self.critic, x, draws, self.config.cfg_scale)]
+            return [student_loss(self.teacher, self.critic, x, draws, self.config.cfg_scale, self.config.gan_weight)]
+
+    def real_images(self, draws):
+        """The training images whose labels the samples have, (B, C, H, W)."""
+        batch = self.inputs.plain_data.__getitems__(draws.images.cpu())
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        return self.inputs.clean(batch, draws.noises[0])  # of another image, so as good as any for the posterior
 
     # ---- records ----
 
     def describe(self):
         """Print what the run is and what it takes."""
         config = self.config
-        student, teacher = (sum(parameters_by_part(model).values()) for model in (self.model, self.critic))
-        kept, averages = 3 * (student + teacher), len(config.ema_decays) * student  # weights and two moments
-        memory = 4 * (kept + averages + student + teacher + teacher)  # and gradients, and the frozen teacher
+        student, critic = (sum(parameters_by_part(network).values()) for network in (self.model, self.critic_weights))
+        teacher = self.teacher_size
+        kept, averages = 3 * (student + critic), len(config.ema_decays) * student  # weights and two moments
+        memory = 4 * (kept + averages + student + critic + teacher)  # and gradients, and the frozen teacher
+        taught = self.teacher_arguments.get("routing", "residual")
         routing = config.routing + f", fading in for {config.retrofit_steps} steps" * bool(config.retrofit_steps)
         guided = "" if config.cfg_scale == 1 else f", guided by {config.cfg_scale:g}"
         precision = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32"
         self.say(
             f"run        {config.out}, {config.max_steps} steps, each of {config.critic_steps} critic updates and one "
             f"student update\n"
-            f"teacher    {config.teacher}, {config.model}, routing {self.teacher.routing}{guided}\n"
+            f"teacher    {config.teacher}, {config.model}, routing {taught}{guided}\n"
             f"student    routing {routing}; steps from t = {', '.join(f'{t:.3g}' for t in self.times)}\n"
             f"data       labels of {len(self.labels)} images in {config.data}; {config.autoencoder}, "
             f"{' x '.join(map(str, self.inputs.shape))}\n"
-            f"parameters {student / 1e6:.2f} M student, {teacher / 1e6:.2f} M critic, as many teacher\n"
+            f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {teacher / 1e6:.2f} M teacher\n"
             f"compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a step\n"
             f"batch      {config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
             f"in {self.share // self.micro} accumulated parts of {self.micro}\n"
@@ -199,11 +232,22 @@ class Distiller(Run):
         )
 
 
+class WithoutLora:
+    """A network without what peft has put into it: called as it was before."""
+
+    def __init__(self, adapted):
+        self.adapted, self.num_classes = adapted, adapted.num_classes
+
+    def __call__(self, *inputs):
+        with self.adapted.disable_adapter():
+            return self.adapted(*inputs)
+
+
 def without_projectors(arguments):
     """The arguments of the same SiT, of which nothing is aligned any more."""
     final = arguments.get("final_aggregator", "auto")
-    if final == "auto" and arguments.get("routing") == "dar" and arguments["align_dims"]:
-        final = "shared"  # which is what "auto" was with projectors
+    if final == "auto" and arguments.get("routing") == "dar":  # what it was, whatever projectors come and go
+        final = "shared" if arguments["align_dims"] else "dedicated"
     return arguments | {"final_aggregator": final, "align_dims": ()}
 
 

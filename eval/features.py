@@ -113,7 +113,7 @@ class PooledFeatures(nn.Module):
 
     name: a folder of timm's save_for_hf, a timm name, or one of models.encoders.SHORT_NAMES.
     Images are resized to the network's own input size, bicubic and antialiased, and normalised as it was trained.
-    Attributes: dim, and fingerprint of weights and preprocessing.
+    Attributes: dim and dims, and fingerprint of weights and preprocessing.
     Raises ValueError where there is no such network, its weights cannot be had, or it does not pool.
     """
 
@@ -128,27 +128,29 @@ class PooledFeatures(nn.Module):
             self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1))
             self.size = tuple(data["input_size"][1:])
             self.eval().requires_grad_(False)
-            found = self(torch.zeros(1, 3, *self.size, dtype=torch.uint8)).shape
+            found = self(torch.zeros(1, 3, *self.size, dtype=torch.uint8))["pooled"].shape
             if len(found) != 2:
                 raise ValueError(f"it gives {tuple(found)} instead of one vector per image")
         except Exception as error:  # timm, the hub and the networks raise many kinds
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             reason = next((told for word, told in NEVER_RUN.items() if word in str(error)), reason)
             raise ValueError(
-                f"eval_encoder = {name!r} cannot judge ({reason}); give inception, a "
+                f"{name!r} cannot judge ({reason}); give inception, a "
                 "timm name whose weights are in the cache or can be downloaded, or a folder of timm's save_for_hf, "
                 "which `python -m dataset.standin_encoder DATA --kind convnet --out FOLDER` makes"
             ) from None
         # The text of a module names its layers, among them the kinds of GELU and pooling, which have no weights.
         self.dim, pooling = found[1], getattr(self.network, "global_pool", "")
+        self.dims = {"pooled": self.dim}
+        self.dims = {"pooled": self.dim}
         self.fingerprint = fingerprint(self, f"{self.network} {pooling} {self.size}")
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, dim)."""
+    def forward(self, images: torch.Tensor) -> dict:
+        """uint8 (B, 3, H, W) -> pooled (B, dim) in float32."""
         with tf32(False), torch.autocast(images.device.type, enabled=False):
             x = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True)
-            return self.network((x / 255 - self.mean) / self.std)
+            return {"pooled": self.network((x / 255 - self.mean) / self.std)}
 
 
 def timm_source(name: str) -> str:

@@ -3,12 +3,14 @@
     python -m eval.metrics samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     python -m eval.metrics samples/ --reference data/cifar10 --inception FILE --fd-dinov2
     torchrun --nproc_per_node=8 -m eval.metrics samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python -m eval.metrics student-1.npz student-4.npz --reference teacher.npz --judge data/digits/judge
 
 SAMPLES is an npz (arr_0: uint8 NHWC; arr_1: labels, if any), a folder of png or jpg, or a folder of dataset.prepare.
 An npz is read whole by each process: 50 000 images of 256 x 256 pixels take 10 GB each time.
 The reference is the npz of ADM's evaluator (arr_0, mu, sigma, mu_s, sigma_s) or anything that can be SAMPLES, whose
 statistics are then computed; --save-reference keeps them in such an npz. Prints a table, and writes the numbers with
-all that they depend on to SAMPLES.metrics.json.
+all that they depend on to SAMPLES.metrics.json. With --judge another network takes Inception's place: its Fréchet
+distance, precision and recall compare with no other network's.
 
 The definitions are those of ADM's TensorFlow evaluator (github.com/openai/guided-diffusion, evaluations/evaluator.py),
 computed by torch-fidelity where it has them. sFID is ours, and so is the Fréchet distance: the library wants all
@@ -40,6 +42,7 @@ IS_CHUNK = 5000  # the score is the mean over chunks of so many consecutive imag
 NEIGHBOURS = 3  # of precision and recall
 REFERENCE_ROWS = 10_000  # images of the reference that precision and recall look at
 COMPARABLE = 50_000  # samples behind the published numbers
+DISTANCES = {"pool3": "fid", "spatial": "sfid", "dinov2": "fd_dinov2", "pooled": "frechet_distance"}
 # Keys in ADM's reference and the features that they are the mean and the covariance of.
 STATISTICS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "pillow")
@@ -47,12 +50,14 @@ LIBRARIES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "pillow"
 
 @dataclass(frozen=True)
 class Options:
-    samples: Annotated[Path, tyro.conf.Positional]
-    """npz, folder of images, or folder of dataset.prepare."""
+    samples: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """npz, folders of images, or folders of dataset.prepare, each judged by itself."""
     reference: Path
     """ADM's reference npz, or images as for SAMPLES."""
     inception: str = ""
     """Weights file of torch-fidelity's Inception v3; downloaded once if not given."""
+    judge: str = ""
+    """Another network instead of Inception: timm:NAME or a folder, as --eval-encoder of the training."""
     fd_dinov2: bool = False
     """Also the Fréchet distance between class tokens of DINOv2."""
     dinov2: str = "dinov2-vit-l"
@@ -66,7 +71,7 @@ class Options:
     save_reference: str = ""
     """npz to keep the statistics of reference images in, for use as --reference."""
     out: str = ""
-    """JSON file to write; SAMPLES.metrics.json if not given."""
+    """JSON file to write; SAMPLES.metrics.json if not given. For one SAMPLES only."""
 
 
 def main(argv: list | None = None):
@@ -83,73 +88,75 @@ def run(options: Options, ranks: Ranks):
             raise ValueError(f"{name} = {getattr(options, name)}: must be at least {low}")
     if kept and not kept.endswith(".npz"):
         raise ValueError(f"save_reference = {kept!r}: must end in .npz")
+    if options.out and len(options.samples) != 1:
+        raise ValueError(f"out = {options.out!r}: one file for {len(options.samples)} SAMPLES; leave it out")
     with ranks.one_first():
-        inception = features.InceptionFeatures(options.inception).to(ranks.device)
-        networks, dinov2 = [inception], None
+        if options.judge:
+            network = features.PooledFeatures(options.judge).to(ranks.device)
+            facts = {"judge": {"name": options.judge, "fingerprint": network.fingerprint}}
+        else:
+            network = features.InceptionFeatures(options.inception).to(ranks.device)
+            known_file = {"file": network.file.name, "sha256": network.sha256, "published": network.is_published}
+            facts = {"inception": known_file}
+        networks = [network]
         if options.fd_dinov2:
             dinov2 = features.DinoV2Features(options.dinov2, options.dinov2_weights).to(ranks.device)
             networks.append(dinov2)
-    known = npz_statistics(options.reference, inception) if options.reference.is_file() else {}
-    if kept and known:
-        raise ValueError(f"save_reference = {kept!r}: {str(options.reference)!r} has its statistics")
-    samples, images = open_images(options.samples), open_images(options.reference)
+            facts["dinov2"] = {"name": dinov2.name, "fingerprint": dinov2.encoder.fingerprint}
+            facts["dinov2"]["position_embedding"] = dinov2.position_embedding
+    known = npz_statistics(options.reference, network) if options.reference.is_file() and not options.judge else {}
+    if kept and (known or options.judge):
+        problem = "holds Inception's statistics" if options.judge else f"{str(options.reference)!r} has its statistics"
+        raise ValueError(f"save_reference = {kept!r}: {problem}")
+    sources, images = {path: open_images(path) for path in options.samples}, open_images(options.reference)
 
     def batches(source, what):
         return read(source, options.batch_size, ranks, options.num_workers, what)
 
-    judge = networks, ranks, options.batch_size
-    reference = reference_of(batches(images, "reference"), len(images), known, *judge)
+    common = networks, ranks, options.batch_size
+    reference = reference_of(batches(images, "reference"), len(images), known, *common)
     if kept and ranks.main:
-        save_reference(kept, reference, images, inception)
+        save_reference(kept, reference, images, network)
         print(f"reference kept in {kept}")
-    metrics, warnings = measure(batches(samples, "samples"), len(samples), reference, *judge, samples.labels)
-    if not ranks.main:
-        return
-    if samples.size != images.size:
-        own, other = (f"{source.size[0]} x {source.size[1]}" for source in (samples, images))
-        warnings.append(f"samples are {own} pixels, the reference's images {other}: resizing differs too")
-    if not inception.is_published:
-        unknown = f"{inception.file} is not the published Inception file (by its checksum)"
-        warnings.append(f"{unknown}: numbers compare only with others of the same file")
-    warnings += samples.warnings + [f"reference: {warning}" for warning in images.warnings]
-    result = {
-        "metrics": metrics,
-        "warnings": warnings,
-        "samples": {
-            "path": str(options.samples),
-            "count": len(samples),
-            "size": list(samples.size),
-            "uint8_conversion": samples.uint8_conversion,
-            "settings": samples.settings,
-        },
+    facts |= {
         "reference": {
             "path": str(options.reference),
             "statistics": "of the file" if known else "computed",
             "images": len(images),
             "precision_recall_images": len(reference.chosen),
         },
-        "inception": {"file": inception.file.name, "sha256": inception.sha256, "published": inception.is_published},
-        "dinov2": dinov2
-        and {
-            "name": dinov2.name,
-            "fingerprint": dinov2.encoder.fingerprint,
-            "reference_images": len(images),
-            "position_embedding": dinov2.position_embedding,
-        },
         "precision": "float32 without TF32; statistics in float64",
         "batch_size": options.batch_size,
         "versions": {name: version(name) for name in LIBRARIES},
         "environment": environment(ranks),
     }
-    print(f"{len(samples)} samples of {options.samples} against {options.reference}")
+    for path, samples in sources.items():
+        metrics, warnings = measure(batches(samples, str(path)), len(samples), reference, *common, samples.labels)
+        if not ranks.main:
+            continue
+        if samples.size != images.size:
+            own, other = (f"{source.size[0]} x {source.size[1]}" for source in (samples, images))
+            warnings.append(f"samples are {own} pixels, the reference's images {other}: resizing differs too")
+        if not options.judge and not network.is_published:
+            unknown = f"{network.file} is not the published Inception file (by its checksum)"
+            warnings.append(f"{unknown}: numbers compare only with others of the same file")
+        warnings += samples.warnings + [f"reference: {warning}" for warning in images.warnings]
+        report(path, samples, metrics, warnings, facts, options)
+
+
+def report(path: Path, samples, metrics: dict, warnings: list, facts: dict, options: Options):
+    """Print the metrics of one set of samples, and write them with `facts`, all that they depend on."""
+    print(f"{len(samples)} samples of {path} against {options.reference}")
     for name, value in metrics.items():
         print(f"  {name:28} {value:.5f}")
     for warning in warnings:
         print(f"warning: {warning}")
-    whole = options.samples.resolve()
+    whole = path.resolve()
     target = Path(options.out) if options.out else whole.with_name(f"{whole.name}.metrics.json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, result)
+    made = {"path": str(path), "count": len(samples), "size": list(samples.size)}
+    made |= {"uint8_conversion": samples.uint8_conversion, "settings": samples.settings}
+    write_json(target, {"metrics": metrics, "warnings": warnings, "samples": made, **facts})
     print(f"written to {target}")
 
 
@@ -219,11 +226,11 @@ def collect(batches, count, networks, ranks, batch_size, statistics, rows, chose
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: {features' name: (mean, covariance)}, and on the main process `pool3` (n, 2048)
-    of the images `chosen`."""
+    """What samples are compared with: {features' name: (mean, covariance)}, and on the main process the first network's
+    features (n, D) of the images `chosen`."""
 
     statistics: dict
-    pool3: torch.Tensor
+    rows: torch.Tensor
     chosen: np.ndarray
 
 
@@ -232,11 +239,12 @@ def reference_of(
 ) -> Reference:
     """The reference of `count` images in `batches`, as for `collect`. known: statistics that need no computing."""
     enough(count, "images of the reference")
+    main = next(iter(networks[0].dims))
     names = {name for network in networks for name in network.dims} - {"logits"} - known.keys()
     # Spread at random, as a folder may be sorted by class; ADM's file has exactly so many.
     chosen = np.sort(np.random.default_rng(0).permutation(count)[:REFERENCE_ROWS])
-    computed, rows = collect(batches, count, networks, ranks, batch_size, sorted(names), ("pool3",), chosen)
-    return Reference(known | computed, rows["pool3"], chosen)
+    computed, rows = collect(batches, count, networks, ranks, batch_size, sorted(names), (main,), chosen)
+    return Reference(known | computed, rows[main], chosen)
 
 
 def measure(
@@ -248,26 +256,29 @@ def measure(
     Raises ValueError for fewer than 4 samples, or features that are not finite.
     """
     enough(count, "samples")
-    names = sorted(reference.statistics)
-    found, rows = collect(batches, count, networks, ranks, batch_size, names, ("pool3", "logits"))
+    names, main = sorted(reference.statistics), next(iter(networks[0].dims))
+    kept = [main, "logits"] if "logits" in networks[0].dims else [main]
+    found, rows = collect(batches, count, networks, ranks, batch_size, names, kept)
     if not ranks.main:
         return {}, []
-    distances = {name: frechet_distance(*found[name], *reference.statistics[name]) for name in names}
-    metrics = {"fid": distances["pool3"], "sfid": distances["spatial"]}
-    metrics["inception_score"], metrics["inception_score_std"] = inception_score(rows["logits"])
-    metrics["precision"], metrics["recall"] = precision_and_recall(rows["pool3"], reference.pool3, ranks.device)
-    if "dinov2" in distances:
-        metrics["fd_dinov2"] = distances["dinov2"]
-    warnings = []
-    if count < COMPARABLE:
+    metrics = {
+        metric: frechet_distance(*found[name], *reference.statistics[name])
+        for name, metric in DISTANCES.items()
+        if name in found
+    }
+    metrics["precision"], metrics["recall"] = precision_and_recall(rows[main], reference.rows, ranks.device)
+    warnings, published = [], main == "pool3"
+    if published:
+        metrics["inception_score"], metrics["inception_score_std"] = inception_score(rows["logits"])
+    if published and count < COMPARABLE:
         warnings.append(f"{count} samples: distances grow as samples get fewer; published ones are of {COMPARABLE}")
-    if count < IS_CHUNK:
+    if published and count < IS_CHUNK:
         warnings.append(f"the inception score is of one chunk of {count} samples instead of {IS_CHUNK}: it is too low")
-    elif count % IS_CHUNK:
+    elif published and count % IS_CHUNK:
         warnings.append(f"{count} samples are no multiple of {IS_CHUNK}: the inception score's chunks are larger")
-    if len(reference.pool3) < REFERENCE_ROWS:
-        warnings.append(f"precision and recall are against {len(reference.pool3)} images instead of {REFERENCE_ROWS}")
-    if count >= 2 * IS_CHUNK and class_ordered(rows["logits"].argmax(1) if labels is None else labels):
+    if len(reference.rows) < REFERENCE_ROWS:
+        warnings.append(f"precision and recall are against {len(reference.rows)} images instead of {REFERENCE_ROWS}")
+    if published and count >= 2 * IS_CHUNK and class_ordered(rows["logits"].argmax(1) if labels is None else labels):
         source = "predicted classes" if labels is None else "labels"
         warnings.append(
             f"the samples look ordered by class (by their {source}): the inception score is of "

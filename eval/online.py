@@ -151,26 +151,26 @@ class OnlineEvaluation:
                 "`python -m eval.metrics --save-reference` makes a file that does"
             )
         counts = {**{f"fid_{n}": n for n in FID_AT if n < count}, "fid": count}
-        return self._judge(lambda images: network(images)["pool3"], network, counts, given and given["pool3"])
+        return self._judge("pool3", network, counts, given and given["pool3"])
 
     def _network(self, name):
         config, network = self.config, features.PooledFeatures(name).to(self.ranks.device)
         of_study = features.timm_source(name) in map(features.timm_source, config.encoder)
         if not (of_study or any(matrices(network) & matrices(encoder) for encoder in self.inputs.encoders)):
-            return self._judge(network, network, {"frechet_distance": config.eval_samples})
+            return self._judge("pooled", network, {"frechet_distance": config.eval_samples})
         if not config.eval_aligned:
             raise ValueError(
                 f"eval_encoder = {name!r}: runs are aligned to it, so it cannot judge them. Train another one, as by "
                 f"`python -m dataset.standin_encoder {self.data.folder} --kind convnet --out FOLDER`, take inception, "
                 "or give --eval-aligned for a distance that says so by its name"
             )
-        return self._judge(network, network, {"frechet_distance_aligned": config.eval_samples})
+        return self._judge("pooled", network, {"frechet_distance_aligned": config.eval_samples})
 
-    def _judge(self, function, network, counts, reference=None):
-        """A judge of the given reference, or of the one that an earlier run has kept."""
+    def _judge(self, name, network, counts, reference=None):
+        """A judge by these features of a network, of the given reference or of the one that an earlier run has kept."""
         self.fingerprints.append(network.fingerprint)
         path = None if reference else self.data.folder / f"statistics-{network.fingerprint}.pt"
-        judge = Judge(function, network.dim, counts, reference, path)
+        judge = Judge(lambda images: network(images)[name], network.dim, counts, reference, path)
         if path and path.is_file():
             found, statistics = load_file(path, self.ranks.device), self._statistics(judge)
             sums = found.get("sums") if isinstance(found, dict) else None

@@ -22,6 +22,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,9 +140,13 @@ def sample(options: Options, ranks: Ranks) -> Path:
         facts = {f"the content of {made}": content, "the hash of the settings": settings.digits()}
         ranks.agree(facts, "give all machines the same checkpoint, and an --out that is on a disk they share")
         mine = {name: missing[name] for name in list(chunks)[ranks.rank :: ranks.world] if name in missing}
+        began = time.perf_counter()
         write_chunks(folder / "samples", mine, model, autoencoder, settings, options.batch_size, ranks)
         ranks.barrier()
         if ranks.main:
+            if drawn := sum(map(len, missing.values())):
+                seconds = (time.perf_counter() - began) * 1000 / drawn
+                write_json(made, read_json(made) | {"seconds_per_1000_images": round(seconds, 3)})
             files = {folder / "samples" / name: len(indices) for name, indices in chunks.items()}
             finish(files, npz, shape, labels_of(settings, range(shape[0]), model.num_classes))
     return folder

@@ -188,7 +188,7 @@ def test_pooled_features_are_what_the_classifier_sees(tmp_path, kind):
         model(x)
     network = PooledFeatures(str(tmp_path / "net"))
     with torch.autocast("cpu", torch.bfloat16):
-        found = network(batch)
+        found = network(batch)["pooled"]
     assert found.dtype == torch.float32 and found.shape == (3, network.dim) and not found.requires_grad
     torch.testing.assert_close(found, seen[0], rtol=1e-4, atol=1e-5)
     if kind == "vit-mean":
@@ -221,7 +221,7 @@ def test_judges_that_cannot_be_had(tmp_path):
     torch.save(dict(list(model.state_dict().items())[3:]), tmp_path / "part" / "pytorch_model.bin")
     (tmp_path / "code" / "pytorch_model.bin").write_bytes(pickle.dumps(time.sleep, protocol=2))
     for name in (tmp_path / "none", tmp_path / "part", tmp_path / "code", tmp_path, "no-such-network", "resnet18"):
-        with pytest.raises(ValueError, match=f"eval_encoder = '{name}' cannot judge .*--kind convnet") as error:
+        with pytest.raises(ValueError, match=f"'{name}' cannot judge .*--kind convnet") as error:
             PooledFeatures(str(name))
         assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
@@ -243,7 +243,7 @@ def test_command(weights, tmp_path, capsys, monkeypatch):
     words += ["--dinov2", tmp_path / "tiny", "--num-workers", 0, "--batch-size", 4, "--save-reference", kept]
     metrics.main([str(word) for word in words])
     result = json.loads((tmp_path / "samples.metrics.json").read_text())
-    names = ["fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "fd_dinov2"]
+    names = ["fid", "sfid", "fd_dinov2", "precision", "recall", "inception_score", "inception_score_std"]
     assert list(result["metrics"]) == names
     assert result["metrics"]["fid"] > 0 and result["metrics"]["inception_score"] > 1
     assert result["samples"]["count"] == 5 and result["reference"]["images"] == 6

@@ -258,8 +258,8 @@ def test_precision_and_recall_look_at_part_of_a_large_reference(monkeypatch, wor
     images, judges = some_images(45), [NarrowInception()]
     reference, *others = Group(world).run(lambda ranks: reference_by(ranks, images, judges)[0])
     assert len(set(reference.chosen)) == 10 and reference.chosen[9] > 20  # from all over it
-    assert torch.equal(reference.pool3, judges[0](images[reference.chosen])["pool3"])
-    assert all(len(other.pool3) == 0 for other in others)
+    assert torch.equal(reference.rows, judges[0](images[reference.chosen])["pool3"])
+    assert all(len(other.rows) == 0 for other in others)
 
 
 def test_class_ordered_samples_are_warned_about(monkeypatch):
@@ -413,6 +413,29 @@ def test_two_processes_compute_what_one_does(narrowed, tmp_path, capfd):
     assert command(samples, tmp_path / "kept.npz", "--batch-size", 4)["metrics"] == alone
 
 
+def test_another_judge(judge_folder, tmp_path):
+    """Two sets of samples in one command, without Inception, against scipy and torch-fidelity's definition."""
+    samples = [save_images(tmp_path / f"{n}.npz", some_images(n, seed=n)) for n in (200, 250)]
+    reference = save_images(tmp_path / "images.npz", some_images(220, seed=2))
+    words = [*samples, "--reference", reference, "--num-workers", 0, "--judge", judge_folder]
+    with pytest.raises(SystemExit, match="error: .*one file for 2 SAMPLES"):
+        metrics.main([*map(str, words), "--out", str(tmp_path / "x.json")])
+    metrics.main([*map(str, words)])
+    found, other = (json.loads(path.with_name(f"{path.name}.metrics.json").read_text()) for path in samples)
+    network = networks.PooledFeatures(str(judge_folder))
+    a, b = (network(some_images(n, seed=seed))["pooled"].double() for n, seed in ((200, 200), (220, 2)))
+    x, y = a.numpy(), b.numpy()
+    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = scipy.linalg.sqrtm(cx @ cy).real
+    distance = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cx + cy - 2 * root)
+    precision, recall = metrics.precision_and_recall(a, b)
+    expected = {"frechet_distance": distance, "precision": precision, "recall": recall}
+    assert found["metrics"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found["judge"] == {"name": str(judge_folder), "fingerprint": network.fingerprint}
+    assert "inception" not in found
+    assert other["samples"]["count"] == 250 and other["metrics"] != found["metrics"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -434,7 +457,7 @@ def test_references_that_cannot_be_used(adm, narrowed, tmp_path, change, message
         command(tmp_path / "samples.npz", tmp_path / "adm.npz")
 
 
-def test_samples_and_options_that_cannot_be_used(adm, narrowed, tmp_path):
+def test_samples_and_options_that_cannot_be_used(adm, narrowed, judge_folder, tmp_path):
     np.savez(tmp_path / "adm.npz", **adm)
     (tmp_path / "empty").mkdir()
     (tmp_path / "dar" / "samples").mkdir(parents=True)
@@ -458,6 +481,8 @@ def test_samples_and_options_that_cannot_be_used(adm, narrowed, tmp_path):
         ("whole.npz", "batch_size = 0", "--batch-size", "0"),
         ("whole.npz", "num_workers = -1", "--num-workers", "-1"),
         ("whole.npz", "has its statistics", "--save-reference", tmp_path / "x.npz"),
+        ("whole.npz", "holds Inception's statistics", "--save-reference", tmp_path / "x.npz", "--judge", judge_folder),
+        ("whole.npz", "'no-such-network' cannot judge", "--judge", "no-such-network"),
         ("whole.npz", "must end in .npz", "--save-reference", tmp_path / "x"),
     ]:
         with pytest.raises(SystemExit, match=f"error: .*{message}") as error:

@@ -57,7 +57,7 @@ def test_convnet_judges(digits, tmp_path):
         right = whole.head.fc(pooled).argmax(-1) == data.labels
     assert pooled.shape == (1797, 64) and right.float().mean() > 0.9
     assert right[::10].float().mean().item() == pytest.approx(record["held_out_accuracy"], abs=1e-6)
-    torch.testing.assert_close(PooledFeatures(str(folder))(images[:7]), pooled[:7], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(PooledFeatures(str(folder))(images[:7])["pooled"], pooled[:7], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="no square patches"):
         FrozenEncoder(str(folder), 4)
 
