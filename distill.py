@@ -78,7 +78,8 @@ class Distiller(Run):
         kept["checkpoint_activations"] = self.config.checkpoint_activations
         try:
             model = SIT_MODELS[self.config.model](**arguments, **kept)
-            load_published(model, self.teacher.state_dict())
+            weights = self.teacher.state_dict().items()  # projectors here are of a GAN
+            load_published(model, {name: value for name, value in weights if not name.startswith("projectors.")})
         except ValueError as error:
             raise ValueError(
                 f"routing = {self.config.routing!r}: {self.config.teacher} has routing = {self.teacher.routing!r}, and "
@@ -134,9 +135,10 @@ class Distiller(Run):
         student = flops_per_image(config.model, self.arguments)
         teacher = flops_per_image(config.model, self.teacher_arguments)
         sample, guided = student * (config.student_steps + 1) / 2, 2 if config.cfg_scale != 1 else 1
-        gan, passes = config.gan_weight > 0, 2 if config.critic_rank else 3  # frozen weights need no gradients
-        critic = sample + passes * teacher * (3 if gan else 1)
-        return sample + 2 * student + (1 + guided + 2 * gan) * teacher + config.critic_steps * critic
+        back = 1 if config.critic_rank else 2  # frozen weights need no gradients
+        gan = (1 + back / 2) * teacher * (config.gan_weight > 0)  # backwards from the middle alone
+        critic = sample + (1 + back) * teacher + 2 * gan
+        return sample + 2 * student + (1 + guided) * teacher + gan + config.critic_steps * critic
 
     # ---- steps ----
 
@@ -164,9 +166,8 @@ class Distiller(Run):
             critic_values.append(values)
             finite = finite & taken
         draws = self.draw(step, config.critic_steps)
-        self.critic_weights.requires_grad_(False)  # a GAN's gradient passes through the critic, and leaves none there
         values, taken = self.learn("model", self.student_losses, draws, self.optimizer, self.ema.weights)
-        self.critic_weights.requires_grad_(True)
+        self.critic_optimizer.zero_grad()  # a GAN's gradient has passed through the critic
         self.ema.update()
         # Each a loss and the norm of its gradient.
         values = torch.stack([values, torch.stack(critic_values).mean(0)], dim=1)
