@@ -52,20 +52,24 @@ quickstart: digits
 $(TEACHER): | digits
 	$(RUN) train_repa_dar.py --config digits --out $(@D)
 
-# One student on each of two cores.
+# One student on each of two cores. Then all of them against the teacher's samples, with those of its own four steps.
 distill: $(TEACHER)
 	for steps in 1 4; do \
 		$(RUN) distill.py --config digits --student-steps $$steps --out $(DISTILLED)/residual-$$steps & \
-		$(RUN) distill.py --config digits --student-steps $$steps --routing dar --retrofit-steps 20 \
+		$(RUN) distill.py --config digits --student-steps $$steps --routing dar --chunk-summary sum --retrofit-steps 20 \
 			--out $(DISTILLED)/dar-$$steps && wait $$! || exit 1; \
 	done
 	for name in residual-1 residual-4 dar-1 dar-4; do \
-		$(RUN) -m eval.sample $(DISTILLED)/$$name/last.pt --num-samples 1000 --out $(DISTILLED)/samples/$$name || exit 1; \
+		$(RUN) -m eval.sample $(DISTILLED)/$$name/last.pt --seed 1 --num-samples 1000 --out $(DISTILLED)/samples/$$name || exit 1; \
 	done
-	$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps 10 --num-samples 1000 --out $(DISTILLED)/samples/teacher
-	$(RUN) -m analysis.convergence $(DISTILLED)/residual-* $(DISTILLED)/dar-* --out $(DISTILLED)/convergence
-	$(RUN) -m analysis.spectrum $(DISTILLED)/samples/*/*.npz --reference $(DIGITS) $(DISTILLED)/samples/teacher/teacher.npz \
-		--out $(DISTILLED)/spectrum
+	for steps in 4 50; do \
+		$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps $$steps --seed $$steps --num-samples 1000 \
+			--out $(DISTILLED)/samples/teacher-$$steps || exit 1; \
+	done
+	$(RUN) -m eval.metrics $(DISTILLED)/samples/*/*.npz --judge $(DIGITS)/judge \
+		--reference $(DISTILLED)/samples/teacher-50/teacher-50.npz
+	$(RUN) -m analysis.spectrum $(DISTILLED)/samples/*/*.npz --out $(DISTILLED)/spectrum \
+		--reference $(DIGITS) $(DISTILLED)/samples/teacher-50/teacher-50.npz
 
 cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32

@@ -1,7 +1,7 @@
 """Images for eval.metrics and analysis.spectrum: from an npz, a folder of png or jpg, or a folder of dataset.prepare.
 
 Each source has a length, `__getitems__(indices)` -> uint8 (B, 3, H, W), `labels` (N) or None, `size` (H, W), and what
-the report says of it: `uint8_conversion`, `settings`, `warnings`.
+the report says of it: `uint8_conversion`, `settings`, `seconds` per 1000 images where known, `warnings`.
 """
 
 import json
@@ -41,6 +41,7 @@ class ArrayImages:
             )
         self.size, made = self.array.shape[1:3], settings_beside(path)
         self.uint8_conversion, self.settings = made.get("uint8", UNKNOWN_CONVERSION), made.get("settings")
+        self.seconds = made.get("seconds_per_1000_images")
 
     def __len__(self):
         return len(self.array)
@@ -55,7 +56,7 @@ class FolderImages:
     Hidden files and folders, and those of other suffixes, are left out; `warnings` has their number.
     """
 
-    uint8_conversion, settings = UNKNOWN_CONVERSION, None
+    uint8_conversion, settings, seconds = UNKNOWN_CONVERSION, None, None
 
     def __init__(self, folder: Path):
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -96,7 +97,7 @@ class FolderImages:
 
 
 class FolderOfPrepare:
-    uint8_conversion, settings, warnings = "none: images of the data set", None, []
+    uint8_conversion, settings, seconds, warnings = "none: images of the data set", None, None, []
 
     def __init__(self, folder: Path):
         self.data = PreparedImages(folder)

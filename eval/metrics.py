@@ -130,6 +130,7 @@ def run(options: Options, ranks: Ranks):
         "versions": {name: version(name) for name in LIBRARIES},
         "environment": environment(ranks),
     }
+    rows = []
     for path, samples in sources.items():
         metrics, warnings = measure(batches(samples, str(path)), len(samples), reference, *common, samples.labels)
         if not ranks.main:
@@ -142,6 +143,11 @@ def run(options: Options, ranks: Ranks):
             warnings.append(f"{unknown}: numbers compare only with others of the same file")
         warnings += samples.warnings + [f"reference: {warning}" for warning in images.warnings]
         report(path, samples, metrics, warnings, facts, options)
+        seconds = "unknown" if samples.seconds is None else f"{samples.seconds:.3g}"
+        rows.append([str(path), *(f"{value:.4g}" for value in metrics.values()), seconds])
+    if len(rows) > 1:
+        head = ["samples", *metrics, "seconds for 1000"]
+        print(*(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]), sep="\n")
 
 
 def report(path: Path, samples, metrics: dict, warnings: list, facts: dict, options: Options):

@@ -413,13 +413,14 @@ def test_two_processes_compute_what_one_does(narrowed, tmp_path, capfd):
     assert command(samples, tmp_path / "kept.npz", "--batch-size", 4)["metrics"] == alone
 
 
-def test_another_judge(judge_folder, tmp_path):
+def test_another_judge(judge_folder, tmp_path, capsys):
     """Two sets of samples in one command, without Inception, against scipy and torch-fidelity's definition."""
     samples = [save_images(tmp_path / f"{n}.npz", some_images(n, seed=n)) for n in (200, 250)]
     reference = save_images(tmp_path / "images.npz", some_images(220, seed=2))
     words = [*samples, "--reference", reference, "--num-workers", 0, "--judge", judge_folder]
     with pytest.raises(SystemExit, match="error: .*one file for 2 SAMPLES"):
         metrics.main([*map(str, words), "--out", str(tmp_path / "x.json")])
+    (tmp_path / "settings.json").write_text('{"uint8": "", "seconds_per_1000_images": 2.5}')
     metrics.main([*map(str, words)])
     found, other = (json.loads(path.with_name(f"{path.name}.metrics.json").read_text()) for path in samples)
     network = networks.PooledFeatures(str(judge_folder))
@@ -433,6 +434,8 @@ def test_another_judge(judge_folder, tmp_path):
     assert found["metrics"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert found["judge"] == {"name": str(judge_folder), "fingerprint": network.fingerprint}
     assert "inception" not in found
+    row = f"| {samples[0]} | {distance:.4g} | {precision:.4g} | {recall:.4g} | 2.5 |"
+    assert row in capsys.readouterr().out.splitlines()
     assert other["samples"]["count"] == 250 and other["metrics"] != found["metrics"]
 
 
