@@ -9,7 +9,6 @@ Shapes: B batch, H, W pixels.
 import hashlib
 import http.client
 import io
-import textwrap
 import urllib.request
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from timm.data import resolve_model_data_config
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from checkpoint import load_file
-from models.encoders import NEVER_RUN, SHORT_NAMES, FrozenEncoder
+from models.encoders import SHORT_NAMES, FrozenEncoder, reason_of
 from runtime import fingerprint, replaced, tf32
 
 PUBLISHED = URL_INCEPTION_V3.rpartition("-")[2].removesuffix(".pth")  # how the file's SHA-256 begins
@@ -132,16 +131,13 @@ class PooledFeatures(nn.Module):
             if len(found) != 2:
                 raise ValueError(f"it gives {tuple(found)} instead of one vector per image")
         except Exception as error:  # timm, the hub and the networks raise many kinds
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-            reason = next((told for word, told in NEVER_RUN.items() if word in str(error)), reason)
             raise ValueError(
-                f"{name!r} cannot judge ({reason}); give inception, a "
-                "timm name whose weights are in the cache or can be downloaded, or a folder of timm's save_for_hf, "
-                "which `python -m dataset.standin_encoder DATA --kind convnet --out FOLDER` makes"
+                f"{name!r} cannot judge ({reason_of(error)}); give inception, a timm name whose weights are in the "
+                "cache or can be downloaded, or a folder of timm's save_for_hf, which "
+                "`python -m dataset.standin_encoder DATA --kind convnet --out FOLDER` makes"
             ) from None
         # The text of a module names its layers, among them the kinds of GELU and pooling, which have no weights.
         self.dim, pooling = found[1], getattr(self.network, "global_pool", "")
-        self.dims = {"pooled": self.dim}
         self.dims = {"pooled": self.dim}
         self.fingerprint = fingerprint(self, f"{self.network} {pooling} {self.size}")
 

@@ -81,16 +81,20 @@ class FrozenEncoder(nn.Module):
         return self.model.forward_features(x)[:, self.model.num_prefix_tokens :]
 
 
+def reason_of(error: Exception) -> str:
+    """What a user can make of an error of timm, transformers or the hub, in one line."""
+    told = (told for word, told in NEVER_RUN.items() if word in str(error))
+    return next(told, textwrap.shorten(f"{type(error).__name__}: {error}", 300))
+
+
 @contextlib.contextmanager
 def _loading(name, source):
     """Turns what timm, transformers and the hub raise, errors of many kinds, into a ValueError of one line."""
     try:
         yield
     except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        reason = next((told for word, told in NEVER_RUN.items() if word in str(error)), reason)
         raise ValueError(
-            f"encoder {name!r} could not be loaded from {source!r} ({reason}); without network, give a timm name "
+            f"encoder {name!r} could not be loaded from {source!r} ({reason_of(error)}); without network, give a timm name "
             "with --encoder-weights FILE, a folder of timm's save_for_hf, or hf:FOLDER for one of transformers' "
             "save_pretrained with model and image processor; HF_HUB_OFFLINE=1 looks in the hub's cache alone"
         ) from error
