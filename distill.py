@@ -209,13 +209,11 @@ class Distiller(Run):
         """Print what the run is and what it takes."""
         config = self.config
         student, critic = (sum(parameters_by_part(network).values()) for network in (self.model, self.critic_weights))
-        teacher = self.teacher_size
+        teacher = self.teacher_size  # it has no gradients
         kept, averages = 3 * (student + critic), len(config.ema_decays) * student  # weights and two moments
-        memory = 4 * (kept + averages + student + critic + teacher)  # and gradients, and the frozen teacher
         taught = self.teacher_arguments.get("routing", "residual")
         routing = config.routing + f", fading in for {config.retrofit_steps} steps" * bool(config.retrofit_steps)
         guided = "" if config.cfg_scale == 1 else f", guided by {config.cfg_scale:g}"
-        precision = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32"
         self.say(
             f"run        {config.out}, {config.max_steps} steps, each of {config.critic_steps} critic updates and one "
             f"student update\n"
@@ -225,11 +223,7 @@ class Distiller(Run):
             f"{' x '.join(map(str, self.inputs.shape))}\n"
             f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {teacher / 1e6:.2f} M teacher\n"
             f"compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a step\n"
-            f"batch      {config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
-            f"in {self.share // self.micro} accumulated parts of {self.micro}\n"
-            f"memory     {memory / 2**30:.3g} GiB for weights, gradients, moments and averages, activations excluded\n"
-            f"disk       {4 * (kept + averages) / 2**30:.3g} GiB for a checkpoint\n"
-            f"device     {self.device}, {precision}, torch {torch.__version__}"
+            + self.resources(kept + averages, student + critic + teacher)
         )
 
 

@@ -152,24 +152,17 @@ class Trainer(Run):
                 routing += f" from a velocity {self.retrofit_error():.1e} off that of residual addition (relative RMS)"
         for encoder in inputs.encoders:
             alignment += f", {encoder.name} ({encoder.grid[0]} x {encoder.grid[1]} tokens)"
-        precision = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32"
         self.say(
             f"run        {config.out}, {config.max_steps} steps\n"
             f"data       {len(inputs.data)} images of {inputs.data.resolution} pixels, {inputs.data.num_classes} "
-            f"classes; trained on {config.autoencoder}, {' x '.join(map(str, inputs.shape))}\n"
+            f"classes, {len(inputs.data) / config.batch_size:.4g} steps in an epoch; trained on {config.autoencoder}, "
+            f"{' x '.join(map(str, inputs.shape))}\n"
             f"model      {config.model}, {len(model.blocks)} blocks, {model.x_embedder.num_patches} tokens, "
             f"routing {routing}\n"
             f"alignment  {alignment}\n"
             f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
             f"compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a training step, "
-            f"encoders excluded\n"
-            f"batch      {config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
-            f"in {self.share // self.micro} accumulated parts of {self.micro}; "
-            f"{len(inputs.data) / config.batch_size:.4g} steps in an epoch\n"
-            f"memory     {4 * total * (states + 1) / 2**30:.3g} GiB for weights, gradients, moments and averages, "
-            f"activations excluded\n"
-            f"disk       {4 * total * states / 2**30:.3g} GiB for a checkpoint\n"
-            f"device     {self.device}, {precision}, torch {torch.__version__}"
+            f"encoders excluded\n" + self.resources(total * states, total)
         )
 
     @torch.no_grad()

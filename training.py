@@ -246,6 +246,18 @@ class Run:
             )
         self.ranks.barrier()
 
+    def resources(self, kept: int, more: int) -> str:
+        """Lines on batch, memory and device. kept: numbers in a checkpoint; more: those in memory beside them."""
+        precision, gib = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32", 2**30 / 4  # float32
+        return (
+            f"batch      {self.config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
+            f"in {self.share // self.micro} accumulated parts of {self.micro}\n"
+            f"memory     {(kept + more) / gib:.3g} GiB for weights, gradients, moments and averages, "
+            f"activations excluded\n"
+            f"disk       {kept / gib:.3g} GiB for a checkpoint\n"
+            f"device     {self.device}, {precision}, torch {torch.__version__}"
+        )
+
     def say(self, text):
         if self.ranks.main:
             print(text, flush=True)

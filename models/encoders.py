@@ -94,9 +94,10 @@ def _loading(name, source):
         yield
     except Exception as error:
         raise ValueError(
-            f"encoder {name!r} could not be loaded from {source!r} ({reason_of(error)}); without network, give a timm name "
-            "with --encoder-weights FILE, a folder of timm's save_for_hf, or hf:FOLDER for one of transformers' "
-            "save_pretrained with model and image processor; HF_HUB_OFFLINE=1 looks in the hub's cache alone"
+            f"encoder {name!r} could not be loaded from {source!r} ({reason_of(error)}); without network, give a "
+            "timm name with --encoder-weights FILE, a folder of timm's save_for_hf, or hf:FOLDER for one of "
+            "transformers' save_pretrained with model and image processor; HF_HUB_OFFLINE=1 looks in the hub's cache "
+            "alone"
         ) from error
 
 
