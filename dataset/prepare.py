@@ -3,6 +3,7 @@
     python -m dataset.prepare digits --out data/digits
     python -m dataset.prepare path/to/train.parquet --out data/cifar10 --resolution 32
     python -m dataset.prepare uoft-cs/cifar10 --out data/cifar10 --resolution 32
+    python -m dataset.prepare path/to/repa_data --out data/imagenet256 --resolution 256 --autoencoder sd-vae-ft-mse
     torchrun --nproc_per_node=8 -m dataset.prepare path/to/imagenet/train --out data/imagenet256 --resolution 256 \\
         --autoencoder sd-vae-ft-ema --encoder dinov2-vit-b
 
@@ -52,7 +53,8 @@ PROBE = 16  # images that are timed before the first is written
 @dataclass(frozen=True)
 class Options:
     source: Annotated[str, tyro.conf.Positional]
-    """`digits`, a folder with one subfolder per class, a parquet file or a folder of them, or a hub dataset name."""
+    """`digits`, a folder with one subfolder per class, a parquet file or a folder of them, a hub dataset name, or a
+    folder that REPA has prepared, with images/ and vae-sd/ in it."""
     out: str
     """Folder to write."""
     resolution: int | None = None
@@ -102,6 +104,11 @@ def prepare(options: Options, ranks: Ranks):
     with ranks.one_first():  # everything that may be downloaded, before the first image
         source = limited(open_source(options), options.limit)
         autoencoder = load_autoencoder(options.autoencoder)
+        if source.moments and (options.autoencoder == "pixels" or options.mirror):
+            raise ValueError(
+                f"{options.source!r} holds latents: give the --autoencoder that made them (REPA's is sd-vae-ft-mse), "
+                "and no --mirror, as they are not mirrored"
+            )
         size, rest = divmod(resolution, autoencoder.downsampling)
         if rest:
             unit = f"{autoencoder.downsampling} pixels, one latent of {options.autoencoder!r}"
@@ -113,7 +120,8 @@ def prepare(options: Options, ranks: Ranks):
     stages = [Images(options, source, resolution, ranks)]
     if options.autoencoder != "pixels":
         shape, compute = (2 * autoencoder.channels, size, size), autoencoder.to(ranks.device).moments
-        stages.append(Rows("latents", "moments", autoencoder, compute, shape, {}, stages[0], options))
+        kind, settings = (Taken, {"taken": True}) if source.moments else (Rows, {})
+        stages.append(kind("latents", "moments", autoencoder, compute, shape, settings, stages[0], options))
     for encoder in encoders:
         shape = (grid * grid, encoder.dim)
         stages.append(Rows("features", "tokens", encoder, encoder, shape, {"grid": grid}, stages[0], options))
@@ -289,6 +297,14 @@ class Rows(Stage):
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             return self.compute(images.to(device)).float().cpu().numpy()
 
+    def of(self, rows, pixels):
+        """What is stored of these images, (B, *shape)."""
+        return self.network(pixels)
+
+    def left(self):
+        """Bytes per image that are not reserved yet."""
+        return 0 if self.path.is_file() else self.copies * 2 * int(np.prod(self.shape))
+
     def probe(self):
         """Seconds per image, and bytes that are not reserved yet."""
         side = self.images.resolution
@@ -297,7 +313,7 @@ class Rows(Stage):
         began = time.perf_counter()
         self.network(blank)
         seconds = self.copies * (time.perf_counter() - began) / len(blank)
-        return seconds, 0 if self.path.is_file() else self.copies * 2 * int(np.prod(self.shape))
+        return seconds, self.left()
 
     def make(self, rows):
         array = np.load(self.path, mmap_mode="r+")
@@ -307,7 +323,7 @@ class Rows(Stage):
             pixels = torch.stack([images[row] for row in part])
             readable = np.array([images.sizes[row] > 0 for row in part])
             for copy in range(self.copies):
-                made = self.network(pixels.flip(-1) if copy else pixels).astype(np.float16)
+                made = self.of(part, pixels.flip(-1) if copy else pixels).astype(np.float16)
                 if not np.isfinite(made).all():
                     which = f"images {part.start} to {part.stop - 1}"
                     raise ValueError(f"{self.name!r} gave values beyond float16 in {which}")
@@ -319,6 +335,34 @@ class Rows(Stage):
     def finish(self, records):
         write_json(self.meta, {**self.settings, "name": self.name})
         print(f"{self.folder}: {self.what} {self.array_shape}", flush=True)
+
+
+class Taken(Rows):
+    """Latents that the source has, as they are but for float16."""
+
+    def open(self):
+        """Compare the first ones with what the autoencoder makes of their images, before anything is written."""
+        images, source = EncodedImages(self.images.folder), self.images.settings["source"]
+        rows = [row for row in range(self.count) if images.sizes[row] > 0][: self.batch_size]
+        made = self.network(torch.stack([images[row] for row in rows]))
+        error = np.sqrt(np.mean((self.of(rows, None) - made) ** 2) / np.mean(made**2))
+        if not error < 0.1:
+            raise ValueError(
+                f"the latents in {source!r} are not those of {self.name!r}: they differ by {error:.2g} of their "
+                "RMS; give the --autoencoder that made them"
+            )
+        super().open()
+
+    def of(self, rows, pixels):
+        images = EncodedImages(self.images.folder)
+        found = [self.images.source.moments(row) if images.sizes[row] > 0 else np.zeros(self.shape) for row in rows]
+        if wrong := [row for row, x in zip(rows, found) if x.shape != self.shape]:
+            name = self.images.source.names[wrong[0]]
+            raise ValueError(f"{name} is not {self.shape}, as the latents of {self.name!r} are at this resolution")
+        return np.stack(found)
+
+    def probe(self):
+        return self.images.probe()[0], self.left()  # which reads the latents too
 
 
 def estimate(stages: list, folder: Path):

@@ -1,4 +1,5 @@
-"""Where images come from (embedded digits, class folders, parquet tables, hub datasets), and how they become square.
+"""Where images come from, and how they become square: embedded digits, class folders, parquet tables, hub datasets, and
+folders that REPA's tools have prepared, which hold latents too.
 
 Class folders are read as torchvision's ImageFolder does: each subfolder is a class, and images may lie deeper in it.
 Hidden files and folders, and __MACOSX, are passed over. Whatever else is not read is named in Source.notes.
@@ -6,8 +7,10 @@ Hidden files and folders, and __MACOSX, are passed over. Whatever else is not re
 
 import glob
 import io
+import json
 import os
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -27,13 +30,17 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Images that can be read one by one: `load(i)` returns a PIL image or raises. notes: lines to tell the user."""
+    """Images that can be read one by one: `load(i)` returns a PIL image or raises. notes: lines to tell the user.
+
+    moments: where the latents are there too, `moments(i)` -> (2C, h, w), mean and standard deviation, or raises.
+    """
 
     names: list
     labels: np.ndarray
     class_names: list
     load: Callable
     notes: tuple = ()
+    moments: Callable | None = None
 
 
 def open_source(options) -> Source:
@@ -47,6 +54,8 @@ def open_source(options) -> Source:
         if not os.path.exists(path):
             raise ValueError(f"there is no file {path!r}")
         return open_table(options, [path])
+    if is_of_repa(path):
+        return open_repa(path)
     files = [] if path == "digits" else list(files_below(path))
     tables = [name for name in files if name.lower().endswith(".parquet")]
     pictures = [name for name in files if name.lower().endswith(SUFFIXES) and os.sep in name]
@@ -143,6 +152,60 @@ def open_class_folder(path, files) -> Source:
     return Source([*map(shown, chosen)], labels, [*map(shown, classes)], load, notes)
 
 
+def is_of_repa(path):
+    return all(os.path.isdir(f"{path}/{part}") or os.path.isfile(f"{path}/{part}.zip") for part in ("images", "vae-sd"))
+
+
+def open_repa(path) -> Source:
+    """What REPA's preprocessing/dataset_tools.py writes: images/00000/img00000000.png, the same numbers in
+    vae-sd/00000/img-mean-std-00000000.npy, and labels by latent in vae-sd/dataset.json. Each part may be a zip.
+
+    An image without latents, or latents without an image, cannot be loaded.
+    """
+    pictures, open_picture = open_part(f"{path}/images")
+    latents, open_latents = open_part(f"{path}/vae-sd")
+    try:
+        labels = dict(json.load(open_latents("dataset.json"))["labels"])
+        labels = {name: int(label) for name, label in labels.items()}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}/vae-sd has no labels in dataset.json ({type(error).__name__}: {error})") from None
+    picture_of, latents_of = ({os.path.basename(name)[-12:-4]: name for name in part} for part in (pictures, latents))
+    names = sorted(labels, key=lambda name: name[-12:-4])
+    numbers = [name[-12:-4] for name in names]
+    unlabelled = sorted(latents_of.keys() - set(numbers))
+    notes = left_out("without a label", [latents_of[number] for number in unlabelled])
+
+    def moments(i):
+        if numbers[i] not in latents_of:
+            raise ValueError(f"there is no vae-sd/{names[i]}")
+        with open_latents(latents_of[numbers[i]]) as file:
+            found = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        if found.ndim != 3 or len(found) % 2 or not np.isfinite(found).all():
+            raise ValueError(f"{names[i]} is {found.dtype} {found.shape}; it must be finite, (2C, h, w)")
+        return found
+
+    def load(i):
+        moments(i)  # an image is of no use without them
+        if numbers[i] not in picture_of:
+            raise ValueError(f"there is no image with the number {numbers[i]}")
+        with open_picture(picture_of[numbers[i]]) as file:
+            return open_image(io.BytesIO(file.read()))
+
+    class_names = [str(k) for k in range(1 + max(labels.values(), default=0))]
+    return Source(names, np.array([labels[name] for name in names]), class_names, load, notes, moments)
+
+
+def open_part(path):
+    """The names of the png and npy in a folder, or in the zip of that name, and a function that opens one of them."""
+    if os.path.isdir(path):
+        names = files_below(path)
+        opener = lambda name: open(os.path.join(path, name), "rb")  # noqa: E731
+    else:
+        archive = zipfile.ZipFile(f"{path}.zip")
+        names, opener = archive.namelist(), archive.open
+    return [name for name in names if name.endswith((".png", ".npy"))], opener
+
+
 def open_table(options, files=None, notes=()) -> Source:
     """files: local parquet files; if not given, the source is the name of a dataset on the hub."""
     import datasets
@@ -211,7 +274,10 @@ def limited(source: Source, limit: int | None) -> Source:
     count = len(source.names)
     rows = [i * count // min(limit, count) for i in range(min(limit, count))]
     names = [source.names[i] for i in rows]
-    return replace(source, names=names, labels=source.labels[rows], load=lambda k: source.load(rows[k]))
+    moments = source.moments and (lambda k: source.moments(rows[k]))
+    return replace(
+        source, names=names, labels=source.labels[rows], load=lambda k: source.load(rows[k]), moments=moments
+    )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -5,10 +5,12 @@ Autoencoder and encoders are tiny and random, saved to a folder and loaded as re
 
 import collections
 import functools
+import json
 import os
 import re
 import shutil
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -446,3 +448,104 @@ def test_autoencoder_decoder_and_images_must_fit(prepared, autoencoder_folder, j
             train(
                 prepared, judge_folder, tmp_path / "run", "--autoencoder", autoencoder_folder, "--eval-every", 0, *words
             )
+
+
+@pytest.fixture(scope="module")
+def of_repa(autoencoder_folder, tmp_path_factory):
+    """A folder as REPA's tools write it: 9 images numbered on end, float32 latents by diffusers alone, ten classes."""
+    from diffusers import AutoencoderKL
+
+    folder, model = tmp_path_factory.mktemp("repa") / "data", AutoencoderKL.from_pretrained(autoencoder_folder).eval()
+    labels = {"images": [], "vae-sd": []}
+    for i in range(9):
+        picture, latents = f"00000/img{i:08}.png", f"00000/img-mean-std-{i:08}.npy"
+        for part, name in (("images", picture), ("vae-sd", latents)):
+            (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
+            labels[part].append([name, (3 * i) % 10])
+        image = noise_image(SIZE, SIZE, seed=i)
+        Image.fromarray(image).save(folder / "images" / picture, compress_level=0)
+        with torch.no_grad():
+            x = torch.from_numpy(image).permute(2, 0, 1)[None].to(torch.float32) / 127.5 - 1
+            posterior = model.encode(x)["latent_dist"]
+        np.save(folder / "vae-sd" / latents, torch.cat([posterior.mean, posterior.std], dim=1)[0])
+    for part, found in labels.items():
+        (folder / part / "dataset.json").write_text(json.dumps({"labels": found}))
+    return folder
+
+
+def as_repa_reads(folder):
+    """Images, latents and labels in the order of REPA's CustomDataset: sorted names of each part, one by one."""
+    labels = dict(json.loads((folder / "vae-sd" / "dataset.json").read_text())["labels"])
+    pictures, latents = (
+        sorted((folder / part).rglob(f"*.{end}")) for part, end in (("images", "png"), ("vae-sd", "npy"))
+    )
+    images = np.stack([np.array(Image.open(path)).transpose(2, 0, 1) for path in pictures])
+    return images, np.stack([np.load(path) for path in latents]), [labels[f"00000/{path.name}"] for path in latents]
+
+
+def zipped(folder, out):
+    """Each part in a zip without compression, as the tools write it where --dest ends in .zip."""
+    for part in ("images", "vae-sd"):
+        out.mkdir(exist_ok=True)
+        with zipfile.ZipFile(out / f"{part}.zip", "w", zipfile.ZIP_STORED) as archive:
+            for path in (folder / part).rglob("*.*"):
+                archive.write(path, path.relative_to(folder / part))
+    return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_repas_folder_is_taken_as_it_is(of_repa, autoencoder_folder, encoder_folder, judge_folder, packed, tmp_path):
+    """Images and labels exactly, latents to a rounding to float16; no image is encoded but the first few."""
+    source, out = zipped(of_repa, tmp_path / "zip") if packed else of_repa, tmp_path / "out"
+    run(source, out, "--resolution", SIZE, "--autoencoder", autoencoder_folder, "--encoder", encoder_folder)
+    data = PreparedImages(out, latents=load_autoencoder(str(autoencoder_folder)).fingerprint)
+    found, (images, latents, labels) = data.__getitems__(range(len(data))), as_repa_reads(of_repa)
+    assert np.array_equal(found["images"], images) and found["labels"].tolist() == labels
+    assert len(data) == 9 and data.num_classes == 10
+    np.testing.assert_allclose(found["moments"].numpy(), latents, rtol=2**-11, atol=2**-25)
+    prepare.main(["x", "--out", str(out), "--verify"])
+    train(out, judge_folder, tmp_path / "run", "--autoencoder", autoencoder_folder, "--max-steps", 1, "--eval-every", 0)
+
+
+def test_entries_of_repas_folder_that_are_missing_or_damaged(of_repa, autoencoder_folder, tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(of_repa, source)
+    (source / "images" / "00000" / "img00000001.png").unlink()
+    (source / "vae-sd" / "00000" / "img-mean-std-00000002.npy").unlink()
+    (source / "vae-sd" / "00000" / "img-mean-std-00000003.npy").write_bytes(b"junk")
+    np.save(source / "vae-sd" / "00000" / "img-mean-std-00000004.npy", np.full((8, 8, 8), np.nan))
+    np.save(source / "vae-sd" / "00000" / "img-mean-std-00000099.npy", np.zeros((8, 8, 8)))
+    run(source, out, "--resolution", SIZE, "--autoencoder", autoencoder_folder)
+    said = capsys.readouterr().out
+    assert "left out, without a label: 1 (00000/img-mean-std-00000099.npy)" in said and "4 damaged and left out" in said
+    for number in range(1, 5):
+        assert f"left out: 00000/img-mean-std-0000000{number}.npy" in said
+    data = PreparedImages(out, latents=load_autoencoder(str(autoencoder_folder)).fingerprint)
+    keep = [0, 5, 6, 7, 8]
+    expected = as_repa_reads(of_repa)
+    assert np.array_equal(data.__getitems__(range(5))["images"], expected[0][keep])
+    np.testing.assert_allclose(
+        data.__getitems__(range(5))["moments"].numpy(), expected[1][keep], rtol=2**-11, atol=2**-25
+    )
+
+
+def test_repas_folder_with_what_does_not_fit(of_repa, autoencoder_folder, tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(5)
+    other = AutoencoderKL(**dict(AutoencoderKL.from_pretrained(autoencoder_folder).config))
+    other.save_pretrained(tmp_path / "other")
+    bare = tmp_path / "bare"
+    shutil.copytree(of_repa, bare)
+    (bare / "vae-sd" / "dataset.json").write_text('{"labels": null}')
+    right = ("--autoencoder", autoencoder_folder)
+    for source, words, message in (
+        (of_repa, (), "holds latents: give the --autoencoder that made them"),
+        (of_repa, (*right, "--mirror"), "no --mirror"),
+        (of_repa, (*right, "--resolution", SIZE // 2), r"is not \(8, 4, 4\), as the latents of"),
+        (of_repa, ("--autoencoder", tmp_path / "other"), "are not those of .*other': they differ by"),
+        (bare, right, "has no labels in dataset.json"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            run(source, tmp_path / "out", "--resolution", SIZE, *words)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
