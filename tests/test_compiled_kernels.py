@@ -13,8 +13,8 @@ from tests.conftest import ROOT
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
 # In a process of its own: in this one triton.jit made interpreted functions.
-COMPILE = """
-import json, os, pathlib, subprocess, sys
+COMPILE = r"""
+import json, os, pathlib, re, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -43,7 +43,7 @@ def type_of(argument, constants):
         return "i32"
     if "eps" in argument:
         return "fp32"
-    return ("*bf16",) * 32 if argument in TABLES else "*fp32" if argument in FLOAT32 else "*bf16"
+    return ("i64",) * 32 if argument in TABLES else "*fp32" if argument in FLOAT32 else "*bf16"
 
 cuobjdump = triton.knobs.nvidia.cuobjdump.path
 found = {}
@@ -56,14 +56,19 @@ for name, (kernel, constants) in CASES.items():
         if kind[0] == "*" or "stride" in argument
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(c),): v for c, v in constants.items()}, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    code = None
-    if cuobjdump and os.path.exists(cuobjdump):
-        path = pathlib.Path(sys.argv[1], "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        code = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=True).stdout
     fixed = [parameter.name for parameter in kernel.params if not parameter.do_not_specialize]
-    found[name] = dict(ttir=compiled.asm["ttir"], ptx=compiled.asm["ptx"], code=code, fixed=fixed)
+    found[name] = dict(fixed=fixed, code={})
+    for architecture in (80, 100, 90):
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+        if cuobjdump and os.path.exists(cuobjdump):
+            path = pathlib.Path(sys.argv[1], "kernel.cubin")
+            path.write_bytes(compiled.asm["cubin"])
+            done = subprocess.run([cuobjdump, "-sass", "-res-usage", path], capture_output=True, text=True, check=True)
+            found[name]["code"][architecture] = done.stdout
+            registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups()
+            cells = name, f"sm_{architecture}", registers, stack, compiled.metadata.shared
+            print(f"| {' | '.join(map(str, cells))} |", file=sys.stderr)
+    found[name] |= dict(ttir=compiled.asm["ttir"], ptx=compiled.asm["ptx"])  # of sm_90
 print(json.dumps(found))
 """
 KERNELS = ["forward", "forward, modulated", "backward", "backward per token"]
@@ -72,12 +77,13 @@ KERNELS += ["modulate_backward", "modulate_backward, no dh"]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """By kernel, at the width of XL in bf16 and with 32 slots: its first and last code, and its use of a GPU."""
+    """By kernel, at the width of XL in bf16 and with 32 slots: its first and last code. Shown: its use of a GPU."""
     folder = tmp_path_factory.mktemp("compiled")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
     command = [sys.executable, "-c", COMPILE, folder]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    print("| kernel | GPU | registers | bytes of spills | bytes of shared memory |", done.stderr, sep="\n")
     return json.loads(done.stdout)
 
 
@@ -95,10 +101,11 @@ def test_compiled_kernels_move_sixteen_bytes_at_a_time_and_keep_an_order(compile
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:4])
-def test_loops_over_sources_do_not_spill_registers(compiled, kernel):
-    code = compiled[kernel]["code"]
-    if code is None:
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_loops_over_sources_do_not_spill_registers(compiled, kernel, architecture):
+    if not compiled[kernel]["code"]:
         pytest.skip("this build of Triton comes without cuobjdump")
+    code = compiled[kernel]["code"][architecture]
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     lines = [(int(address, 16), instruction) for address, instruction in lines]
     ends = [(int(m[1], 16), at) for at, what in lines if (m := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", what))]
