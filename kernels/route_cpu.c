@@ -3,7 +3,8 @@
 route_cpu.py compiles and calls this; operators.py says what the functions are for. A thread takes whole samples, and
 sums over tokens are kept per sample and added up afterwards in one order: the number of threads changes no bit. Within
 a sample, a block of rows goes through one source after the other, and stays in the cache for the second look at it. Row
-by row, sources that lie a power of two apart would evict each other.
+by row, sources that lie a power of two apart would evict each other. The processor does not foresee the jump from one
+source to the next, so each row asks for the same row of the next source.
 
 Numbers are float32, rows of sources, states and gradients contiguous.
 Shapes: B batch, T tokens, D width, n sources; a row is the D numbers of one token. */
@@ -11,7 +12,7 @@ Shapes: B batch, T tokens, D width, n sources; a row is the D numbers of one tok
 #include <stddef.h>
 #include <string.h>
 
-#define BLOCK 2048  /* numbers of a source in one block: 8 KiB */
+#define BLOCK 1024  /* numbers of a source in one block: 4 KiB */
 
 typedef ptrdiff_t size;
 typedef const float *restrict in;
@@ -37,6 +38,10 @@ static size smaller(size a, size b) { return a < b ? a : b; }
 static size rows_per_block(Shape s) {
     size rows = smaller(smaller(BLOCK / s.D, 64), 16384 / s.n); /* what is kept per row and source must fit a stack */
     return rows > 1 ? rows : 1;
+}
+
+static void fetch(const float *row, size D) {
+    for (size d = 0; d < D; d += 16) __builtin_prefetch(row + d);
 }
 
 static float dot(in a, in b, size D) {
@@ -69,9 +74,11 @@ static void fold_backward(in dfolded, in q, in g, size D, out dq, out dg) {
     for (size d = 0; d < D; d++) dq[d] = dfolded[d] * g[d] * scale, dg[d] += dfolded[d] * q[d] * scale;
 }
 
-/* Logits of some rows of one source, and 1 / rms of these. */
-static void logits_of(in v, in folded, size own, float eps, size rows, size D, out logit, out inverse) {
+/* Logits of some rows of one source, and 1 / rms of these. next: what is read after them. */
+static void logits_of(in v, const float *next, in folded, size own, float eps, size rows, size D, out logit,
+                      out inverse) {
     for (size r = 0; r < rows; r++) {
+        fetch(next + r * D, D);
         in row = v + r * D, q = folded + r * own;
         float square = 0, along = 0;
         for (size d = 0; d < D; d++) square += row[d] * row[d], along += row[d] * q[d];
@@ -80,13 +87,39 @@ static void logits_of(in v, in folded, size own, float eps, size rows, size D, o
     for (size r = 0; r < rows; r++) inverse[r] = 1 / sqrtf(inverse[r] + eps), logit[r] *= inverse[r];
 }
 
-/* Logits to weights, over n of them that lie `stride` apart. Returns the log-sum-exp, -inf for one source. */
-static float softmax(float *values, size n, size stride) {
-    float largest = values[0], total = 0;
-    for (size i = 1; i < n; i++) largest = values[i * stride] > largest ? values[i * stride] : largest;
-    for (size i = 0; i < n; i++) total += values[i * stride] = expf(values[i * stride] - largest);
-    for (size i = 0; i < n; i++) values[i * stride] /= total;
-    return n == 1 ? -INFINITY : largest + logf(total);
+/* e^x for x <= 0, to a relative 3e-7 (Cephes); expf would be a call for each number. */
+static inline float exponential(float x) {
+    x = x < -87 ? -87 : x;
+    float whole = __builtin_rintf(x * 1.44269504f), rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * rest + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1;
+    union { int bits; float value; } power = {((int)whole + 127) << 23};
+    return p * power.value;
+}
+
+/* Logits of some rows, n of each that lie `stride` apart, to weights. lse: their log-sum-exp, -inf for one source. */
+static void softmax(float *values, size n, size stride, size rows, float *lse) {
+    float largest[rows], total[rows];
+    for (size r = 0; r < rows; r++) largest[r] = values[r], total[r] = 0;
+    for (size i = 1; i < n; i++)
+        for (size r = 0; r < rows; r++) {
+            float x = values[i * stride + r];
+            largest[r] = x > largest[r] ? x : largest[r];
+        }
+    for (size i = 0; i < n; i++)
+        for (size r = 0; r < rows; r++)
+            total[r] += values[i * stride + r] = exponential(values[i * stride + r] - largest[r]);
+    for (size r = 0; r < rows; r++) {
+        if (lse) lse[r] = n == 1 ? -INFINITY : largest[r] + logf(total[r]);
+        total[r] = 1 / total[r];
+    }
+    for (size i = 0; i < n; i++)
+        for (size r = 0; r < rows; r++) values[i * stride + r] *= total[r];
 }
 
 /* h = sum_i a_i v_i of one row, two sources at a time, or most of the work would be to load and store h. */
@@ -123,10 +156,11 @@ void dar_forward(Shape s, float *const *sources, Rows query, in g, float eps, fl
             size rows = smaller(block, s.T - t), at = b * s.T + t;
             for (size r = 0; r < rows && own; r++) fold(row_of(query, b, t + r), g, D, folded + r * D);
             for (size i = 0; i < s.n; i++)
-                logits_of(sources[i] + at * D, folded, own, eps, rows, D, alpha + i * block, inverse);
+                logits_of(sources[i] + at * D, sources[smaller(i + 1, s.n - 1)] + at * D, folded, own, eps, rows, D,
+                          alpha + i * block, inverse);
+            softmax(alpha, s.n, block, rows, lse + at);
             for (size r = 0; r < rows; r++) {
                 float *row = h + (at + r) * D, *modulated = x + (at + r) * D;
-                lse[at + r] = softmax(alpha + r, s.n, block);
                 weighted_sum(sources, (at + r) * D, alpha + r, block, s.n, D, row);
                 if (!x) continue;
                 in sc = row_of(scale, b, t), sh = row_of(shift, b, t);
@@ -151,20 +185,24 @@ static void modulate_backward(in dx, in h, in scale, float eps, size D, out dh, 
     for (size d = 0; d < D; d++) dh[d] = inverse * (dh[d] - mean - along * normalized[d]);
 }
 
-/* The n sources' parts in the gradients of a row. With r = 1 / rms(v), s = r (v . q') and the weight a:
+/* The n sources' parts in the gradients of some rows. With r = 1 / rms(v), s = r (v . q') and the weight a:
        ds_i = a_i (dh . v_i - sum_j a_j dh . v_j)
        dv = known + a dh + y q' + z v,   dq' += y v,   y = ds r,   z = -ds s r^2 / D
    The sum over j is formed from the same numbers, not as dh . h, so that the ds of a row add up to zero. From logits,
    gains dh . v and r to a, y and z, in place. */
-static void coefficients(float *alpha, float *gain, float *inverse, size n, size stride, size D) {
-    float logits[n], mean = 0;
-    for (size i = 0; i < n; i++) logits[i] = alpha[i * stride];
-    softmax(alpha, n, stride);
-    for (size i = 0; i < n; i++) mean += alpha[i * stride] * gain[i * stride];
-    for (size i = 0; i < n; i++) {
-        float r = inverse[i * stride], y = alpha[i * stride] * (gain[i * stride] - mean) * r;
-        gain[i * stride] = y, inverse[i * stride] = -y * logits[i] * r * (1.0f / D);
-    }
+static void coefficients(float *alpha, float *gain, float *inverse, size n, size stride, size rows, size D) {
+    float logits[n * stride], mean[rows];
+    memcpy(logits, alpha, n * stride * sizeof *alpha);
+    softmax(alpha, n, stride, rows, NULL);
+    clear(mean, rows);
+    for (size i = 0; i < n; i++)
+        for (size r = 0; r < rows; r++) mean[r] += alpha[i * stride + r] * gain[i * stride + r];
+    for (size i = 0; i < n; i++)
+        for (size r = 0; r < rows; r++) {
+            size k = i * stride + r;
+            float y = alpha[k] * (gain[k] - mean[r]) * inverse[k];
+            gain[k] = y, inverse[k] = -y * logits[k] * inverse[k] * (1.0f / D);
+        }
 }
 
 static void source_backward(in v, int known, in dh, in folded, float a, float y, float z, size D, out dv, out dfolded) {
@@ -205,14 +243,15 @@ void dar_backward(Shape s, float *const *sources, float *const *known, float *co
                 if (own) fold(row_of(query, b, t + r), g, D, folded + r * D);
             }
             for (size i = 0; i < s.n; i++) {
-                in v = sources[i] + at;
-                logits_of(v, folded, own, eps, rows, D, alpha + i * block, inverse + i * block);
+                in v = sources[i] + at, next = i + 1 < s.n ? sources[i + 1] + at : gradients[0] + at;
+                logits_of(v, next, folded, own, eps, rows, D, alpha + i * block, inverse + i * block);
                 for (size r = 0; r < rows; r++) gain[i * block + r] = dot(v + r * D, dstate + r * D, D);
             }
-            for (size r = 0; r < rows; r++) coefficients(alpha + r, gain + r, inverse + r, s.n, block, D);
+            coefficients(alpha, gain, inverse, s.n, block, rows, D);
             for (size i = 0; i < s.n; i++)
                 for (size r = 0; r < rows; r++) {
                     size row = at + r * D, k = i * block + r;
+                    fetch(gradients[smaller(i + 1, s.n - 1)] + row, D);
                     if (known[i] && known[i] != gradients[i]) memcpy(gradients[i] + row, known[i] + row, D * sizeof *dh);
                     source_backward(sources[i] + row, known[i] != NULL, dstate + r * D, folded + r * own, alpha[k],
                                     gain[k], inverse[k], D, gradients[i] + row, dfolded + r * own);
