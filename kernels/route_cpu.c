@@ -87,10 +87,10 @@ static void logits_of(in v, const float *next, in folded, size own, float eps, s
     for (size r = 0; r < rows; r++) inverse[r] = 1 / sqrtf(inverse[r] + eps), logit[r] *= inverse[r];
 }
 
-/* e^x for x <= 0, to a relative 3e-7 (Cephes); expf would be a call for each number. */
+/* e^x for x <= 0, to a relative 3e-7, and 0 below e^-87 (Cephes); expf would be a call for each number. */
 static inline float exponential(float x) {
-    x = x < -87 ? -87 : x;
-    float whole = __builtin_rintf(x * 1.44269504f), rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float kept = x < -87 ? -87 : x;
+    float whole = __builtin_rintf(kept * 1.44269504f), rest = kept - whole * 0.693359375f + whole * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * rest + 1.3981999507e-3f;
     p = p * rest + 8.3334519073e-3f;
@@ -99,7 +99,7 @@ static inline float exponential(float x) {
     p = p * rest + 5.0000001201e-1f;
     p = p * rest * rest + rest + 1;
     union { int bits; float value; } power = {((int)whole + 127) << 23};
-    return p * power.value;
+    return x < -87 ? 0 : p * power.value;
 }
 
 /* Logits of some rows, n of each that lie `stride` apart, to weights. lse: their log-sum-exp, -inf for one source. */
