@@ -62,14 +62,11 @@ distill: $(TEACHER)
 	for name in residual-1 residual-4 dar-1 dar-4; do \
 		$(RUN) -m eval.sample $(DISTILLED)/$$name/last.pt --seed 1 --num-samples 1000 --out $(DISTILLED)/samples/$$name || exit 1; \
 	done
-	for steps in 4 50; do \
-		$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps $$steps --seed $$steps --num-samples 1000 \
-			--out $(DISTILLED)/samples/teacher-$$steps || exit 1; \
-	done
-	$(RUN) -m eval.metrics $(DISTILLED)/samples/*/*.npz --judge $(DIGITS)/judge \
-		--reference $(DISTILLED)/samples/teacher-50/teacher-50.npz
+	$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps 4 --seed 1 --num-samples 1000 --out $(DISTILLED)/samples/euler-4
+	$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps 50 --num-samples 1000 --out $(DISTILLED)/teacher
+	$(RUN) -m eval.metrics $(DISTILLED)/samples/*/*.npz --judge $(DIGITS)/judge --reference $(DISTILLED)/teacher/teacher.npz
 	$(RUN) -m analysis.spectrum $(DISTILLED)/samples/*/*.npz --out $(DISTILLED)/spectrum \
-		--reference $(DIGITS) $(DISTILLED)/samples/teacher-50/teacher-50.npz
+		--reference $(DIGITS) $(DISTILLED)/teacher/teacher.npz
 
 cifar10: setup
 	$(RUN) -m dataset.prepare $(CIFAR10) --out $(CIFAR) --resolution 32

@@ -65,7 +65,8 @@ class Distiller(Run):
         self.ema = EMA(self.model, config.ema_decays)
         self.tally = Tally(self.device, ("loss", "critic_loss", "grad_norm", "critic_grad_norm"))
         self.parts = {"model": self.model, "emas": self.ema, "optimizer": self.optimizer}
-        self.parts |= {"critic": self.critic_weights, "critic_optimizer": self.critic_optimizer, "tally": self.tally}
+        kept = self.critic_weights if config.critic_rank else self.critic
+        self.parts |= {"critic": kept, "critic_optimizer": self.critic_optimizer, "tally": self.tally}
         if config.eval_every:
             self.evaluate = OnlineEvaluation(self.inputs.config, ranks, self.inputs, self.autocast)
 
@@ -219,7 +220,8 @@ class Distiller(Run):
             f"student update\n"
             f"teacher    {config.teacher}, {config.model}, routing {taught}{guided}\n"
             f"student    routing {routing}; steps from t = {', '.join(f'{t:.3g}' for t in self.times)}\n"
-            f"data       labels of {len(self.labels)} images in {config.data}; {config.autoencoder}, "
+            f"data       labels of {len(self.labels)} images in {config.data}"
+            f"{', and these for the GAN' * (config.gan_weight > 0)}; {config.autoencoder}, "
             f"{' x '.join(map(str, self.inputs.shape))}\n"
             f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {teacher / 1e6:.2f} M teacher\n"
             f"compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a step\n"

@@ -21,6 +21,7 @@ NNNNN.json, and a meta.json that is written last. What is written does not depen
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -30,7 +31,6 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +41,7 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from dataset.prepared import EncodedImages
-from dataset.sources import Source, center_crop, limited, open_source, to_rgb
+from dataset.sources import Source, center_crop, limited, open_source, to_rgb, with_latents
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import Ranks, check_folder, lock_folder, plain_errors, read_json, replaced, write_array, write_json
@@ -113,6 +113,9 @@ def prepare(options: Options, ranks: Ranks):
         if rest:
             unit = f"{autoencoder.downsampling} pixels, one latent of {options.autoencoder!r}"
             raise ValueError(f"resolution = {resolution} is not a multiple of {unit}")
+        if source.moments:
+            source = with_latents(source, (2 * autoencoder.channels, size, size))
+            compare(source, autoencoder, resolution, options.source)
         grid = size // 2 if options.token_grid is None else options.token_grid
         if grid < 1:
             raise ValueError(f"token_grid = {grid}: must be at least 1")
@@ -214,6 +217,11 @@ class Images(Stage):
         self.records = self.folder / "images"
         self.threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
+    @functools.cached_property
+    def encoded(self):
+        """They, once all are written."""
+        return EncodedImages(self.folder)
+
     def probe(self):
         """Seconds and bytes per image, from some that are spread over the source."""
         rows = range(0, self.count, -(-self.count // PROBE))
@@ -297,9 +305,10 @@ class Rows(Stage):
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             return self.compute(images.to(device)).float().cpu().numpy()
 
-    def of(self, rows, pixels):
-        """What is stored of these images, (B, *shape)."""
-        return self.network(pixels)
+    def of(self, part, readable):
+        """What is stored of these images, (B, *shape), and with `mirror` of their mirrored copies."""
+        pixels = torch.stack([self.images.encoded[row] for row in part])
+        return [self.network(pixels.flip(-1) if copy else pixels) for copy in range(self.copies)]
 
     def left(self):
         """Bytes per image that are not reserved yet."""
@@ -317,13 +326,11 @@ class Rows(Stage):
 
     def make(self, rows):
         array = np.load(self.path, mmap_mode="r+")
-        images = EncodedImages(self.images.folder)
         for first in range(rows.start, rows.stop, self.batch_size):
             part = range(first, min(first + self.batch_size, rows.stop))
-            pixels = torch.stack([images[row] for row in part])
-            readable = np.array([images.sizes[row] > 0 for row in part])
-            for copy in range(self.copies):
-                made = self.of(part, pixels.flip(-1) if copy else pixels).astype(np.float16)
+            readable = np.array([self.images.encoded.sizes[row] > 0 for row in part])
+            for copy, made in enumerate(self.of(part, readable)):
+                made = made.astype(np.float16)
                 if not np.isfinite(made).all():
                     which = f"images {part.start} to {part.stop - 1}"
                     raise ValueError(f"{self.name!r} gave values beyond float16 in {which}")
@@ -340,34 +347,40 @@ class Rows(Stage):
 class Taken(Rows):
     """Latents that the source has, as they are but for float16."""
 
-    def open(self):
-        """Compare the first ones with what the autoencoder makes of their images, before anything is written."""
-        images, source = EncodedImages(self.images.folder), self.images.settings["source"]
-        rows = [row for row in range(self.count) if images.sizes[row] > 0][: self.batch_size]
-        made = self.network(torch.stack([images[row] for row in rows]))
-        error = np.sqrt(np.mean((self.of(rows, None) - made) ** 2) / np.mean(made**2))
-        if not error < 0.1:
-            raise ValueError(
-                f"the latents in {source!r} are not those of {self.name!r}: they differ by {error:.2g} of their "
-                "RMS; give the --autoencoder that made them"
-            )
-        super().open()
+    def of(self, part, readable):
+        def read(i, fine):
+            return self.images.source.moments(i) if fine else np.zeros(self.shape)
 
-    def of(self, rows, pixels):
-        images = EncodedImages(self.images.folder)
-        found = [self.images.source.moments(row) if images.sizes[row] > 0 else np.zeros(self.shape) for row in rows]
-        if wrong := [row for row, x in zip(rows, found) if x.shape != self.shape]:
-            name = self.images.source.names[wrong[0]]
-            raise ValueError(f"{name} is not {self.shape}, as the latents of {self.name!r} are at this resolution")
-        return np.stack(found)
+        with ThreadPoolExecutor(self.images.threads) as pool:
+            return [np.stack(list(pool.map(read, part, readable)))]
 
     def probe(self):
         return self.images.probe()[0], self.left()  # which reads the latents too
 
 
+def compare(source: Source, autoencoder, resolution: int, name: str):
+    """Raises ValueError unless a few latents of the source are what the autoencoder makes of their images."""
+    pairs, problem = [], ""
+    for i in range(0, len(source.names), -(-len(source.names) // PROBE)):
+        try:
+            pairs.append((np.array(center_crop(to_rgb(source.load(i)), resolution)), source.moments(i)))
+        except Exception as error:  # as in Images.read
+            problem = f"{source.names[i]}: {error}"
+    if not pairs:
+        raise ValueError(f"none of the entries of {name!r} that were tried can be used; {problem}")
+    images, latents = map(np.stack, zip(*pairs))
+    made = autoencoder.moments(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    error = np.sqrt(np.mean((latents - made) ** 2) / np.mean(made**2))
+    if not error < 0.1:
+        raise ValueError(
+            f"the latents in {name!r} are not those of {autoencoder.name!r}: they differ by {error:.2g} of their RMS; "
+            "give the --autoencoder that made them"
+        )
+
+
 def estimate(stages: list, folder: Path):
     """Say how much disk and time the unfinished stages will take; ValueError where the disk is too small."""
-    needed, world, binary = 0, stages[0].ranks.world, partial(tqdm.format_sizeof, suffix="iB", divisor=1024)
+    needed, world, binary = 0, stages[0].ranks.world, functools.partial(tqdm.format_sizeof, suffix="iB", divisor=1024)
     for stage in stages:
         left = stage.count * sum(not stage.record(rows).is_file() for rows in stage.parts) / len(stage.parts)
         if left and not stage.meta.is_file():

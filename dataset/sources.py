@@ -166,9 +166,12 @@ def open_repa(path) -> Source:
     latents, open_latents = open_part(f"{path}/vae-sd")
     try:
         labels = dict(json.load(open_latents("dataset.json"))["labels"])
-        labels = {name: int(label) for name, label in labels.items()}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}/vae-sd has no labels in dataset.json ({type(error).__name__}: {error})") from None
+    if wrong := [name for name, label in labels.items() if not isinstance(label, int) or label < 0] or not labels:
+        raise ValueError(
+            f"{path}/vae-sd/dataset.json must have a label from 0 for each of its files; see {wrong or 'it'}"
+        )
     picture_of, latents_of = ({os.path.basename(name)[-12:-4]: name for name in part} for part in (pictures, latents))
     names = sorted(labels, key=lambda name: name[-12:-4])
     numbers = [name[-12:-4] for name in names]
@@ -179,19 +182,15 @@ def open_repa(path) -> Source:
         if numbers[i] not in latents_of:
             raise ValueError(f"there is no vae-sd/{names[i]}")
         with open_latents(latents_of[numbers[i]]) as file:
-            found = np.load(io.BytesIO(file.read()), allow_pickle=False)
-        if found.ndim != 3 or len(found) % 2 or not np.isfinite(found).all():
-            raise ValueError(f"{names[i]} is {found.dtype} {found.shape}; it must be finite, (2C, h, w)")
-        return found
+            return np.load(io.BytesIO(file.read()), allow_pickle=False)
 
     def load(i):
-        moments(i)  # an image is of no use without them
         if numbers[i] not in picture_of:
             raise ValueError(f"there is no image with the number {numbers[i]}")
         with open_picture(picture_of[numbers[i]]) as file:
             return open_image(io.BytesIO(file.read()))
 
-    class_names = [str(k) for k in range(1 + max(labels.values(), default=0))]
+    class_names = [str(k) for k in range(1 + max(labels.values()))]
     return Source(names, np.array([labels[name] for name in names]), class_names, load, notes, moments)
 
 
@@ -201,8 +200,12 @@ def open_part(path):
         names = files_below(path)
         opener = lambda name: open(os.path.join(path, name), "rb")  # noqa: E731
     else:
-        archive = zipfile.ZipFile(f"{path}.zip")
+        try:
+            archive = zipfile.ZipFile(f"{path}.zip")
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path}.zip is damaged, or no zip ({error})") from None
         names, opener = archive.namelist(), archive.open
+        names = [name for name in names if not any(map(hidden, name.split("/")))]
     return [name for name in names if name.endswith((".png", ".npy"))], opener
 
 
@@ -278,6 +281,22 @@ def limited(source: Source, limit: int | None) -> Source:
     return replace(
         source, names=names, labels=source.labels[rows], load=lambda k: source.load(rows[k]), moments=moments
     )
+
+
+def with_latents(source: Source, shape: tuple) -> Source:
+    """A source of images and latents, whose images cannot be loaded where the latents are not (2C, h, w) in float16."""
+
+    def moments(i):
+        found = source.moments(i)
+        if found.shape != shape or not np.abs(found).max() <= np.finfo(np.float16).max:
+            raise ValueError(f"its latents are {found.dtype} {found.shape}, not finite numbers of float16 {shape}")
+        return found
+
+    def load(i):
+        moments(i)
+        return source.load(i)
+
+    return replace(source, load=load, moments=moments)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -56,8 +56,8 @@ class Options:
     """ADM's reference npz, or images as for SAMPLES."""
     inception: str = ""
     """Weights file of torch-fidelity's Inception v3; downloaded once if not given."""
-    judge: str = ""
-    """Another network instead of Inception: timm:NAME or a folder, as --eval-encoder of the training."""
+    judge: str = "inception"
+    """The network that judges: Inception, or another one, timm:NAME or a folder, as --eval-encoder of the training."""
     fd_dinov2: bool = False
     """Also the Fréchet distance between class tokens of DINOv2."""
     dinov2: str = "dinov2-vit-l"
@@ -88,10 +88,12 @@ def run(options: Options, ranks: Ranks):
             raise ValueError(f"{name} = {getattr(options, name)}: must be at least {low}")
     if kept and not kept.endswith(".npz"):
         raise ValueError(f"save_reference = {kept!r}: must end in .npz")
+    if not options.samples:
+        raise ValueError("samples = (): give npz files or folders to judge")
     if options.out and len(options.samples) != 1:
         raise ValueError(f"out = {options.out!r}: one file for {len(options.samples)} SAMPLES; leave it out")
     with ranks.one_first():
-        if options.judge:
+        if options.judge != "inception":
             network = features.PooledFeatures(options.judge).to(ranks.device)
             facts = {"judge": {"name": options.judge, "fingerprint": network.fingerprint}}
         else:
@@ -104,11 +106,11 @@ def run(options: Options, ranks: Ranks):
             networks.append(dinov2)
             facts["dinov2"] = {"name": dinov2.name, "fingerprint": dinov2.encoder.fingerprint}
             facts["dinov2"]["position_embedding"] = dinov2.position_embedding
-    known = npz_statistics(options.reference, network) if options.reference.is_file() and not options.judge else {}
-    if kept and (known or options.judge):
-        problem = "holds Inception's statistics" if options.judge else f"{str(options.reference)!r} has its statistics"
+    known = npz_statistics(options.reference, network) if options.reference.is_file() and "inception" in facts else {}
+    if kept and (known or "judge" in facts):
+        problem = "holds Inception's statistics" if "judge" in facts else f"{str(options.reference)!r} has its own"
         raise ValueError(f"save_reference = {kept!r}: {problem}")
-    sources, images = {path: open_images(path) for path in options.samples}, open_images(options.reference)
+    images = open_images(options.reference)
 
     def batches(source, what):
         return read(source, options.batch_size, ranks, options.num_workers, what)
@@ -131,14 +133,15 @@ def run(options: Options, ranks: Ranks):
         "environment": environment(ranks),
     }
     rows = []
-    for path, samples in sources.items():
+    for path in options.samples:
+        samples = open_images(path)  # one at a time, as an npz is held in memory
         metrics, warnings = measure(batches(samples, str(path)), len(samples), reference, *common, samples.labels)
         if not ranks.main:
             continue
         if samples.size != images.size:
             own, other = (f"{source.size[0]} x {source.size[1]}" for source in (samples, images))
             warnings.append(f"samples are {own} pixels, the reference's images {other}: resizing differs too")
-        if not options.judge and not network.is_published:
+        if "inception" in facts and not network.is_published:
             unknown = f"{network.file} is not the published Inception file (by its checksum)"
             warnings.append(f"{unknown}: numbers compare only with others of the same file")
         warnings += samples.warnings + [f"reference: {warning}" for warning in images.warnings]

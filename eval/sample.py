@@ -335,14 +335,14 @@ def record(options: Options, settings: Settings, origin: dict, folder: Path, sha
         flush=True,
     )
     path = folder / "settings.json"
-    starts = read_json(path)["starts"] if path.is_file() else []
-    content = {
+    made = read_json(path) if path.is_file() else {"starts": []}
+    content = made | {
         "settings": dataclasses.asdict(settings),
         "hash": settings.digits(),
         "preset": None if settings.sampler == "few-step" else options.preset,
         "function_evaluations": settings.evaluations(),
         "uint8": CONVERSION,
-        "starts": [*starts, {"batch_size": options.batch_size, **origin, **environment(ranks)}],
+        "starts": [*made["starts"], {"batch_size": options.batch_size, **origin, **environment(ranks)}],
     }
     write_json(path, content)  # first, as it says whose the folder is
     (folder / "samples").mkdir(exist_ok=True)

@@ -87,9 +87,10 @@ static void logits_of(in v, const float *next, in folded, size own, float eps, s
     for (size r = 0; r < rows; r++) inverse[r] = 1 / sqrtf(inverse[r] + eps), logit[r] *= inverse[r];
 }
 
-/* e^x for x <= 0, to a relative 3e-7, and 0 below e^-87 (Cephes); expf would be a call for each number. */
+/* e^x for x <= 0 (Cephes), to a relative 1e-7 near 1 and 5e-6 near e^-87, below which it is 0; NaN stays. expf would be
+   a call for each number. */
 static inline float exponential(float x) {
-    float kept = x < -87 ? -87 : x;
+    float kept = x > -87 ? x : -87;
     float whole = __builtin_rintf(kept * 1.44269504f), rest = kept - whole * 0.693359375f + whole * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * rest + 1.3981999507e-3f;
@@ -99,7 +100,7 @@ static inline float exponential(float x) {
     p = p * rest + 5.0000001201e-1f;
     p = p * rest * rest + rest + 1;
     union { int bits; float value; } power = {((int)whole + 127) << 23};
-    return x < -87 ? 0 : p * power.value;
+    return x > -87 ? p * power.value : x == x ? 0 : x;
 }
 
 /* Logits of some rows, n of each that lie `stride` apart, to weights. lse: their log-sum-exp, -inf for one source. */

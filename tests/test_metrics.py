@@ -483,7 +483,7 @@ def test_samples_and_options_that_cannot_be_used(adm, narrowed, judge_folder, tm
         ("none.npz", "0 samples"),
         ("whole.npz", "batch_size = 0", "--batch-size", "0"),
         ("whole.npz", "num_workers = -1", "--num-workers", "-1"),
-        ("whole.npz", "has its statistics", "--save-reference", tmp_path / "x.npz"),
+        ("whole.npz", "adm.npz' has its own", "--save-reference", tmp_path / "x.npz"),
         ("whole.npz", "holds Inception's statistics", "--save-reference", tmp_path / "x.npz", "--judge", judge_folder),
         ("whole.npz", "'no-such-network' cannot judge", "--judge", "no-such-network"),
         ("whole.npz", "must end in .npz", "--save-reference", tmp_path / "x"),

@@ -490,6 +490,7 @@ def zipped(folder, out):
         with zipfile.ZipFile(out / f"{part}.zip", "w", zipfile.ZIP_STORED) as archive:
             for path in (folder / part).rglob("*.*"):
                 archive.write(path, path.relative_to(folder / part))
+                archive.writestr(f"__MACOSX/00000/._{path.name}", b"what macOS adds to a zip")
     return out
 
 
@@ -514,18 +515,20 @@ def test_entries_of_repas_folder_that_are_missing_or_damaged(of_repa, autoencode
     (source / "vae-sd" / "00000" / "img-mean-std-00000002.npy").unlink()
     (source / "vae-sd" / "00000" / "img-mean-std-00000003.npy").write_bytes(b"junk")
     np.save(source / "vae-sd" / "00000" / "img-mean-std-00000004.npy", np.full((8, 8, 8), np.nan))
+    np.save(source / "vae-sd" / "00000" / "img-mean-std-00000005.npy", np.zeros((8, 4, 4)))
+    np.save(source / "vae-sd" / "00000" / "img-mean-std-00000006.npy", np.full((8, 8, 8), 1e5))
     np.save(source / "vae-sd" / "00000" / "img-mean-std-00000099.npy", np.zeros((8, 8, 8)))
     run(source, out, "--resolution", SIZE, "--autoencoder", autoencoder_folder)
     said = capsys.readouterr().out
-    assert "left out, without a label: 1 (00000/img-mean-std-00000099.npy)" in said and "4 damaged and left out" in said
-    for number in range(1, 5):
+    assert "left out, without a label: 1 (00000/img-mean-std-00000099.npy)" in said and "6 damaged and left out" in said
+    for number in range(1, 7):
         assert f"left out: 00000/img-mean-std-0000000{number}.npy" in said
     data = PreparedImages(out, latents=load_autoencoder(str(autoencoder_folder)).fingerprint)
-    keep = [0, 5, 6, 7, 8]
+    keep = [0, 7, 8]
     expected = as_repa_reads(of_repa)
-    assert np.array_equal(data.__getitems__(range(5))["images"], expected[0][keep])
+    assert np.array_equal(data.__getitems__(range(3))["images"], expected[0][keep])
     np.testing.assert_allclose(
-        data.__getitems__(range(5))["moments"].numpy(), expected[1][keep], rtol=2**-11, atol=2**-25
+        data.__getitems__(range(3))["moments"].numpy(), expected[1][keep], rtol=2**-11, atol=2**-25
     )
 
 
@@ -535,17 +538,27 @@ def test_repas_folder_with_what_does_not_fit(of_repa, autoencoder_folder, tmp_pa
     torch.manual_seed(5)
     other = AutoencoderKL(**dict(AutoencoderKL.from_pretrained(autoencoder_folder).config))
     other.save_pretrained(tmp_path / "other")
-    bare = tmp_path / "bare"
-    shutil.copytree(of_repa, bare)
-    (bare / "vae-sd" / "dataset.json").write_text('{"labels": null}')
+    broken = {
+        "bare": '{"labels": null}',
+        "empty": '{"labels": []}',
+        "below": '{"labels": [["00000/img-mean-std-0.npy", -1]]}',
+    }
+    for name, text in broken.items():
+        shutil.copytree(of_repa, tmp_path / name)
+        (tmp_path / name / "vae-sd" / "dataset.json").write_text(text)
+    shutil.copytree(of_repa / "vae-sd", tmp_path / "damaged" / "vae-sd")
+    (tmp_path / "damaged" / "images.zip").write_bytes(b"no zip")
     right = ("--autoencoder", autoencoder_folder)
     for source, words, message in (
         (of_repa, (), "holds latents: give the --autoencoder that made them"),
         (of_repa, (*right, "--mirror"), "no --mirror"),
-        (of_repa, (*right, "--resolution", SIZE // 2), r"is not \(8, 4, 4\), as the latents of"),
+        (of_repa, (*right, "--resolution", SIZE // 2), r"none of the entries of .* not finite .*\(8, 4, 4\)"),
         (of_repa, ("--autoencoder", tmp_path / "other"), "are not those of .*other': they differ by"),
-        (bare, right, "has no labels in dataset.json"),
+        (tmp_path / "bare", right, "has no labels in dataset.json"),
+        (tmp_path / "empty", right, "must have a label from 0 for each of its files"),
+        (tmp_path / "below", right, "img-mean-std-0.npy"),
+        (tmp_path / "damaged", right, "images.zip is damaged, or no zip"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             run(source, tmp_path / "out", "--resolution", SIZE, *words)
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert not (tmp_path / "out").exists()

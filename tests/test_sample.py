@@ -289,7 +289,11 @@ def test_settings_say_what_was_drawn_and_where(whole, checkpoint):
     content = json.loads((whole / "settings.json").read_text())
     assert content["settings"].keys() == {field.name for field in dataclasses.fields(sampling.Settings)}
     assert content["settings"]["cfg_scale"] == 1.5 and content["settings"]["seed"] == 0
-    assert content["function_evaluations"] == 4 and content["uint8"] == "round to nearest, (x + 1) * 127.5"
+    assert (
+        content["function_evaluations"] == 4
+        and content["seconds_per_1000_images"] > 0
+        and content["uint8"] == "round to nearest, (x + 1) * 127.5"
+    )
     (start,) = content["starts"]
     assert start["checkpoint"] == str(checkpoint) and (start["step"], start["average"]) == (1, "0.99")
     assert start["autoencoder"] == "pixels" and start["processes"] == 1 and start["batch_size"] == 64
