@@ -63,7 +63,7 @@ distill: $(TEACHER)
 		$(RUN) -m eval.sample $(DISTILLED)/$$name/last.pt --seed 1 --num-samples 1000 --out $(DISTILLED)/samples/$$name || exit 1; \
 	done
 	$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps 4 --seed 1 --num-samples 1000 --out $(DISTILLED)/samples/euler-4
-	$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps 50 --num-samples 1000 --out $(DISTILLED)/teacher
+	$(RUN) -m eval.sample $(TEACHER) --sampler euler --steps 16 --num-samples 1000 --out $(DISTILLED)/teacher
 	$(RUN) -m eval.metrics $(DISTILLED)/samples/*/*.npz --judge $(DIGITS)/judge --reference $(DISTILLED)/teacher/teacher.npz
 	$(RUN) -m analysis.spectrum $(DISTILLED)/samples/*/*.npz --out $(DISTILLED)/spectrum \
 		--reference $(DIGITS) $(DISTILLED)/teacher/teacher.npz
