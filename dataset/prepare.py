@@ -115,7 +115,6 @@ def prepare(options: Options, ranks: Ranks):
             raise ValueError(f"resolution = {resolution} is not a multiple of {unit}")
         if source.moments:
             source = with_latents(source, (2 * autoencoder.channels, size, size))
-            compare(source, autoencoder, resolution, options.source)
         grid = size // 2 if options.token_grid is None else options.token_grid
         if grid < 1:
             raise ValueError(f"token_grid = {grid}: must be at least 1")
@@ -215,6 +214,7 @@ class Images(Stage):
         }
         super().__init__(Path(options.out), len(source.names), settings, ranks)
         self.records = self.folder / "images"
+        self.some = range(0, self.count, -(-self.count // PROBE))  # spread over the source
         self.threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     @functools.cached_property
@@ -224,19 +224,22 @@ class Images(Stage):
 
     def probe(self):
         """Seconds and bytes per image, from some that are spread over the source."""
-        rows = range(0, self.count, -(-self.count // PROBE))
         began = time.perf_counter()
         with ThreadPoolExecutor(self.threads) as pool:
-            sizes = [len(data) for data, *_ in pool.map(self.read, rows)]
-        return (time.perf_counter() - began) / len(rows), sum(sizes) / len(rows)
+            sizes = [len(data) for data, *_ in pool.map(self.read, self.some)]
+        return (time.perf_counter() - began) / len(self.some), sum(sizes) / len(self.some)
+
+    def cropped(self, i):
+        """Image i as it is stored. Raises what the source or a decoder raises."""
+        image = self.source.load(i)
+        if self.exif:
+            image = ImageOps.exif_transpose(image)
+        return center_crop(to_rgb(image), self.resolution)
 
     def read(self, i):
         """Image i as PNG, the checksum of its pixels, and what is wrong with it if anything."""
         try:
-            image = self.source.load(i)
-            if self.exif:
-                image = ImageOps.exif_transpose(image)
-            image = center_crop(to_rgb(image), self.resolution)
+            image = self.cropped(i)
         except Exception as error:  # a damaged file can raise nearly anything inside a decoder
             # Without the address of a buffer in memory, which differs from run to run.
             return b"", b"", re.sub(r"<(\S+) object at 0x\w+>", r"\1", f"{type(error).__name__}: {error}")
@@ -355,27 +358,25 @@ class Taken(Rows):
             return [np.stack(list(pool.map(read, part, readable)))]
 
     def probe(self):
-        return self.images.probe()[0], self.left()  # which reads the latents too
-
-
-def compare(source: Source, autoencoder, resolution: int, name: str):
-    """Raises ValueError unless a few latents of the source are what the autoencoder makes of their images."""
-    pairs, problem = [], ""
-    for i in range(0, len(source.names), -(-len(source.names) // PROBE)):
-        try:
-            pairs.append((np.array(center_crop(to_rgb(source.load(i)), resolution)), source.moments(i)))
-        except Exception as error:  # as in Images.read
-            problem = f"{source.names[i]}: {error}"
-    if not pairs:
-        raise ValueError(f"none of the entries of {name!r} that were tried can be used; {problem}")
-    images, latents = map(np.stack, zip(*pairs))
-    made = autoencoder.moments(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    error = np.sqrt(np.mean((latents - made) ** 2) / np.mean(made**2))
-    if not error < 0.1:
-        raise ValueError(
-            f"the latents in {name!r} are not those of {autoencoder.name!r}: they differ by {error:.2g} of their RMS; "
-            "give the --autoencoder that made them"
-        )
+        """Raises ValueError unless a few of them are what the autoencoder makes of their images."""
+        images, pairs, problem, began = self.images, [], "", time.perf_counter()
+        for i in images.some:
+            try:
+                pairs.append((np.array(images.cropped(i)), images.source.moments(i)))
+            except Exception as error:  # as in Images.read
+                problem = f"{images.source.names[i]}: {error}"
+        seconds, name = (time.perf_counter() - began) / len(images.some), images.settings["source"]
+        if not pairs:
+            raise ValueError(f"none of the entries of {name!r} that were tried can be used; {problem}")
+        pixels, latents = map(np.stack, zip(*pairs))
+        made = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        error = np.sqrt(np.mean((latents - made) ** 2) / np.mean(made**2))
+        if not error < 0.1:
+            raise ValueError(
+                f"the latents in {name!r} are not those of {self.name!r}: they differ by {error:.2g} of their RMS; "
+                "give the --autoencoder that made them"
+            )
+        return seconds / images.threads, self.left()
 
 
 def estimate(stages: list, folder: Path):

@@ -54,9 +54,8 @@ def open_source(options) -> Source:
         if not os.path.exists(path):
             raise ValueError(f"there is no file {path!r}")
         return open_table(options, [path])
-    if is_of_repa(path):
-        return open_repa(path)
-    files = [] if path == "digits" else list(files_below(path))
+    repa = path != "digits" and is_of_repa(path)
+    files = [] if path == "digits" or repa else list(files_below(path))
     tables = [name for name in files if name.lower().endswith(".parquet")]
     pictures = [name for name in files if name.lower().endswith(SUFFIXES) and os.sep in name]
     if tables and pictures:
@@ -71,6 +70,8 @@ def open_source(options) -> Source:
         return open_table(options, [os.path.join(path, name) for name in splits[wanted]], notes)
     if options.split != "train":
         raise ValueError(f"split = {options.split!r}: {path!r} has no splits; name the folder of that split as source")
+    if repa:
+        return open_repa(path)
     return embedded_digits() if path == "digits" else open_class_folder(path, files)
 
 
@@ -197,8 +198,7 @@ def open_repa(path) -> Source:
 def open_part(path):
     """The names of the png and npy in a folder, or in the zip of that name, and a function that opens one of them."""
     if os.path.isdir(path):
-        names = files_below(path)
-        opener = lambda name: open(os.path.join(path, name), "rb")  # noqa: E731
+        names, opener = files_below(path), lambda name: open(os.path.join(path, name), "rb")
     else:
         try:
             archive = zipfile.ZipFile(f"{path}.zip")

@@ -552,6 +552,7 @@ def test_repas_folder_with_what_does_not_fit(of_repa, autoencoder_folder, tmp_pa
     for source, words, message in (
         (of_repa, (), "holds latents: give the --autoencoder that made them"),
         (of_repa, (*right, "--mirror"), "no --mirror"),
+        (of_repa, (*right, "--split", "test"), "has no splits"),
         (of_repa, (*right, "--resolution", SIZE // 2), r"none of the entries of .* not finite .*\(8, 4, 4\)"),
         (of_repa, ("--autoencoder", tmp_path / "other"), "are not those of .*other': they differ by"),
         (tmp_path / "bare", right, "has no labels in dataset.json"),
