@@ -268,6 +268,11 @@ def replaced(path: Path):
         raise
 
 
+def table(head: list, rows: list[list]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [head, ["---"] * len(head), *rows])
+
+
 def write_json(path: Path, content):
     """`content` as JSON in the place of whatever is at `path`."""
     with replaced(path) as file:

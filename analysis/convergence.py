@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from config import DEFAULTS, NOT_THE_ARM, idle, load_saved, plain
-from runtime import parsed, plain_errors, replaced, write_json
+from runtime import parsed, plain_errors, replaced, table, write_json
 
 AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
 NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}  # of routings; others keep their own
@@ -246,11 +246,6 @@ def markdown(result: dict) -> str:
         lines.append(line)
     text += table([f"`{metric}` reaches", "arm", "steps", "speedup", "seconds", "speedup in time"], lines)
     return text + provenance(list(result["arms"].values()), result["environments"])
-
-
-def table(head: list, rows: list[list]) -> str:
-    """A Markdown table."""
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
 def provenance(found: list[dict], environments: list[dict]) -> str:

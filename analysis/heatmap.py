@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.convergence import Run, crossing, machines, networks, provenance, read_run, shown, table, written
+from analysis.convergence import Run, crossing, machines, networks, provenance, read_run, shown, written
 from config import plain
 from models.dar import optimal_chunk_size
 from models.sit import SIT_MODELS, SIT_SIZES
-from runtime import command
+from runtime import command, table
 
 AXES = ("align_depth", "chunk_size")  # rows and columns
 REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8, "Plus": 8}  # for S and Plus as for B and XL, as in configs/

@@ -32,9 +32,9 @@ import scipy.fft
 import tyro
 from tqdm import tqdm
 
-from analysis.convergence import table, written
+from analysis.convergence import written
 from eval.images import open_images
-from runtime import plain_errors
+from runtime import plain_errors, table
 
 BATCH = 64  # images in memory at a time
 

@@ -36,7 +36,7 @@ from torch_fidelity import metric_isc, metric_prc
 from dataset.prepared import load_batches
 from eval import features
 from eval.images import open_images, read_npz
-from runtime import Ranks, environment, plain_errors, replaced, tf32, write_json
+from runtime import Ranks, environment, plain_errors, replaced, table, tf32, write_json
 
 IS_CHUNK = 5000  # the score is the mean over chunks of so many consecutive images
 NEIGHBOURS = 3  # of precision and recall
@@ -147,10 +147,9 @@ def run(options: Options, ranks: Ranks):
         warnings += samples.warnings + [f"reference: {warning}" for warning in images.warnings]
         report(path, samples, metrics, warnings, facts, options)
         seconds = "unknown" if samples.seconds is None else f"{samples.seconds:.3g}"
-        rows.append([str(path), *(f"{value:.4g}" for value in metrics.values()), seconds])
+        rows.append([path, *(f"{value:.4g}" for value in metrics.values()), seconds])
     if len(rows) > 1:
-        head = ["samples", *metrics, "seconds for 1000"]
-        print(*(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]), sep="\n")
+        print(table(["samples", *metrics, "seconds for 1000"], rows))
 
 
 def report(path: Path, samples, metrics: dict, warnings: list, facts: dict, options: Options):
