@@ -92,23 +92,24 @@ def run(options: Options, ranks: Ranks):
         raise ValueError("samples = (): give npz files or folders to judge")
     if options.out and len(options.samples) != 1:
         raise ValueError(f"out = {options.out!r}: one file for {len(options.samples)} SAMPLES; leave it out")
+    inception = options.judge == "inception"
     with ranks.one_first():
-        if options.judge != "inception":
+        if not inception:
             network = features.PooledFeatures(options.judge).to(ranks.device)
             facts = {"judge": {"name": options.judge, "fingerprint": network.fingerprint}}
         else:
             network = features.InceptionFeatures(options.inception).to(ranks.device)
-            known_file = {"file": network.file.name, "sha256": network.sha256, "published": network.is_published}
-            facts = {"inception": known_file}
+            made = {"file": network.file.name, "sha256": network.sha256, "published": network.is_published}
+            facts = {"inception": made}
         networks = [network]
         if options.fd_dinov2:
             dinov2 = features.DinoV2Features(options.dinov2, options.dinov2_weights).to(ranks.device)
             networks.append(dinov2)
             facts["dinov2"] = {"name": dinov2.name, "fingerprint": dinov2.encoder.fingerprint}
             facts["dinov2"]["position_embedding"] = dinov2.position_embedding
-    known = npz_statistics(options.reference, network) if options.reference.is_file() and "inception" in facts else {}
-    if kept and (known or "judge" in facts):
-        problem = "holds Inception's statistics" if "judge" in facts else f"{str(options.reference)!r} has its own"
+    known = npz_statistics(options.reference, network) if inception and options.reference.is_file() else {}
+    if kept and (known or not inception):
+        problem = f"{str(options.reference)!r} has its own" if inception else "holds Inception's statistics"
         raise ValueError(f"save_reference = {kept!r}: {problem}")
     images = open_images(options.reference)
 
@@ -141,7 +142,7 @@ def run(options: Options, ranks: Ranks):
         if samples.size != images.size:
             own, other = (f"{source.size[0]} x {source.size[1]}" for source in (samples, images))
             warnings.append(f"samples are {own} pixels, the reference's images {other}: resizing differs too")
-        if "inception" in facts and not network.is_published:
+        if inception and not network.is_published:
             unknown = f"{network.file} is not the published Inception file (by its checksum)"
             warnings.append(f"{unknown}: numbers compare only with others of the same file")
         warnings += samples.warnings + [f"reference: {warning}" for warning in images.warnings]
