@@ -280,12 +280,13 @@ def steps(options, device):
 def steps_in_turns(options, device):
     for depth in (options.depth,) if options.depth else (8, 28):
         sized = dataclasses.replace(options, depth=depth)
-        calls = {name: step_of(STEPS[name], False, sized, device) for name in options.step_arms if name in STEPS}
+        names = dict.fromkeys(["residual", *(name for name in options.step_arms if name in STEPS)])
+        calls = {name: step_of(STEPS[name], False, sized, device) for name in names}
         rounds = [{name: cpu_time(call) for name, call in calls.items()} for _ in range(2 + CPU_ROUNDS)][2:]
-        for name in calls:
-            times, residual = ([times[which] for times in rounds] for which in (name, "residual"))
-            ratio = quantiles_of(times)[1] / quantiles_of(residual)[1]
-            yield {"depth": depth, "method": name, "step": quantiles_of(times), "over residual": ratio}
+        for name in calls:  # the machine's pace changes, so each step is compared with the one beside it
+            times, ratios = [times[name] for times in rounds], [times[name] / times["residual"] for times in rounds]
+            quantiles = {"step": quantiles_of(times), "over residual": quantiles_of(ratios)}
+            yield {"depth": depth, "method": name} | quantiles
 
 
 def time_step(arm, compiled, options, device):
