@@ -123,7 +123,13 @@ class Arm:
     path: Literal["linear", "cosine"] = option("linear")
     """Interpolant between data and noise."""
     time_sampling: Literal["uniform", "lognormal"] = option("uniform")
-    """Distribution of the training times."""
+    """Distribution of the training times: uniform, or that of log-normal noise levels."""
+    time_mean: float = option(0.0, idle_with={"time_sampling": ("uniform",)})
+    """Mean of the logarithm of the noise level."""
+    time_std: float = option(1.0, above=0, idle_with={"time_sampling": ("uniform",)})
+    """Standard deviation of the logarithm of the noise level."""
+    time_shift: float = option(1.0, above=0)
+    """Moves the training times towards noise, t to s t / (1 + (s - 1) t), as in SD3; 1: none."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,8 @@ class Config(Common, Arm):  # fields of the last base come first
     """ODE by Euler or Heun, or SDE by Euler-Maruyama."""
     sample_steps: int = option(50, least=2, idle_with=NOT_EVALUATED)
     """Sampler steps; heun evaluates the network twice in each but the last."""
+    sample_shift: float = option(1.0, above=0, idle_with=NOT_EVALUATED)
+    """The same as time_shift, for the sampler's times."""
     cfg_scale: float = option(1.0, least=0, idle_with=NOT_EVALUATED)
     """Guidance scale; 1: no guidance."""
     guidance_interval: tuple[float, float] = option((0.0, 1.0), idle_with=NOT_EVALUATED | {"cfg_scale": (1,)})
@@ -233,6 +241,7 @@ class Config(Common, Arm):  # fields of the last base come first
         super().check()
         low, high = self.guidance_interval
         for fine, name, rule in (
+            (abs(self.time_mean) < float("inf"), "time_mean", "must be finite"),
             (self.class_dropout_prob < 1, "class_dropout_prob", "must be below 1"),
             (self.cfg_scale == 1 or self.class_dropout_prob > 0, "cfg_scale", "needs class_dropout_prob above 0"),
             ((self.spatial_norm or 0) <= 1, "spatial_norm", "must be in [0, 1], or None for tokens as they are"),

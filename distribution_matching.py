@@ -14,15 +14,15 @@ import torch
 from torch.nn import functional as F
 
 from eval.samplers import before_last_step, predict_clean
-from loss import Draws, Loss, denoising_loss, interpolant
+from loss import Draws, Loss, denoising_loss, interpolant, time_shifted
 
 TIMES = (0.02, 0.98)  # between which the student's samples are noised, for teacher and critic to compare (DMD2)
 UNIFORM = Loss()  # draws times as pretraining does
 
 
 def step_times(count: int, time_shift: float = 1.0) -> tuple[float, ...]:
-    """Where the K steps of a student start: 1, (K-1)/K, .., 1/K, each moved to s t / (1 + (s - 1) t) for a shift s."""
-    return tuple(time_shift * t / (1 + (time_shift - 1) * t) for t in (1 - k / count for k in range(count)))
+    """Where the K steps of a student start: 1, (K-1)/K, .., 1/K, each moved by `time_shifted`."""
+    return tuple(time_shifted(1 - k / count, time_shift) for k in range(count))
 
 
 @dataclass(frozen=True)

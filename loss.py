@@ -37,19 +37,24 @@ class Loss:
     """The training loss of a SiT: SiT's velocity matching, plus proj_coeff times REPA's alignment.
 
     path: of PATHS; time_sampling: of TIME_SAMPLINGS; spatial_norm: iREPA's gamma, or None for tokens as they are.
+    time_mean, time_std: of the logarithm of log-normal noise levels; time_shift: of `time_shifted`.
     """
 
     path: str = "linear"
     time_sampling: str = "uniform"
     proj_coeff: float = 0.5
     spatial_norm: float | None = None
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
 
     def draw(self, shape: tuple, generator: torch.Generator) -> Draws:
         """Random numbers for clean images of this shape (B, C, H, W)."""
         options = {"generator": generator, "device": generator.device}
         noise = torch.randn(shape, **options)
         normal, uniform = torch.randn(shape[0], **options), torch.rand(shape[0], **options)
-        times = sample_times(uniform, normal, self.time_sampling, self.path)
+        normal = self.time_mean + self.time_std * normal
+        times = time_shifted(sample_times(uniform, normal, self.time_sampling, self.path), self.time_shift)
         return Draws(times, noise, label=torch.rand(shape[0], **options))
 
     def __call__(
@@ -92,7 +97,7 @@ def interpolant(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, path: str
 def sample_times(uniform, normal, sampling: str = "uniform", path: str = "linear") -> torch.Tensor:
     """Training times in [0, 1] from draws that the caller made: "uniform" uses the first, "lognormal" the second.
 
-    Log-normal: the noise level s = exp(N(0, 1)) = sigma / alpha, mapped to t on the path (REPA, SD3).
+    Log-normal: the noise level s = exp(normal) = sigma / alpha, mapped to t on the path (REPA, SD3).
     uniform, normal: (B). Returns (B).
     """
     if sampling == "uniform":
@@ -105,6 +110,11 @@ def sample_times(uniform, normal, sampling: str = "uniform", path: str = "linear
     if path == "cosine":
         return torch.atan(noise_level) * (2 / math.pi)
     raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
+
+
+def time_shifted(t, shift: float):
+    """t moved towards noise, s t / (1 + (s - 1) t), as larger images need (SD3, Eq. 23). t in [0, 1]; shift 1: none."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def denoising_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

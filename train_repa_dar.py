@@ -40,7 +40,8 @@ class Trainer(Run):
     def __init__(self, config, ranks):
         super().__init__(config, ranks)
         self.inputs = Inputs(config, ranks)
-        self.loss = Loss(config.path, config.time_sampling, config.proj_coeff, config.spatial_norm)
+        times = {name: getattr(config, name) for name in ("time_sampling", "time_mean", "time_std", "time_shift")}
+        self.loss = Loss(config.path, proj_coeff=config.proj_coeff, spatial_norm=config.spatial_norm, **times)
         last = min(config.align_steps or config.max_steps, config.max_steps)
         self.aligned_steps = last if self.inputs.encoders else 0
         self.arguments = config.model_arguments() | {

@@ -111,7 +111,7 @@ class OnlineEvaluation:
         config = self.config
         seeds = [derive_seed(config.seed, Use.SAMPLE, i) for i in indices]
         options = {name: getattr(config, name) for name in ("sampler", "cfg_scale", "guidance_interval", "path")}
-        options["num_steps"] = config.sample_steps
+        options |= {"num_steps": config.sample_steps, "time_shift": config.sample_shift}
         if model.step_times:
             options = {"sampler": "few-step", "times": model.step_times}
         y = self.labels[list(indices)].to(self.ranks.device)

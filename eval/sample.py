@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 -m eval.sample runs/imagenet256/dar/last.pt --preset repa-sde-250
     python -m eval.sample SiT-XL-2-256x256.pt --model SiT-XL/2 --autoencoder sd-vae-ft-ema --preset sit-ode-250
 
+Several guidance scales or averages make several sets of the same noise and labels, which one `eval.metrics` compares.
 The same command again, with any number of processes, goes on where it stopped. An image depends on the settings, the
 seed and its index alone: other processes or batch sizes change it by rounding alone, in float32 at most one grey level.
 The folder, which all processes must see, is named after the checkpoint, the sampler, and a hash of every setting that
@@ -20,6 +21,7 @@ Shapes: B batch, N all images, C channels of what SiT sees, S its size, H = W pi
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -65,22 +67,29 @@ class Options:
     """ODE by Euler or Heun, or SDE by Euler-Maruyama."""
     steps: int | None = None
     """Sampler steps; heun costs two network evaluations in each but the last."""
-    cfg_scale: float | None = None
-    """Guidance scale; 1: none."""
+    cfg_scale: tuple[float, ...] = ()
+    """Guidance scale; 1: none. Each of several makes a set."""
+    guide: str = ""
+    """A weaker checkpoint of ours for autoguidance, which takes the place of the model without label."""
     guidance_interval: tuple[float, float] | None = None
     """Times between which guidance is applied; all if not given. 1 is noise."""
+    time_shift: float = 1.0
+    """Moves the sampler's times towards noise, t to s t / (1 + (s - 1) t), as in SD3; 1: none."""
     num_samples: int = 50_000
     """Images to draw."""
     seed: int = 0
     """Decides noise and labels."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """Each class as often as the others, or every label on its own, as SiT and REPA draw them."""
     classes: tuple[int, ...] = ()
-    """Draw these labels only, in random order, each as often as the others. Empty: all that had training images."""
+    """Draw these labels only, in random order. Empty: all that had training images."""
     batch_size: int = CHUNK
     """Images that a process takes at a time, at most the 64 of a file."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """Of the network; auto is bf16 on a GPU and fp32 on a CPU. The sampler's state is float64."""
-    average: str = ""
-    """Which moving average of ours, by its decay, or `none` for the weights themselves; the first if not given."""
+    average: tuple[str, ...] = ()
+    """Which moving average of ours, by its decay, or `none` for the weights themselves; the first if not given. Each of
+    several makes a set."""
     model: str = ""
     """Name of a released model, such as SiT-XL/2."""
     autoencoder: str = ""
@@ -91,18 +100,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that moves FID. `resolve` makes them; weights and autoencoder are fingerprints of content, no classes all."""
+    """All that moves FID. `resolve` makes them; weights, guide and autoencoder are fingerprints, no classes all."""
 
     weights: str
     autoencoder: str
     sampler: str
     steps: int
     cfg_scale: float
+    guide: str
     guidance_interval: tuple[float, float]
+    time_shift: float
     path: str
     precision: str
     num_samples: int
     seed: int
+    labels: str
     classes: tuple[int, ...]
 
     def digits(self) -> str:
@@ -117,14 +129,32 @@ class Settings:
 def main(argv: list | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m eval.sample", description=__doc__)
     with plain_errors(ValueError, OSError, KeyboardInterrupt), Ranks() as ranks:
-        sample(options, ranks)
+        folders = [sample(each, ranks) for each in sets(options)]
+        if ranks.main and len(folders) > 1:
+            files = " ".join(str(folder / f"{folder.name}.npz") for folder in folders)
+            print(f"to compare them: python -m eval.metrics {files} --reference IMAGES")
+
+
+def sets(options: Options) -> list[Options]:
+    """The same with one average and one guidance scale at most, for each pair of those given."""
+    averages, scales = [(average,) for average in options.average], [(scale,) for scale in options.cfg_scale]
+    pairs = [*itertools.product(averages or [()], scales or [()])]
+    if len(pairs) == 1:
+        return [options]
+    if options.out:
+        raise ValueError(f"out = {options.out!r}: is for one set of images, and these are {len(pairs)}; leave it out")
+    unguided = {"guide": "", "guidance_interval": None}  # as they have no effect where the scale is 1
+    return [
+        dataclasses.replace(options, average=average, cfg_scale=scale, **(unguided if scale == (1,) else {}))
+        for average, scale in pairs
+    ]
 
 
 def sample(options: Options, ranks: Ranks) -> Path:
     """Write the folder, or what is missing of it, and return it. Raises ValueError on what cannot be used."""
     if options.batch_size < 1:
         raise ValueError(f"batch_size = {options.batch_size}: must be at least 1")
-    model, autoencoder, settings, origin = load(options, ranks)
+    model, guide, autoencoder, settings, origin = load(options, ranks)
     folder = Path(options.out) if options.out else Path("samples") / folder_name(options, settings, origin)
     shape = (settings.num_samples, *2 * (model.input_size * autoencoder.downsampling,), 3)
     npz = folder / f"{folder.resolve().name}.npz"
@@ -141,7 +171,7 @@ def sample(options: Options, ranks: Ranks) -> Path:
         ranks.agree(facts, "give all machines the same checkpoint, and an --out that is on a disk they share")
         mine = {name: missing[name] for name in list(chunks)[ranks.rank :: ranks.world] if name in missing}
         began = time.perf_counter()
-        write_chunks(folder / "samples", mine, model, autoencoder, settings, options.batch_size, ranks)
+        write_chunks(folder / "samples", mine, model, autoencoder, settings, options.batch_size, ranks, guide)
         ranks.barrier()
         if ranks.main:
             if drawn := sum(map(len, missing.values())):
@@ -156,12 +186,13 @@ def sample(options: Options, ranks: Ranks) -> Path:
 
 
 def load(options: Options, ranks: Ranks):
-    """The model and the autoencoder on this process's device, the resolved Settings, and where the model is from.
+    """Model, guide (or None) and autoencoder on this process's device, the resolved Settings, where the model is from.
 
     Raises ValueError where the options fit neither each other nor the checkpoint.
     """
-    model, trained = load_trained(options.checkpoint, options.average, options.model)
+    model, trained = load_trained(options.checkpoint, "".join(options.average), options.model)
     model.align_depth = ()  # nobody reads the projections here
+    guide, content_of_guide = load_guide(options, model)
     name = options.autoencoder or trained.get("autoencoder", "")
     if not name:
         raise ValueError(
@@ -182,11 +213,27 @@ def load(options: Options, ranks: Ranks):
             f"{model.in_channels}; give the --autoencoder that it was trained with"
         )
     settings = resolve(options, trained, model, autoencoder, ranks.device)
+    settings = dataclasses.replace(settings, guide=content_of_guide)
     origin = {"checkpoint": str(options.checkpoint), "model": options.model or trained["model"], "autoencoder": name}
-    origin |= {key: trained.get(key) for key in ("step", "average")}
+    origin |= {"guide": options.guide, **{key: trained.get(key) for key in ("step", "average")}}
     drawn = f"{len(settings.classes) or model.num_classes} of {model.num_classes} classes"
     origin["classes"] = drawn + ", those with training images" * (settings.classes != tuple(options.classes))
-    return model.to(ranks.device), autoencoder, settings, origin
+    return model.to(ranks.device), guide and guide.to(ranks.device), autoencoder, settings, origin
+
+
+def load_guide(options: Options, model):
+    """The guide, on the CPU, and its fingerprint; (None, "") for none. Raises ValueError on one that does not fit."""
+    if not options.guide:
+        return None, ""
+    guide, trained = load_trained(options.guide)
+    guide.align_depth = ()
+    for key in ("in_channels", "input_size", "num_classes"):
+        if getattr(guide, key) != getattr(model, key):
+            raise ValueError(
+                f"guide = {options.guide!r} has {key} = {getattr(guide, key)}, and {options.checkpoint} "
+                f"{getattr(model, key)}; give a guide that was trained on the same data"
+            )
+    return guide, content_of(guide, trained)
 
 
 def resolve(options: Options, trained: dict, model, autoencoder, device: torch.device) -> Settings:
@@ -194,9 +241,12 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
 
     Raises ValueError on the first value that cannot be used.
     """
-    given = {key: value for key in PRESETS[options.preset] if (value := getattr(options, key)) is not None}
+    given = {key: value for key in ("sampler", "steps") if (value := getattr(options, key)) is not None}
+    given |= dict(zip(["cfg_scale"], options.cfg_scale))
     chosen = {**PRESETS[options.preset], **given}
     if model.step_times:
+        given |= {"guide": options.guide} if options.guide else {}
+        given |= {"time_shift": options.time_shift} if options.time_shift != 1 else {}
         if given:
             raise ValueError(
                 f"{', '.join(given)} cannot be chosen: {options.checkpoint} is a distilled model, drawn in the "
@@ -217,9 +267,17 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
             f"guidance_interval = {interval}: has no effect without guidance; give --cfg-scale, or leave it out",
         ),
         (
-            scale == 1 or trained.get("class_dropout_prob", 1) > 0,
+            scale == 1 or options.guide or trained.get("class_dropout_prob", 1) > 0,
             f"cfg_scale = {scale}: {options.checkpoint} was trained without a null class (class_dropout_prob = 0); "
-            "give --cfg-scale 1",
+            "give --cfg-scale 1, or a --guide",
+        ),
+        (
+            scale != 1 or not options.guide,
+            f"guide = {options.guide!r}: has no effect with guidance scale 1; give --cfg-scale, or leave it out",
+        ),
+        (
+            0 < options.time_shift < float("inf"),
+            f"time_shift = {options.time_shift}: must be above 0, and finite; 1 is none",
         ),
         (options.num_samples >= 1, f"num_samples = {options.num_samples}: must be at least 1"),
         (options.seed >= 0, f"seed = {options.seed}: must be at least 0"),
@@ -235,35 +293,47 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
     trained_on = trained.get("classes with images", ())
     if not classes and 0 < len(trained_on) < model.num_classes:  # of the others the model has seen nothing
         classes = trained_on
-    makes = [options.model or trained["model"], trained.get("arguments"), *model.step_times]
-    identity = json.dumps(makes, sort_keys=True)
     return Settings(
-        weights=fingerprint(model, identity),
+        weights=content_of(model, {"model": options.model, **trained}),
         autoencoder=autoencoder.fingerprint,
         sampler=chosen["sampler"],
         steps=steps,
         cfg_scale=scale,
+        guide="",  # `load` knows it
         guidance_interval=tuple(map(float, interval)),
+        time_shift=float(options.time_shift),
         path=options.path or trained.get("path", "linear"),
         precision=precision,
         num_samples=options.num_samples,
         seed=options.seed,
+        labels=options.labels,
         classes=tuple(classes),
     )
 
 
-def labels_of(settings: Settings, indices, num_classes: int) -> torch.Tensor:
-    """Labels (B) int64 of these indices: K of them in a row are the K classes, shuffled by (seed, row).
+def content_of(model, trained: dict) -> str:
+    """A fingerprint of the weights, and of what these do not say: name, arguments, times of a distilled model."""
+    return fingerprint(
+        model, json.dumps([trained["model"], trained.get("arguments"), *model.step_times], sort_keys=True)
+    )
 
-    Any prefix is thus as balanced as can be, and no part of it is of a few classes only.
+
+def labels_of(settings: Settings, indices, num_classes: int) -> torch.Tensor:
+    """Labels (B) int64 of these indices.
+
+    random: each by its own (seed, index). balanced: K of them in a row are the K classes, shuffled by (seed, row); any
+    prefix is thus as balanced as can be, and no part of it is of a few classes only.
     """
     classes = np.array(settings.classes or range(num_classes))
+    if settings.labels == "random":
+        draws = (np.random.default_rng(derive_seed(settings.seed, Use.LABELS, i)) for i in indices)
+        return torch.tensor([int(draw.choice(classes)) for draw in draws])
     seeds = {row: derive_seed(settings.seed, Use.LABELS, row) for row in {i // len(classes) for i in indices}}
     rows = {row: np.random.default_rng(seed).permutation(classes) for row, seed in seeds.items()}
     return torch.tensor([int(rows[i // len(classes)][i % len(classes)]) for i in indices])
 
 
-def sample_images(model, autoencoder, settings: Settings, indices, device: torch.device) -> torch.Tensor:
+def sample_images(model, autoencoder, settings: Settings, indices, device: torch.device, guide=None) -> torch.Tensor:
     """The images with these indices, uint8 (B, 3, H, W) on the device; what `load` returns goes in.
 
     Raises ValueError where a sample is not finite.
@@ -271,8 +341,8 @@ def sample_images(model, autoencoder, settings: Settings, indices, device: torch
     shape = (model.in_channels, model.input_size, model.input_size)  # (C, S, S)
     seeds = [derive_seed(settings.seed, Use.SAMPLE, i) for i in indices]
     y = labels_of(settings, indices, model.num_classes).to(device)
-    options = {name: getattr(settings, name) for name in ("cfg_scale", "guidance_interval", "path")}
-    options["num_steps"] = settings.steps
+    options = {name: getattr(settings, name) for name in ("cfg_scale", "guidance_interval", "time_shift", "path")}
+    options |= {"num_steps": settings.steps, "guide": guide}
     if model.step_times:
         options = {"times": model.step_times}
     with tf32(settings.precision == "tf32"):
@@ -290,11 +360,11 @@ def sample_images(model, autoencoder, settings: Settings, indices, device: torch
 
 
 def folder_name(options: Options, settings: Settings, origin: dict) -> str:
-    """The run and step of the checkpoint, sampler, steps and guidance, and a hash of all that moves FID."""
+    """Run, step and chosen average of the checkpoint, sampler, steps and guidance, and a hash of all that moves FID."""
     step = options.checkpoint.stem if origin["step"] is None else origin["step"]
     guidance = "" if settings.cfg_scale == 1 else f"-cfg-{settings.cfg_scale:g}"
-    run = options.checkpoint.resolve().parent.name
-    return f"{run}-{step}-{settings.sampler}-{settings.steps}{guidance}-{settings.digits()}"
+    run, average = options.checkpoint.resolve().parent.name, "".join(f"-ema-{decay}" for decay in options.average)
+    return f"{run}-{step}{average}-{settings.sampler}-{settings.steps}{guidance}-{settings.digits()}"
 
 
 def claim(folder: Path, settings: Settings):
@@ -323,14 +393,16 @@ def record(options: Options, settings: Settings, origin: dict, folder: Path, sha
         amounts = f"needs {needed / 2**30:.3g} GiB more, the disk has {free / 2**30:.3g}"
         raise ValueError(f"{folder} {amounts}; give another --out, or a smaller --num-samples")
     low, high = settings.guidance_interval
-    guidance = f"guidance {settings.cfg_scale:g} between times {low:g} and {high:g}"
+    by = f" by {options.guide}" * bool(options.guide)
+    guidance = f"guidance {settings.cfg_scale:g}{by} between times {low:g} and {high:g}"
     of = "" if origin["step"] is None else f", step {origin['step']}, average {origin['average']}"
     print(
         f"samples    {folder}: {left} of {shape[0]} images of {shape[1]} pixels left to draw\n"
         f"model      {origin['model']} of {origin['checkpoint']}{of}; decoded by {origin['autoencoder']}\n"
         f"sampler    {settings.sampler}, {settings.steps} steps = {settings.evaluations()} evaluations per image, "
-        f"{'no guidance' if settings.cfg_scale == 1 else guidance}, {settings.path} path\n"
-        f"labels     {origin['classes']}\n"
+        f"{'no guidance' if settings.cfg_scale == 1 else guidance}, {settings.path} path, "
+        f"time shift {settings.time_shift:g}\n"
+        f"labels     {origin['classes']}, {settings.labels}\n"
         f"device     {ranks.world} x {ranks.device.type}, {settings.precision}",
         flush=True,
     )
@@ -348,7 +420,9 @@ def record(options: Options, settings: Settings, origin: dict, folder: Path, sha
     (folder / "samples").mkdir(exist_ok=True)
 
 
-def write_chunks(folder: Path, chunks: dict, model, autoencoder, settings: Settings, batch_size: int, ranks: Ranks):
+def write_chunks(
+    folder: Path, chunks: dict, model, autoencoder, settings: Settings, batch_size: int, ranks: Ranks, guide
+):
     """Draw and write this process's part of the missing chunks, {file name: indices}."""
     total, silent = sum(map(len, chunks.values())), not ranks.main or not chunks
     with tqdm(total=total, desc=f"process 1 of {ranks.world}", unit="img", disable=silent) as bar:
@@ -356,7 +430,7 @@ def write_chunks(folder: Path, chunks: dict, model, autoencoder, settings: Setti
             parts = []
             for first in range(0, len(indices), batch_size):
                 part = indices[first : first + batch_size]
-                images = sample_images(model, autoencoder, settings, part, ranks.device)
+                images = sample_images(model, autoencoder, settings, part, ranks.device, guide)
                 parts.append(images.permute(0, 2, 3, 1).cpu().numpy())  # (B, H, W, 3)
                 bar.update(len(part))
             write_array(folder / name, np.concatenate(parts))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from loss import interpolant, path_coefficients
+from loss import interpolant, path_coefficients, time_shifted
 
 SOLVERS = ("euler", "heun")
 SDE_LAST = 0.04  # the SDE's score diverges towards t = 0, so its last step starts here (REPA)
@@ -42,12 +42,15 @@ def sample_ode(
     cfg_scale: float = 1.0,
     guidance_interval: tuple = (0.0, 1.0),
     path: str = "linear",
+    time_shift: float = 1.0,
+    guide: Callable | None = None,
     solver: str = "euler",
 ) -> torch.Tensor:
-    """Integrate dx/dt = v(x, t) from t = 1 to 0 in equal steps.
+    """Integrate dx/dt = v(x, t) from t = 1 to 0, in equal steps unless `time_shift` moves them (`time_shifted`).
 
     noise: (B, C, H, W) standard normal; y: (B) labels. solver: "euler", one evaluation a step, or "heun", two in each
-    but the last (EDM, Algorithm 1). guidance_interval: times (low, high) between which guidance is applied.
+    but the last (EDM, Algorithm 1). cfg_scale, guide: of `guided`. guidance_interval: times (low, high) between which
+    guidance is applied.
     Returns (B, C, H, W) float64. Raises ValueError on an unknown solver or path, or on num_steps < 1.
     """
     if solver not in SOLVERS:
@@ -55,8 +58,8 @@ def sample_ode(
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}: must be at least 1")
     path_coefficients(torch.ones(()), path)  # refuses an unknown path, which an ODE does not need
-    velocity = guided_velocity(model, noise, y, cfg_scale, guidance_interval)
-    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    velocity = guided_velocity(model, noise, y, cfg_scale, guidance_interval, guide)
+    times = time_shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), time_shift).tolist()
     x = noise.double()
     for now, after in zip(times[:-1], times[1:]):
         v = velocity(x, now)
@@ -76,20 +79,23 @@ def sample_sde(
     cfg_scale: float = 1.0,
     guidance_interval: tuple = (0.0, 1.0),
     path: str = "linear",
+    time_shift: float = 1.0,
+    guide: Callable | None = None,
     step_noise: Callable | None = None,
 ) -> torch.Tensor:
     """Euler-Maruyama on dx = (v - w s / 2) dt + sqrt(w) dW with diffusion w(t) = 2t and score s (SiT, REPA).
 
-    num_steps - 1 equal steps from t = 1 to 0.04, then one to 0 without noise.
-    noise: (B, C, H, W) standard normal; y: (B) labels. step_noise: called for each noisy step, returns (B, C, H, W)
+    num_steps - 1 steps from t = 1 to 0.04, equal unless `time_shift` moves them, then one to 0 without noise.
+    The arguments are those of `sample_ode`. step_noise: called for each noisy step, returns (B, C, H, W)
     standard normal numbers; the default draws them from torch's global generator.
     Returns (B, C, H, W) float64. Raises ValueError on an unknown path or on num_steps < 2.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps = {num_steps}: the SDE needs at least 2")
     step_noise = step_noise or (lambda: torch.randn_like(noise))
-    velocity = guided_velocity(model, noise, y, cfg_scale, guidance_interval)
-    times = [*torch.linspace(1, SDE_LAST, num_steps, dtype=torch.float64).tolist(), 0.0]
+    velocity = guided_velocity(model, noise, y, cfg_scale, guidance_interval, guide)
+    even = torch.linspace(1, time_shifted(SDE_LAST, 1 / time_shift), num_steps, dtype=torch.float64)
+    times = [*time_shifted(even, time_shift).tolist(), 0.0]
     x = noise.double()
     for now, after in zip(times[:-1], times[1:]):
         v, diffusion = velocity(x, now), 2 * now
@@ -134,8 +140,8 @@ def score_from_velocity(x: torch.Tensor, v: torch.Tensor, t: float, path: str = 
     return -noise / sigma
 
 
-def guided_velocity(model: Callable, like: torch.Tensor, y: torch.Tensor, cfg_scale: float, interval: tuple):
-    """The velocity as a function of (x, t): plain outside the interval, v_null + w (v - v_null) inside it.
+def guided_velocity(model: Callable, like: torch.Tensor, y: torch.Tensor, cfg_scale: float, interval: tuple, guide):
+    """The velocity as a function of (x, t), guided within the interval.
 
     like: a tensor of the dtype in which the model takes x and t.
     """
@@ -143,18 +149,27 @@ def guided_velocity(model: Callable, like: torch.Tensor, y: torch.Tensor, cfg_sc
 
     def velocity(x, t):
         x, times = x.to(like.dtype), torch.full((len(x),), t, dtype=like.dtype, device=x.device)
-        return guided(model, x, times, y, cfg_scale if low <= t <= high else 1.0)
+        return guided(model, x, times, y, cfg_scale if low <= t <= high else 1.0, guide)
 
     return velocity
 
 
-def guided(model: Callable, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, cfg_scale: float) -> torch.Tensor:
-    """v_null + w (v - v_null) in float64, by one pass for both. x: (B, C, H, W); t, y: (B)."""
+def guided(
+    model: Callable, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, cfg_scale: float, guide: Callable | None = None
+) -> torch.Tensor:
+    """v_0 + w (v - v_0) in float64. x: (B, C, H, W); t, y: (B).
+
+    v_0 is the model's velocity without label, by one pass for both (classifier-free guidance), or that of `guide`, a
+    weaker model (autoguidance, arXiv 2406.02507).
+    """
     if cfg_scale == 1:
         return model(x, t, y)[0].double()
-    both, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, model.num_classes)]))
-    v, v_null = both.double().chunk(2)
-    return v_null + cfg_scale * (v - v_null)
+    if guide:
+        v, v_0 = model(x, t, y)[0].double(), guide(x, t, y)[0].double()
+    else:
+        both, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, model.num_classes)]))
+        v, v_0 = both.double().chunk(2)
+    return v_0 + cfg_scale * (v - v_0)
 
 
 class IndexedNoise:

@@ -92,7 +92,9 @@ def test_goals_from_known_measurements():
 
 
 def test_a_step_is_compared_with_the_residual_one_of_its_own_round(monkeypatch):
-    paces = iter([7.0, 7.0, 7.0, 7.0, 1.0, 1.2, 10.0, 12.0, 2.0, 2.4])  # two rounds are not counted; then the machine slows down
+    paces = iter(
+        [7.0, 7.0, 7.0, 7.0, 1.0, 1.2, 10.0, 12.0, 2.0, 2.4]
+    )  # two rounds are not counted; then the machine slows down
     monkeypatch.setattr(bench, "cpu_time", lambda step: next(paces))
     monkeypatch.setattr(bench, "CPU_ROUNDS", 3)
     options = bench.Options(model="SiT-S/8", depth=2, input_size=8, batch=1, step_arms=("DAR fused",))

@@ -53,6 +53,7 @@ betas: 0 0, -0.1 0; betas: 0.9 0.999, 0.9 1; weight_decay: 0, -0.01; grad_clip: 
 ema_decays: 0.99, 1; num_workers: 0, -1; max_skipped_steps: 1, 0; log_every: 1, 0; checkpoint_every: 1, 0;
 snapshot_every: 0, -1; eval_every: 0, -1; eval_samples: 2, 1; eval_batch_size: 1, 0; sample_steps: 2, 1;
 cfg_scale: 0, -1; guidance_interval: 0 1, -0.1 1; guidance_interval: 0 1, 0 1.1; guidance_interval: 0.1 0.2, 0.2 0.2;
+time_std: 1e-12, 0; time_shift: 1e-12, 0; sample_shift: 1e-12, 0; time_mean: -9, inf;
 diagnose_every: 0, -1; diagnose_images: 20, 19; held_out: 0, -1; retrofit_steps: 0, -1
 """
 LIMITS = [tuple(re.split("[:,] ", each.strip())) for each in LIMITS.split(";")]

@@ -94,6 +94,26 @@ def closed_form(aligned, features):
 
 
 @each_path
+def test_log_normal_times_have_a_mean_a_deviation_and_a_shift(path):
+    """On the linear path a shift by s multiplies the noise level by s."""
+    shape, (alpha, sigma) = (4000, 1, 1, 1), DEFINITIONS[path]
+
+    def log_levels(**options):
+        t = Loss(path, "lognormal", **options).draw(shape, torch.Generator().manual_seed(0)).t.double()
+        return t, torch.tensor([math.log(sigma(time) / alpha(time)) for time in t.tolist()])
+
+    (t, usual), (_, moved) = log_levels(), log_levels(time_mean=-0.7, time_std=0.6)
+    torch.testing.assert_close(moved, -0.7 + 0.6 * usual, atol=1e-4, rtol=1e-4)
+    shifted, levels = log_levels(time_shift=3.0)
+    torch.testing.assert_close(shifted / (1 - shifted), 3 * t / (1 - t), atol=0, rtol=1e-3)
+    if path == "linear":
+        torch.testing.assert_close(levels, usual + math.log(3), atol=1e-4, rtol=1e-4)
+    draws = (Loss(path, time_shift=shift).draw(shape, torch.Generator().manual_seed(0)) for shift in (2.0, 1.0))
+    uniform, even = (each.t for each in draws)
+    torch.testing.assert_close(uniform, 2 * even / (1 + even))
+
+
+@each_path
 @pytest.mark.parametrize("sampling", ["uniform", "lognormal"])
 def test_draws_follow_from_the_generator(path, sampling):
     """The log of the noise level is normal; noise is normal and label draws are uniform, and all are independent."""

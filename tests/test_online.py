@@ -216,6 +216,7 @@ def test_same_samples_at_every_call(evaluation):
         {"sampler": "euler", "cfg_scale": 3.0},
         {"sampler": "sde", "path": "cosine"},
         {"sampler": "heun", "cfg_scale": 2.0, "guidance_interval": (0.3, 0.8)},
+        {"sampler": "euler", "sample_shift": 3.0},
     ],
     ids=str,
 )
@@ -229,6 +230,7 @@ def test_samples_are_drawn_as_the_options_say(evaluation, changes):
             return (0.2 * y - t).view(-1, 1, 1, 1) * x, []
 
     judge, seeds = evaluation(sample_steps=4, **changes), [derive_seed(5, Use.SAMPLE, i) for i in (2, 3, 4)]
+    changes = {"time_shift" if name == "sample_shift" else name: value for name, value in changes.items()}
     x = draw(Smooth(), seeds, (3, 8, 8), judge.labels[2:5], num_steps=4, **changes)
     assert torch.equal(judge.sample(Smooth(), range(2, 5)), load_autoencoder("pixels").decode(x))
 

@@ -67,13 +67,14 @@ def interrupted(*arguments):
 
 def settings(**changes):
     values = {"weights": "w", "autoencoder": "pixels", "sampler": "euler", "steps": 3, "cfg_scale": 1.0, "seed": 5}
-    values |= {"guidance_interval": (0.0, 1.0), "path": "linear", "precision": "fp32", "num_samples": 20, "classes": ()}
+    values |= {"guide": "", "guidance_interval": (0.0, 1.0), "time_shift": 1.0, "path": "linear", "precision": "fp32"}
+    values |= {"num_samples": 20, "labels": "balanced", "classes": ()}
     return sampling.Settings(**{**values, **changes})
 
 
 @functools.cache
-def small_model():
-    torch.manual_seed(0)
+def small_model(seed=0):
+    torch.manual_seed(seed)
     sizes = dict(input_size=8, in_channels=3, hidden_size=32, num_heads=2, depth=1, num_classes=4, align_dims=())
     model = SIT_MODELS["SiT-S/2"](**sizes)
     for parameter in model.parameters():
@@ -95,7 +96,7 @@ def test_two_processes_and_another_batch_change_only_rounding(checkpoint, whole,
     assert [(start["processes"], start["batch_size"]) for start in starts] == [(2, 23)]
 
 
-def in_second_chunk(model, autoencoder, settings, indices, device):
+def in_second_chunk(model, autoencoder, settings, indices, *others):
     return indices[0] >= 64
 
 
@@ -142,11 +143,12 @@ def test_images_are_drawn_as_the_settings_say():
     for changes in (
         {"sampler": "heun", "cfg_scale": 1.5},
         {"sampler": "sde", "path": "cosine"},
-        {"sampler": "sde", "cfg_scale": 2.0, "guidance_interval": (0.3, 0.8)},
+        {"sampler": "sde", "cfg_scale": 2.0, "guidance_interval": (0.3, 0.8), "time_shift": 2.0},
     ):
-        x = draw(model, seeds, (3, 8, 8), y, num_steps=3, **changes)
-        got = sampling.sample_images(model, Pixels(), settings(**changes), indices, CPU)
-        assert got.dtype == torch.uint8 and torch.equal(got, Pixels().decode(x))
+        for guide in (None, small_model(1)):
+            x = draw(model, seeds, (3, 8, 8), y, num_steps=3, guide=guide, **changes)
+            got = sampling.sample_images(model, Pixels(), settings(**changes), indices, CPU, guide)
+            assert got.dtype == torch.uint8 and torch.equal(got, Pixels().decode(x))
 
 
 def test_precision_is_that_of_the_network_and_leaves_no_trace():
@@ -185,10 +187,24 @@ def test_labels_are_balanced_shuffled_and_of_the_index_alone():
     assert all(sorted(chosen[first : first + 3].tolist()) == [2, 5, 7] for first in (0, 3, 6))
 
 
+def test_random_labels_are_independent_and_of_the_index_alone():
+    chosen = settings(labels="random", classes=(7, 2, 5, 3))
+    drawn = sampling.labels_of(chosen, range(4000), 9)
+    counts = drawn.bincount(minlength=9)[[7, 2, 5, 3]]
+    assert counts.sum() == 4000 and 0 < ((counts - 1000) ** 2 / 1000).sum() < 16.3  # chi-squared of 3: 99.9 %
+    pairs = (drawn[:-1] * 9 + drawn[1:]).bincount(minlength=81)
+    pairs = pairs[pairs > 0].double()
+    assert len(pairs) == 16 and ((pairs - 3999 / 16) ** 2 / (3999 / 16)).sum() < 37.7  # of 15
+    scattered = [3999, 3, 1000]
+    assert sampling.labels_of(chosen, scattered, 9).tolist() == drawn[scattered].tolist()
+
+
 # ---- settings ----
 
 
 def resolved(trained=(), **changes):
+    if "cfg_scale" in changes:
+        changes["cfg_scale"] = (changes["cfg_scale"],)
     options = sampling.Options(**{"checkpoint": Path("runs/x/last.pt"), **changes})
     known = {"model": "SiT-S/2", "path": "cosine", **dict(trained)}
     return sampling.resolve(options, known, small_model(), Pixels(), CPU)
@@ -211,7 +227,7 @@ def test_presets_and_what_wins_over_them(preset, sampler, steps, scale, evaluati
     with model.register_forward_hook(lambda module, inputs, out: calls.append(len(inputs[0]))):
         sampling.sample_images(model, Pixels(), preset_alone, [0], CPU)
     assert len(calls) == preset_alone.evaluations() == evaluations and set(calls) == {2 if scale != 1 else 1}
-    given = dict(sampler="euler", steps=7, cfg_scale=3, guidance_interval=(0.0, 0.7), path="linear")
+    given = dict(sampler="euler", steps=7, cfg_scale=3, guidance_interval=(0.0, 0.7), path="linear", time_shift=2.0)
     got = resolved(preset=preset, **given)
     assert {name: getattr(got, name) for name in given} == given
 
@@ -219,6 +235,7 @@ def test_presets_and_what_wins_over_them(preset, sampler, steps, scale, evaluati
 def test_every_setting_changes_the_hash_and_nothing_else():
     words = {"preset": "sit-ode-250", "sampler": "euler", "steps": 249, "cfg_scale": 1.4, "path": "linear", "seed": 1}
     words |= {"guidance_interval": (0.0, 0.7), "precision": "bf16", "num_samples": 10, "classes": (1, 2)}
+    words |= {"time_shift": 3.0, "labels": "random"}
     base, weight = {"cfg_scale": 1.5}, small_model().final_layer.linear.bias
     digits = [resolved(**base).digits(), resolved({"arguments": {"num_heads": 4}}, **base).digits()]
     digits += [resolved(**{**base, name: value}).digits() for name, value in words.items()]
@@ -227,7 +244,7 @@ def test_every_setting_changes_the_hash_and_nothing_else():
     digits.append(resolved(**base).digits())
     weight[0] = kept
     assert len(set(digits)) == len(digits)
-    assert settings(autoencoder="other").digits() != settings().digits()
+    assert len({settings(**change).digits() for change in ({}, {"autoencoder": "other"}, {"guide": "other"})}) == 3
     for same in ({"batch_size": 3}, {"out": "x"}, {"checkpoint": Path("y.pt")}, {"steps": 250}):
         assert resolved(**base, **same).digits() == digits[0]
     assert resolved(cfg_scale=2).digits() == resolved(cfg_scale=2.0).digits()
@@ -238,6 +255,8 @@ def test_the_name_of_the_folder():
     plain, guided = resolved(preset="fast-ode-50", steps=20), resolved(preset="paper-cfg-1.5")
     assert sampling.folder_name(options, plain, origin) == f"x-300-euler-20-{plain.digits()}"
     assert sampling.folder_name(options, guided, {"step": None}) == f"x-last-sde-250-cfg-1.5-{guided.digits()}"
+    options = dataclasses.replace(options, average=("0.99",))
+    assert sampling.folder_name(options, plain, origin) == f"x-300-ema-0.99-euler-20-{plain.digits()}"
 
 
 @pytest.mark.parametrize(
@@ -249,6 +268,8 @@ def test_the_name_of_the_folder():
         ({"cfg_scale": float("nan")}, "cfg_scale = nan"),
         ({"cfg_scale": 2.0, "guidance_interval": (0.7, 0.2)}, r"guidance_interval = \(0.7, 0.2\): must be 0 <= low"),
         ({"guidance_interval": (0.0, 0.7)}, r"guidance_interval = .* has no effect without guidance; give --cfg-scale"),
+        ({"guide": "x.pt"}, "guide = 'x.pt': has no effect with guidance scale 1; give --cfg-scale"),
+        ({"time_shift": 0.0}, "time_shift = 0.0: must be above 0, and finite"),
         ({"num_samples": 0}, "num_samples = 0: must be at least 1"),
         ({"seed": -1}, "seed = -1: must be at least 0"),
         ({"classes": (1, 4)}, r"classes = \(1, 4\): the model's are 0 to 3"),
@@ -273,8 +294,8 @@ def test_the_npz_is_in_the_layout_of_adm(whole, checkpoint):
     assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
     assert labels.shape == (COUNT,) and labels.dtype == np.int64 and (np.bincount(labels) == 15).all()
     with Ranks() as ranks:
-        options = sampling.Options(checkpoint, sampler="sde", steps=4, cfg_scale=1.5, num_samples=COUNT)
-        model, autoencoder, chosen, _ = sampling.load(options, ranks)
+        options = sampling.Options(checkpoint, sampler="sde", steps=4, cfg_scale=(1.5,), num_samples=COUNT)
+        model, _, autoencoder, chosen, _ = sampling.load(options, ranks)
     drawn = sampling.sample_images(model, autoencoder, chosen, range(128, COUNT), CPU)  # (B, 3, H, W)
     assert np.array_equal(images[128:], drawn.numpy().transpose(0, 2, 3, 1))
     assert model(torch.zeros(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))[1] == []
@@ -325,6 +346,35 @@ def test_the_default_folder(checkpoint, tmp_path, monkeypatch):
     assert folder.name.endswith(json.loads((folder / "settings.json").read_text())["hash"])
 
 
+def test_guidance_scales_and_averages_share_noise_and_labels(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    guide = tmp_path / "guide.pt"
+    content = load_file(checkpoint)
+    content["emas"]["0.99"]["final_layer.linear.bias"] += 0.1
+    torch.save(content, guide)
+    words = f"{checkpoint} --sampler euler --steps 2 --num-samples 5 --cfg-scale 1 1.5 --average 0.99 none".split()
+    sampling.main([*words, "--guide", str(guide)])
+    folders = sorted((tmp_path / "samples").iterdir(), key=lambda folder: folder.name[:-8])  # without the hash
+    assert [folder.name[:-9] for folder in folders] == [
+        f"tiny-1-ema-{average}-euler-2{scale}" for average in ("0.99", "none") for scale in ("", "-cfg-1.5")
+    ]
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert all(str(npz.relative_to(tmp_path)) in command for npz in (tmp_path / "samples").rglob("*.npz"))
+    assert len({npz(folder)["arr_1"].tobytes() for folder in folders}) == 1
+    settings = [json.loads((folder / "settings.json").read_text())["settings"] for folder in folders]
+    assert [bool(made["guide"]) for made in settings] == [False, True, False, True]
+    plain, guided = (npz(folder)["arr_0"].astype(int) for folder in folders[:2])
+    assert np.abs(plain - guided).max() > 1
+    with pytest.raises(SystemExit, match="out = 'x': is for one set of images, and these are 4"):
+        sampling.main([*words, "--out", "x"])
+    content["arguments"]["num_classes"] = 9
+    for state in (content["model"], content["emas"]["0.99"]):
+        state["y_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"][:10]
+    torch.save(content, guide)
+    with pytest.raises(SystemExit, match="guide.pt' has num_classes = 9, and .*last.pt 10; give a guide"):
+        sampling.main([*words, "--guide", str(guide)])
+
+
 def test_classes_without_training_images_are_drawn_on_request_alone(checkpoint, tmp_path, capsys):
     content = load_file(checkpoint)
     assert content["config"]["classes with images"] == list(range(10))
@@ -336,7 +386,7 @@ def test_classes_without_training_images_are_drawn_on_request_alone(checkpoint, 
     assert "3 of 10 classes, those with training images" in capsys.readouterr().out
     sampling.main([*words, "--out", str(tmp_path / "asked"), "--classes", "2", "3"])
     assert set(npz(tmp_path / "asked")["arr_1"]) == {2, 3}
-    assert "2 of 10 classes\n" in capsys.readouterr().out
+    assert "2 of 10 classes, balanced\n" in capsys.readouterr().out
 
 
 def test_folders_that_are_not_ours_are_refused(whole, checkpoint, tmp_path):
@@ -470,5 +520,5 @@ def test_another_autoencoder_in_the_place_of_the_runs_is_noticed(checkpoint, tmp
     with Ranks() as ranks:
         with pytest.raises(ValueError, match="trained with another autoencoder than the present 'pixels'"):
             sampling.load(options, ranks)
-        _, autoencoder, _, origin = sampling.load(dataclasses.replace(options, autoencoder="pixels"), ranks)
+        _, _, autoencoder, _, origin = sampling.load(dataclasses.replace(options, autoencoder="pixels"), ranks)
     assert autoencoder.name == origin["autoencoder"] == "pixels"

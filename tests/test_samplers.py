@@ -90,11 +90,14 @@ of_all_samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
 @of_both_paths
-@pytest.mark.parametrize("solver, order, steps, worst", [("euler", 1, 100, 1e-2), ("heun", 2, 50, 1e-4)])
-def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps, worst):
+@pytest.mark.parametrize("solver, order, steps, worst", [("euler", 1, 100, 1e-2), ("heun", 2, 50, 5e-4)])
+@pytest.mark.parametrize("options", [{}, {"time_shift": 2.5}, {"guide": True, "cfg_scale": 3.0}])
+def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps, worst, options):
     z, errors = numbers(64), []
+    if "guide" in options:  # one that is the model itself: no guidance
+        options = options | {"guide": Gaussian(path)}
     for num_steps in (steps, 2 * steps, 4 * steps):
-        got = sample_ode(Gaussian(path), z, labels(64), num_steps=num_steps, path=path, solver=solver)
+        got = sample_ode(Gaussian(path), z, labels(64), num_steps=num_steps, path=path, solver=solver, **options)
         errors.append((got - (M + S * z)).square().mean().sqrt().item())
     slopes = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
     assert slopes == pytest.approx([order, order], abs=0.15) and errors[-1] < worst
@@ -108,10 +111,27 @@ def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps,
         *(("sde", steps, [1 - 0.96 * k / (steps - 1) for k in range(steps)]) for steps in (2, 3, 9)),
     ],
 )
-def test_times_of_the_evaluations(sampler, num_steps, times):
+@pytest.mark.parametrize("shift", [1, 3, 0.5])
+def test_times_of_the_evaluations(sampler, num_steps, times, shift):
+    """A shift by s multiplies the noise level t / (1 - t) by s; the SDE's last step starts where it did."""
     model = Recorder()
-    SAMPLERS[sampler](model, numbers(2), labels(2), num_steps=num_steps)
-    assert model.times() == pytest.approx(times)
+    SAMPLERS[sampler](model, numbers(2), labels(2), num_steps=num_steps, time_shift=shift)
+    if shift == 1:
+        assert model.times() == pytest.approx(times)
+        return
+
+    def level(t):
+        return t / (1 - t)
+
+    found = model.times()
+    assert found[0] == 1 and (sampler != "sde" or found[-1] == pytest.approx(LAST))
+    inside = [(a, b) for a, b in zip(found, times) if b < 1 and sampler != "sde"]
+    assert [level(a) for a, _ in inside] == pytest.approx([shift * level(b) for _, b in inside])
+    if sampler == "sde":  # equal steps before they are shifted
+        even = [level(t) / (shift + level(t)) if t < 1 else 1 for t in found]
+        assert [a - b for a, b in zip(even, even[1:])] == pytest.approx(
+            [(1 - even[-1]) / (num_steps - 1)] * (num_steps - 1)
+        )
 
 
 # ---- score and SDE ----
@@ -139,7 +159,7 @@ def test_two_steps_of_the_sde(path):
     torch.testing.assert_close(got, middle - 0.04 * drift(middle, 0.04), rtol=1e-9, atol=1e-9)
 
 
-def moments_of_sde(num_steps, path):
+def moments_of_sde(num_steps, path, **changes):
     """Exact mean and standard deviation of what the sampler makes.
 
     The result is a linear function of the num_steps independent normal numbers that go in. Row k of the batch gets a
@@ -147,14 +167,15 @@ def moments_of_sde(num_steps, path):
     """
     rows = torch.eye(num_steps + 1, num_steps, dtype=torch.float64)[:, :, None, None, None]
     noises = iter(rows[:, 1:].unbind(1))
-    options = dict(num_steps=num_steps, path=path, step_noise=lambda: next(noises))
+    options = dict(num_steps=num_steps, path=path, step_noise=lambda: next(noises), **changes)
     out = sample_sde(Gaussian(path), rows[:, 0], labels(num_steps + 1), **options).flatten()
     assert next(noises, None) is None
     return out[-1].item(), (out[:-1] - out[-1]).norm().item()
 
 
 @of_both_paths
-def test_sde_approaches_the_target(path):
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_sde_approaches_the_target(path, shift):
     # With infinitely many steps the state at 0.04 is exact, and only the last step is not: an affine map of it.
     alpha, _, _, _ = coefficients(LAST, path)
 
@@ -164,7 +185,7 @@ def test_sde_approaches_the_target(path):
     mean = last_step(alpha * M)
     deviation = (last_step(alpha * M + 1) - mean) * math.sqrt(variance(LAST, path))
     assert (mean, deviation) == pytest.approx((M, S), abs=0.01)  # which is close to the data
-    found = [moments_of_sde(num_steps, path) for num_steps in (100, 200, 400)]
+    found = [moments_of_sde(num_steps, path, time_shift=shift) for num_steps in (100, 200, 400)]
     errors = [[abs(got - limit) for got, limit in zip(moments, (mean, deviation))] for moments in found]
     for coarse, fine in zip(errors, errors[1:]):
         for a, b in zip(coarse, fine):
@@ -209,6 +230,22 @@ def test_guidance_extrapolates_from_the_null_label(solver, scale):
     got = sample_ode(Recorder(value), z, y, num_steps=4, cfg_scale=scale, solver=solver)
     expected = 0.3 + scale * (value[:3] - 0.3)  # constant velocity over the time from 1 to 0
     torch.testing.assert_close(got, z - expected.view(-1, 1, 1, 1))
+
+
+@of_all_samplers
+def test_autoguidance_extrapolates_from_the_guide(sampler):
+    """v_guide + w (v - v_guide), both with the labels, within the interval."""
+    value, weak = torch.randn(2, 8, dtype=torch.float64)
+    model, guide, mixed = Recorder(value), Recorder(weak), Recorder(weak + 2.5 * (value - weak))
+    y, options = torch.tensor([3, 0, 6]), dict(num_steps=4, cfg_scale=2.5, guide=guide)
+    got = SAMPLERS[sampler](model, numbers(3), y, **options)
+    torch.testing.assert_close(got, SAMPLERS[sampler](mixed, numbers(3), y, num_steps=4))
+    assert len(model.calls) == len(guide.calls) and all(call.y.tolist() == [3, 0, 6] for call in guide.calls)
+    guide.calls.clear()
+    SAMPLERS[sampler](model, numbers(3), y, **options, guidance_interval=(0.9, 1.0))
+    assert guide.times() == [1.0]
+    same = SAMPLERS[sampler](model, numbers(3), y, num_steps=4, cfg_scale=2.5, guide=model)
+    torch.testing.assert_close(same, SAMPLERS[sampler](model, numbers(3), y, num_steps=4))
 
 
 def test_guidance_in_the_sde_enters_the_score_as_well():
