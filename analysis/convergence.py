@@ -21,7 +21,9 @@ import tyro
 from config import DEFAULTS, NOT_THE_ARM, idle, load_saved, plain
 from runtime import parsed, plain_errors, replaced, table, write_json
 
-AXES = {"step": "training steps", "images": "images seen", "seconds": "seconds of training"}
+AXES = {
+    "step": "training steps", "images": "images seen", "epoch": "epochs", "seconds": "seconds of training"
+}  # fmt: skip
 NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}  # of routings; others keep their own
 TARGETS_AT = (0.25, 0.5, 0.75, 1.0)  # default targets: what the reference has reached at these shares of its run
 
@@ -32,7 +34,7 @@ class Options:
     """Run folders of train_repa_dar.py."""
     metric: str = "frechet_distance"
     """Any number in metrics.jsonl."""
-    x: tuple[Literal["step", "images", "seconds"], ...] = ("step", "seconds")
+    x: tuple[Literal["step", "images", "epoch", "seconds"], ...] = ("step", "seconds")
     """Horizontal axes, one panel each."""
     reference: str = ""
     """Arm that the others are compared with; the first run's if not given."""
@@ -83,7 +85,8 @@ def read_run(folder: Path, metric: str) -> Run:
     return Run(
         str(folder),
         plain(DEFAULTS) | load_saved(folder / "config.yaml"),  # an option younger than the run had its default
-        {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES},
+        # Runs of older versions have no epochs.
+        {axis: np.array([point[axis] for point in points], dtype=float) for axis in AXES if axis in points[0]},
         np.array([point[metric] for point in points], dtype=float),
         float(np.median(rates)) if rates else None,
         [start for line in starts if (start := parsed(line, "from_step"))],
@@ -151,10 +154,12 @@ def compare(arms: dict, options: Options) -> dict:
     if reference not in arms:
         raise ValueError(f"reference {reference!r} is not among the arms: {', '.join(map(repr, arms))}")
     best, rows, summary = min if goal == "min" else max, [], {}
+    everything = [run for seeds in arms.values() for run in seeds.values()]
+    axes = [axis for axis in ("step", "epoch", "seconds") if all(axis in run.x for run in everything)]
     for target in options.targets or default_targets(arms[reference].values(), goal):
         for name, runs in arms.items():
             row = {"target": target, "arm": name}
-            for axis in ("step", "seconds"):
+            for axis in axes:
                 found = {seed: crossing(run.x[axis], run.y, target, goal) for seed, run in runs.items()}
                 times = {seed: None if bound == ">" else place for seed, (place, bound) in found.items()}
                 row[axis] = {"per_seed": times, "mean": mean(times.values())}
@@ -176,9 +181,8 @@ def compare(arms: dict, options: Options) -> dict:
             "folders": [run.folder for run in runs],
             **networks(run.config for run in runs),
         }
-    runs = [run for seeds in arms.values() for run in seeds.values()]
     head = {"metric": options.metric, "goal": goal, "reference": reference}
-    return head | {"arms": summary, "targets": rows, "environments": machines(runs)}
+    return head | {"arms": summary, "targets": rows, "environments": machines(everything)}
 
 
 def networks(configs) -> dict:
@@ -235,16 +239,18 @@ def markdown(result: dict) -> str:
         f"\nSpeedups over **{result['reference']}** (above 1: sooner; mean [lowest, highest] over seeds; < and >: a "
         "bound for each seed, where an arm never gets there, or got there before its first point):\n\n"
     )
-    lines = []
+    lines, axes = [], [axis for axis in ("step", "epoch", "seconds") if axis in result["targets"][0]]
     for row in result["targets"]:
         line = [f"{row['target']:.4g}", row["arm"]]
-        for axis in ("step", "seconds"):
+        for axis in axes:
             times, average = row[axis]["per_seed"], row[axis]["mean"]
             missed = sum(time is None for time in times.values())
             line.append(f"not reached by {missed} of {len(times)}" if missed else f"{average:.{int(average < 10)}f}")
-            line.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
+            if axis != "epoch":  # as in steps
+                line.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
         lines.append(line)
-    text += table([f"`{metric}` reaches", "arm", "steps", "speedup", "seconds", "speedup in time"], lines)
+    heads = {"step": ["steps", "speedup"], "epoch": ["epochs"], "seconds": ["seconds", "speedup in time"]}
+    text += table([f"`{metric}` reaches", "arm", *(head for axis in axes for head in heads[axis])], lines)
     return text + provenance(list(result["arms"].values()), result["environments"])
 
 

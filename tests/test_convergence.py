@@ -23,13 +23,14 @@ def line(slope):
     return [(step, 100 - slope * step) for step in STEPS]
 
 
-def write_run(folder, points, seconds_per_step=0.5, rate=128.0, environment=(), **settings):
+def write_run(folder, points, seconds_per_step=0.5, rate=128.0, environment=(), epoch=0, **settings):
     """A run folder as the trainer leaves it: at every point a line of the log, then one of the evaluation."""
     folder.mkdir(parents=True)
     config.save(dataclasses.replace(Config(), batch_size=BATCH, **settings), folder / "config.yaml")
     lines = []
     for step, value in points:
         axes = {"step": step, "images": step * BATCH, "seconds": round(step * seconds_per_step, 3)}
+        axes |= {"epoch": step * BATCH / epoch} if epoch else {}
         lines.append({**axes, "loss": 1 + 10 / step, **({"samples_per_second": rate} if rate else {})})
         lines.append({**axes, "frechet_distance": value, "evaluation_seconds": 3.0})
     for name, records in (("metrics", lines), ("environment", environment)):
@@ -241,7 +242,7 @@ def test_every_option_that_changes_what_is_learnt_or_measured_tells_arms_apart()
     others = {"seed", "out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_activations", "dry_run"}
     others |= {"log_every", "checkpoint_every", "snapshot_every", "tensorboard", "inception"}
     others |= {"diagnose_every", "diagnose_images"}
-    on = {"seed": 0, "init_from": "a", "cfg_scale": 2.0, "diagnose_every": 1, **DAR, **REPA}
+    on = {"seed": 0, "init_from": "a", "cfg_scale": 2.0, "diagnose_every": 1, "time_sampling": "lognormal"} | DAR | REPA
     for field in dataclasses.fields(Config):
         other = 7 if field.name in ("eval_every", "diagnose_every") else "another"
         arms = group([curve(line(0.1), **on), curve(line(0.1), **{**on, "seed": 1, field.name: other})])
@@ -383,6 +384,19 @@ def test_command_writes_plot_table_and_numbers_that_agree(study, capsys):
         image.load()
         assert min(image.size) > 100
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10, "an empty page"
+
+
+def test_epochs_stand_beside_the_steps_where_all_runs_know_theirs(tmp_path):
+    runs = [write_run(tmp_path / "a", line(0.05), epoch=6400), write_run(tmp_path / "b", line(0.1), epoch=3200, **DAR)]
+    convergence.main([*map(str, runs), "--out", str(tmp_path / "c"), "--targets", "70", "--x", "epoch"])
+    rows = table_rows((tmp_path / "c.md").read_text(), "`frechet_distance` reaches")
+    assert rows == [
+        ["70", "residual", "600", "reference", "6.0", "300", "reference"],  # 600 steps of 64 images are 6 times 6400
+        ["70", "DAR", "300", "2.00", "6.0", "150", "2.00"],
+    ]
+    older = write_run(tmp_path / "older", line(0.02), seed=1)
+    convergence.main([*map(str, [*runs, older]), "--out", str(tmp_path / "d"), "--targets", "70"])
+    assert "epoch" not in (tmp_path / "d.md").read_text()
 
 
 def plotted(monkeypatch, arguments):

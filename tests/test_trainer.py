@@ -371,7 +371,7 @@ def test_records_and_grids_of_a_run(command, tmp_path):
     assert [line["step"] for line in log if "loss" in line] == [5, 10, 15, 20, 25, 30, 33]
     assert [line["step"] for line in log if "frechet_distance" in line] == [15, 30, 33]
     for line in log:
-        assert line["images"] == 8 * line["step"]
+        assert line["images"] == 8 * line["step"] and line["epoch"] == pytest.approx(line["images"] / 70, abs=1e-4)
         if "loss" in line:
             assert line["loss"] == pytest.approx(line["denoising_loss"] + 0.5 * line["alignment_loss"], rel=1e-5)
             assert {"grad_norm", "samples_per_second", "skipped_steps", "seconds"} <= line.keys()
