@@ -4,17 +4,22 @@ import argparse
 import copy
 import json
 import math
+import re
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
+import huggingface_hub
 import safetensors.torch
 import torch
 from torch import nn
 
 import config as configuration
 from models.sit import FREQUENCIES, MAX_PERIOD, SIT_MODELS, SiT
-from runtime import MetricsLog, Ranks, environment, lock_folder, replaced
+from runtime import MetricsLog, Ranks, environment, lock_folder, read_json, replaced
 
+SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+EXPORTED = ("config.json", "model.safetensors")  # what eval.export writes for us to read
 FORMAT = 2  # of last.pt; format 1 drew other random numbers, so its runs cannot go on
 
 
@@ -160,14 +165,40 @@ def load_file(path: str | Path, device="cpu", mmap: bool = False):
         ) from None
 
 
+def load_checkpoint(source: str | Path):
+    """The same for a checkpoint, or for what `python -m eval.export` writes: a folder, or OWNER/NAME on the hub."""
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in SUFFIXES:
+        try:
+            path = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=EXPORTED))
+        except Exception as error:  # the hub's client raises many kinds
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            raise ValueError(
+                f"{str(source)!r} is neither a file nor a model on the hub that can be had ({reason})"
+            ) from None
+    if not path.is_dir():
+        return load_file(path)
+    if not all((path / name).is_file() for name in EXPORTED):
+        raise ValueError(
+            f"{str(path)!r} is a folder without {' and '.join(EXPORTED)}; give the checkpoint in it, such as "
+            f"{path / 'last.pt'}, or a folder made by `python -m eval.export`"
+        )
+    config, weights = (path / name for name in EXPORTED)
+    content = read_json(config)
+    if not is_ours(content):
+        raise ValueError(f"{str(config)!r} was not written by `python -m eval.export` of this version")
+    weights = load_file(weights)
+    return content | {"ema": weights, "emas": {content["average"]: weights}}
+
+
 def is_ours(checkpoint) -> bool:
-    """Whether a file's content is a checkpoint of `RunFolder.save`, in its present format."""
+    """Whether a file's content is a checkpoint of `RunFolder.save`, or of eval.export, in its present format."""
     return isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT and "arguments" in checkpoint
 
 
 def load_weights(path: str | Path) -> dict:
     """Model weights from one of our checkpoints, SiT's, REPA's, or a bare state dict: `ema` where there is one."""
-    content = load_file(path)
+    content = load_checkpoint(path)
     content = content if isinstance(content, dict) else {}
     for key in ("ema", "model", "state_dict"):
         if isinstance(content.get(key), dict):
@@ -187,14 +218,12 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
     To the options of the run are added its `step`, the resolved `average` and the model's `arguments`.
     Raises ValueError where there is no such checkpoint, average or model.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; give the checkpoint in it, such as {path / 'last.pt'}")
-    checkpoint = load_file(path)
+    checkpoint = load_checkpoint(path)
     if is_ours(checkpoint):
         known = {key: checkpoint[key] for key in ("step", "arguments")}
         options = {**checkpoint["config"], **known}
-        averages = {"none": checkpoint["model"], **checkpoint["emas"]}
+        averages = {"none": checkpoint["model"]} if "model" in checkpoint else {}
+        averages |= checkpoint["emas"]
         options["average"] = average or next(iter(checkpoint["emas"]))
         if options["average"] not in averages:
             raise ValueError(f"{path} has no average {average!r}; choose one of {', '.join(averages)}")

@@ -63,7 +63,7 @@ class Arm:
     seed: int = option(0, least=0, arm=False)
     """Decides initial weights, data order, times, noise and dropped labels, whatever the number of processes."""
     init_from: str = option("")
-    """Weights to start from: ours, SiT's or REPA's (`ema` is taken where the file has it)."""
+    """Weights to start from: ours, an exported folder or hub name, SiT's or REPA's (`ema` where the file has it)."""
     new_labels: bool = option(False, idle_with={"init_from": ("",)})
     """Start with a new label table, as other classes need, and take only the null class from `init_from`."""
     retrofit_steps: int = option(0, least=0, idle_with=NOT_ROUTED)
@@ -269,7 +269,7 @@ class DistillConfig(Common):
 
     # ---- distillation ----
     teacher: str = option("")
-    """Checkpoint to distil: ours (its first average is taken), or weights that SiT or REPA has released."""
+    """Checkpoint to distil: ours (its first average is taken), an exported folder or hub name, or SiT's or REPA's."""
     model: str = option("")
     """Name of a released teacher (SiT-XL/2). Empty: the one of our checkpoint."""
     autoencoder: str = option("")

@@ -56,7 +56,8 @@ CONVERSION = "round to nearest, (x + 1) * 127.5"
 @dataclass(frozen=True)
 class Options:
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Ours (last.pt), or weights that SiT or REPA has released."""
+    """Ours (last.pt), what eval.export made of it (the folder, or its name on the hub), or weights that SiT or REPA has
+    released."""
     out: str = ""
     """Folder to write. Empty: samples/{run}-{step}-{sampler}-{hash of the settings}."""
     preset: Literal["repa-sde-250", "paper-cfg-1.5", "sit-ode-250", "fast-ode-50"] = "repa-sde-250"
@@ -361,9 +362,11 @@ def sample_images(model, autoencoder, settings: Settings, indices, device: torch
 
 def folder_name(options: Options, settings: Settings, origin: dict) -> str:
     """Run, step and chosen average of the checkpoint, sampler, steps and guidance, and a hash of all that moves FID."""
-    step = options.checkpoint.stem if origin["step"] is None else origin["step"]
+    path = options.checkpoint.resolve()
+    step = path.stem if origin["step"] is None else origin["step"]
     guidance = "" if settings.cfg_scale == 1 else f"-cfg-{settings.cfg_scale:g}"
-    run, average = options.checkpoint.resolve().parent.name, "".join(f"-ema-{decay}" for decay in options.average)
+    run = path.parent.name if path.suffix else path.name  # of what eval.export made
+    average = "".join(f"-ema-{decay}" for decay in options.average)
     return f"{run}-{step}{average}-{settings.sampler}-{settings.steps}{guidance}-{settings.digits()}"
 
 

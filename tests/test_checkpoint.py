@@ -169,5 +169,5 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 
 
 def test_a_folder_is_pointed_to_its_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match=f"'{tmp_path}' is a folder; give .*{tmp_path}/last.pt"):
+    with pytest.raises(ValueError, match=f"'{tmp_path}' is a folder without config.json.*{tmp_path}/last.pt"):
         load_trained(tmp_path)

@@ -1,0 +1,139 @@
+"""Writes a trained model as a folder to share: weights as safetensors, what they are, and a model card.
+
+    python -m eval.export runs/imagenet256_xl/dar-repa-seed0/last.pt --out sit-xl-dar-repa
+    hf upload OWNER/NAME sit-xl-dar-repa
+    python -m eval.sample OWNER/NAME --preset repa-sde-250
+
+Whatever takes a checkpoint takes such a folder, or its name on the hub; it holds nothing that could be executed. OUT is
+
+    model.safetensors   one average of the weights
+    config.json         architecture, step, and all options of the run; of paths on this machine the last part alone
+    README.md           the model card: to be completed, with a licence for one
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import safetensors.torch
+import tyro
+import yaml
+
+from checkpoint import FORMAT, load_trained
+from config import Config, DistillConfig, plain
+from runtime import parsed, plain_errors, read_json, replaced, table, write_json
+
+NO_METRICS = {"step", "images", "epoch", "seconds", "evaluation_seconds"}  # in a line of metrics.jsonl
+CARD = """---
+library_name: pytorch
+tags: [diffusion, sit, {routing}]
+---
+
+# {name}
+
+{model} with {routing} routing, {classes} classes of `{data}`, step {step}, moving average {average}. {origin}
+
+    python -m eval.sample OWNER/{name}
+
+## What differs from the default options
+
+```yaml
+{settings}```
+
+## Metrics
+
+{metrics}
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Ours (last.pt)."""
+    out: Path
+    """Folder to write; must be new, or empty."""
+    average: str = ""
+    """Which moving average, by its decay, or `none` for the weights themselves; the first if not given."""
+    metrics: tuple[Path, ...] = ()
+    """JSON files of eval.metrics to put into the card, beside the run's own last evaluation."""
+
+
+def main(argv: list | None = None):
+    options = tyro.cli(Options, args=argv, prog="python -m eval.export", description=__doc__)
+    with plain_errors(ValueError, OSError):
+        export(options)
+    print(f"written: {options.out}. To share it: hf upload OWNER/{options.out.resolve().name} {options.out}")
+
+
+def export(options: Options):
+    """Write the folder. Raises ValueError where the checkpoint is not ours, or the folder is not empty."""
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out = {str(out)!r} is not an empty folder; give another one")
+    model, trained = load_trained(options.checkpoint, options.average)  # refuses what is not ours: it has no name
+    metrics = metrics_of(options, trained["step"])
+    apart = ("step", "average", "arguments")
+    config = {key: shareable(value) for key, value in trained.items() if key not in (*apart, "out")}
+    content = {"format": FORMAT, **{key: trained[key] for key in apart}, "config": config}
+    out.mkdir(parents=True, exist_ok=True)
+    with replaced(out / "model.safetensors") as file:
+        weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+        file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
+    write_json(out / "config.json", content)
+    usual = plain(asdict((DistillConfig if "teacher" in config else Config)()))
+    changed = {key: config[key] for key, value in usual.items() if key in config and config[key] != value}
+    card = CARD.format(
+        name=out.resolve().name,
+        model=config["model"],
+        routing=model.routing,
+        classes=model.num_classes,
+        data=config["data"],
+        step=content["step"],
+        average=content["average"],
+        origin=origin_of(options.checkpoint.parent),
+        settings=yaml.safe_dump(changed, sort_keys=False),
+        metrics=metrics,
+    )
+    with replaced(out / "README.md") as file:
+        file.write(card.encode())
+
+
+def shareable(value):
+    """An option without the folders of this machine."""
+    if isinstance(value, list | tuple):
+        return [shareable(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def records(path: Path, key: str = "step") -> list[dict]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [record for line in lines if (record := parsed(line, key))]
+
+
+def origin_of(folder: Path) -> str:
+    """Where the run was last started, as a sentence, if it is known."""
+    for last in records(folder / "environment.jsonl", "from_step")[-1:]:
+        facts = [f"{key} {last[key]}" for key in ("processes", "gpu", "cpu", "torch", "commit") if last.get(key)]
+        return f"Trained on: {', '.join(facts)}."
+    return ""
+
+
+def metrics_of(options: Options, step: int) -> str:
+    """The run's last evaluation up to a step, and the given reports, as text."""
+    text = ""
+    log = records(options.checkpoint.parent / "metrics.jsonl")
+    for line in [line for line in log if "evaluation_seconds" in line and line["step"] <= step][-1:]:
+        rows = [[name, f"{value:.5g}"] for name, value in line.items() if name not in NO_METRICS]
+        text += f"While training, at step {line['step']}:\n\n{table(['metric', 'value'], rows)}\n"
+    for path in options.metrics:
+        report = read_json(path)
+        if not isinstance(report.get("metrics"), dict):
+            raise ValueError(f"metrics = {str(path)!r} was not written by eval.metrics")
+        rows = [[name, f"{value:.5g}"] for name, value in report["metrics"].items()]
+        count, against = report["samples"]["count"], shareable(report["reference"]["path"])
+        text += f"Of {count} samples, against {against}:\n\n{table(['metric', 'value'], rows)}\n"
+    return text or "None.\n"
+
+
+if __name__ == "__main__":
+    main()
