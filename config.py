@@ -71,7 +71,7 @@ class Arm:
 
     # ---- model ----
     model: str = option("SiT-B/2")
-    """SiT-{S,B,L,XL,Plus}/{2,4,8}: depth, width, heads, patch size. Passing --model discards the preset's sizes."""
+    """SiT-{S,B,L,XL,Plus}/{1,2,4,8}: depth, width, heads, patch size. Passing --model discards the preset's sizes."""
     depth: int | None = option(None, least=1, model=True)
     """Blocks, instead of the named model's."""
     hidden_size: int | None = option(None, least=4, model=True)

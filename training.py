@@ -234,10 +234,9 @@ class Run:
             from analysis.diagnose import diagnose  # nothing else needs matplotlib and scikit-learn
 
             inputs, config, step = self.inputs, self.inputs.config, self.progress["step"]
-            latents = "" if config.autoencoder == "pixels" else inputs.autoencoder.fingerprint
             diagnose(
                 self.ema.first,
-                PreparedImages(config.data, latents=latents),
+                PreparedImages(config.data, latents=inputs.autoencoder.content),
                 inputs.autoencoder,
                 inputs.encoders[0] if inputs.encoders else None,
                 self.folder.path / "diagnosis" / f"{step:07d}",

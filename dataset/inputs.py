@@ -40,7 +40,7 @@ class Inputs:
                 for name, file in zip(config.encoder if align else (), weights)
             ]
         # Only what is read is opened: pixels, or moments of latents, and the tokens of encoders if they are stored.
-        latents = "" if config.autoencoder == "pixels" else self.autoencoder.fingerprint
+        latents = self.autoencoder.content
         read = functools.partial(PreparedImages, config.data, latents=latents, held_out=config.held_out)
         self.held_out = read(images=not latents, training=False) if config.held_out else None
         read = functools.partial(read, mirror=config.mirror)

@@ -79,6 +79,8 @@ class Options:
     """Tokens along one side; if not given, those of SiT with patch size 2."""
     mirror: bool = False
     """Store latents and tokens of the mirrored images too."""
+    statistics: bool = False
+    """Also write the autoencoder with mean and deviation of these latents, for one that publishes none, beside them."""
     batch_size: int = 64
     """Images that a network takes at a time."""
     verify: bool = False
@@ -98,12 +100,16 @@ def prepare(options: Options, ranks: Ranks):
         raise ValueError(f"resolution = {resolution}: say the side of the square images, such as --resolution 256")
     if options.batch_size < 1:
         raise ValueError(f"batch_size = {options.batch_size}: must be at least 1")
+    if options.statistics and options.autoencoder == "pixels":
+        raise ValueError("statistics = True: is for latents; give an --autoencoder, or leave it out")
     weights = options.encoder_weights or ("",) * len(options.encoder)
     if len(weights) != len(options.encoder):
         raise ValueError(f"encoder_weights = {weights}: give one for each of {len(options.encoder)} encoders, or none")
     with ranks.one_first():  # everything that may be downloaded, before the first image
         source = limited(open_source(options), options.limit)
-        autoencoder = load_autoencoder(options.autoencoder)
+        autoencoder = load_autoencoder(options.autoencoder, normalised=not options.statistics)
+        if options.statistics and autoencoder.quirk in ("squares", "unit"):
+            raise ValueError(f"statistics = True: {options.autoencoder!r} comes with its own; leave it out")
         if source.moments and (options.autoencoder == "pixels" or options.mirror):
             raise ValueError(
                 f"{options.source!r} holds latents: give the --autoencoder that made them (REPA's is sd-vae-ft-mse), "
@@ -130,6 +136,26 @@ def prepare(options: Options, ranks: Ranks):
     with claim(stages, ranks):
         for stage in stages:
             stage.run()
+    if options.statistics and ranks.main:
+        write_normalised(autoencoder, stages[1])
+
+
+def write_normalised(autoencoder, stage):
+    """The autoencoder with mean and deviation of each channel of a stage's latents, as a folder of diffusers."""
+    array, labels = np.load(stage.path, mmap_mode="r"), np.load(stage.images.folder / "labels.npy")
+    first, second, count = 0, 0, 0  # sums of a posterior's first and second moments
+    for rows in stage.parts:
+        for start in range(0, len(array), stage.count):  # the mirrored ones follow
+            part = array[start + rows.start : start + rows.stop][labels[rows] >= 0].astype(np.float64)
+            mean, std = np.split(part, 2, axis=1)
+            first, second = first + mean.sum((0, 2, 3)), second + (mean**2 + std**2).sum((0, 2, 3))
+            count += mean.size // mean.shape[1]
+    mean = first / count
+    found = {"latents_mean": mean.tolist(), "latents_std": np.sqrt(second / count - mean**2).tolist()}
+    out = stage.folder / "autoencoder"
+    autoencoder.model.register_to_config(**found, scaling_factor=1.0, shift_factor=None)
+    autoencoder.model.save_pretrained(out)
+    print(f"written: {out}, with latents_mean and latents_std; train with --autoencoder {out}", flush=True)
 
 
 def claim(stages: list, ranks: Ranks):
@@ -288,8 +314,9 @@ class Rows(Stage):
         self.name = network.name  # a path may change while what lies there stays the same
         self.batch_size, self.copies = options.batch_size, 1 + options.mirror
         self.autocast = kind == "features" and images.ranks.device.type == "cuda"
-        settings = {"fingerprint": network.fingerprint, **settings, "mirror": options.mirror}
-        super().__init__(images.folder / kind / network.fingerprint, images.count, settings, images.ranks)
+        made_by = network.content if kind == "latents" else network.fingerprint
+        settings = {"fingerprint": made_by, **settings, "mirror": options.mirror}
+        super().__init__(images.folder / kind / made_by, images.count, settings, images.ranks)
         self.path, self.array_shape = self.folder / f"{what}.npy", (self.copies * self.count, *shape)
 
     def open(self):

@@ -5,11 +5,13 @@ The only place that knows the scale and the shift of the latter.
 Shapes: B batch, C channels of what SiT sees, H, W pixels, h, w latent pixels (H, W over the downsampling).
 """
 
+import hashlib
 import os
 import textwrap
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from runtime import fingerprint
 
@@ -19,13 +21,23 @@ HUB_NAMES = {
     "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
     "taesd": "madebyollin/taesd",
 }
-UNDERSTOOD = dict(in_channels=3, out_channels=3, latents_mean=None, latents_std=None, upsampling_scaling_factor=2)
+UNDERSTOOD = dict(in_channels=3, out_channels=3, upsampling_scaling_factor=2)
+PROBED = 128  # pixels of the image that tells the shape of latents; the strongest known compression is 128
+# How some classes of diffusers differ from the others: they take videos, here of one frame; latents are normalised in
+# squares of 2 x 2, which become channels; they take images in [0, 1], and normalise latents by themselves.
+QUIRKS = {
+    "AutoencoderKLQwenImage": "video",
+    "AutoencoderKLWan": "video",
+    "AutoencoderKLFlux2": "squares",
+    "AutoencoderRAE": "unit",
+}
 
 
 class Pixels:
     """No latent space: images scaled to [-1, 1]."""
 
     name = fingerprint = "pixels"
+    content = ""
     channels = 3
     downsampling = 1
 
@@ -45,35 +57,44 @@ class Pixels:
 class Latents(nn.Module):
     """What a frozen autoencoder makes of images, shifted and scaled as in latent diffusion (arXiv 2112.10752, D.1).
 
-    name:  as given by the user.
-    model: diffusers' AutoencoderKL, or AutoencoderTiny. The latter is trained on latents that are scaled already, so
-           its own config has scale 1 and shift 0, and it has no posterior: a deviation of 0.
-    Attributes: name, channels, downsampling, fingerprint (of the weights, the scale, the shift and the class).
-    Raises ValueError on a config that asks for what is not done here.
+    name:   as given by the user.
+    model:  one of diffusers' autoencoders. Those without a posterior have a deviation of 0.
+    config: its config.json, where that knows more than the model, such as `latents_mean` and `latents_std`; None for
+            latents that are not normalised.
+    Attributes: name, channels, downsampling; content, a fingerprint of what stored moments depend on (weights and
+    class; "" for pixels, which have none), and fingerprint, of the normalisation too.
+    Raises ValueError on a config that asks for what is not done here, and on a model that cannot encode images.
     """
 
-    def __init__(self, name: str, model: nn.Module):
+    def __init__(self, name: str, model: nn.Module, config: dict | None):
         super().__init__()
-        config = model.config
         for key, value in UNDERSTOOD.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"autoencoder {name!r} has {key} = {config[key]}; only {value} is understood")
-        if not config.scaling_factor:
-            raise ValueError(
-                f"autoencoder {name!r} has scaling_factor = {config.scaling_factor}; "
-                "write into its config.json by what its latents are to be multiplied"
-            )
-        self.name, self.model = name, model
-        self.channels, self.downsampling = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
-        self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0)
-        self.fingerprint = fingerprint(model, repr((type(model).__name__, self.scale, self.shift)))
+            if model.config.get(key, value) != value:
+                raise ValueError(f"autoencoder {name!r} has {key} = {model.config[key]}; only {value} is understood")
+        self.name, self.model, self.quirk = name, model, QUIRKS.get(type(model).__name__)
         self.eval().requires_grad_(False)
+        self.content = fingerprint(model, type(model).__name__)
+        shift, scale = (0.0, 1.0) if config is None else normalisation(name, model, {**model.config, **config})
+        self.fingerprint = hashlib.sha256(repr((self.content, scale, shift)).encode()).hexdigest()[:12]
+        for key, value in (("shift", shift), ("scale", scale)):
+            self.register_buffer(key, torch.tensor(value).view(-1, 1, 1), persistent=False)  # (C, 1, 1), or one for all
+        size = getattr(model, "decoder_image_size", PROBED)
+        try:
+            moments = self._moments(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            reason = textwrap.shorten(str(error), 200)
+            raise ValueError(
+                f"autoencoder {name!r}, of class {type(model).__name__}, cannot encode images: {reason}"
+            ) from None
+        self.channels, self.downsampling = moments.shape[1] // 2, size // moments.shape[-1]
+        if self.scale.numel() not in (1, self.channels):
+            raise ValueError(f"autoencoder {name!r} has {self.scale.numel()} latents_std for {self.channels} channels")
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, 2C, h, w): mean and standard deviation of the posterior, not scaled.
 
-        Raises ValueError where H or W is not a multiple of the downsampling.
+        Raises ValueError where H or W is not a multiple of the downsampling, or the model knows one size alone.
         """
         height, width = images.shape[-2:]
         if height % self.downsampling or width % self.downsampling:
@@ -81,11 +102,27 @@ class Latents(nn.Module):
                 f"autoencoder {self.name!r} cannot encode images of {height} x {width} pixels: "
                 f"both must be multiples of {self.downsampling}"
             )
-        encoded = self.model.encode(Pixels().encode(images))
-        if "latents" in encoded:
-            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
-        else:
+        moments = self._moments(images)
+        if moments.shape[-2:] != (height // self.downsampling, width // self.downsampling):
+            size = moments.shape[-1] * self.downsampling
+            raise ValueError(f"autoencoder {self.name!r} takes images of {size} pixels alone, not {height} x {width}")
+        return moments
+
+    @torch.no_grad()
+    def _moments(self, images):
+        x = Pixels().encode(images)
+        if self.quirk == "unit":
+            x = (x + 1) / 2
+        encoded = self.model.encode(x.unsqueeze(2) if self.quirk == "video" else x)
+        if "latent_dist" in encoded:
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean = encoded["latents" if "latents" in encoded else "latent"]
+            std = torch.zeros_like(mean)
+        if self.quirk == "video":
+            mean, std = mean.squeeze(2), std.squeeze(2)
+        if self.quirk == "squares":
+            mean, std = F.pixel_unshuffle(mean, 2), F.pixel_unshuffle(std, 2)
         return torch.cat([mean.float(), std.float()], dim=1)
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -101,27 +138,63 @@ class Latents(nn.Module):
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """float (B, C, h, w) as SiT sees it -> uint8 (B, 3, H, W), rounded to the nearest level."""
         x = x.float() / self.scale + self.shift
-        return torch.cat([Pixels().decode(self.model.decode(part).sample.float()) for part in x.split(DECODED_AT_ONCE)])
+        return torch.cat([Pixels().decode(self._decode(part).float()) for part in x.split(DECODED_AT_ONCE)])
+
+    def _decode(self, x):
+        if self.quirk == "squares":
+            x = F.pixel_shuffle(x, 2)
+        if self.quirk == "video":
+            return self.model.decode(x.unsqueeze(2)).sample.squeeze(2)
+        images = self.model.decode(x).sample
+        return images * 2 - 1 if self.quirk == "unit" else images
 
 
-def load_autoencoder(name: str) -> Pixels | Latents:
+def normalisation(name: str, model: nn.Module, config: dict) -> tuple:
+    """shift and scale: SiT sees (z - shift) scale. Numbers, or lists of one per channel, as in diffusers' pipelines.
+
+    AutoencoderTiny is trained on latents that are scaled already; its own config has scale 1.
+    """
+    quirk = QUIRKS.get(type(model).__name__)
+    if quirk == "unit":
+        return 0.0, 1.0
+    if quirk == "squares":
+        return model.bn.running_mean.tolist(), (model.bn.running_var + model.config.batch_norm_eps).rsqrt().tolist()
+    factor, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if not factor:
+        raise ValueError(
+            f"autoencoder {name!r} has scaling_factor = {factor}; write into its config.json by what its latents are "
+            "to be multiplied, or see `dataset.prepare --statistics`"
+        )
+    if mean is None and std is None:
+        return float(shift), float(factor)
+    if mean is None or std is None or shift or len(mean) != len(std):
+        raise ValueError(
+            f"autoencoder {name!r} has latents_mean = {mean}, latents_std = {std} and shift_factor = {shift}; needed "
+            "are both of the former, of one length, and no shift; correct its config.json"
+        )
+    return list(mean), [factor / value for value in std]
+
+
+def load_autoencoder(name: str, normalised: bool = True) -> Pixels | Latents:
     """The autoencoder that the user or a prepared folder names: Pixels, or frozen Latents on the CPU.
 
     name: "pixels", one of HUB_NAMES, a folder written by diffusers' `save_pretrained`, or OWNER/NAME on the model hub.
+    normalised: shift and scale its latents, as its config says.
     Raises ValueError where there is none, it is of another class, or its weights cannot be had or do not fit.
     """
     if name == "pixels":
         return Pixels()
-    from diffusers import AutoencoderKL, AutoencoderTiny  # only here: pixels do without
+    import diffusers  # only here: pixels do without
 
     source = HUB_NAMES.get(name, name)
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
-        kind = AutoencoderKL.load_config(source).get("_class_name")
-        if kind not in classes:
-            raise LookupError(f"it is of class {kind} by its config.json; only {' and '.join(classes)} are understood")
+        config = diffusers.AutoencoderKL.load_config(source)
+        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(kind, "encode")):
+            raise LookupError(f"its class by config.json, {config.get('_class_name')}, is no autoencoder of diffusers")
         # Not by way of accelerate, so that whether that is installed makes no difference.
-        model, loaded = classes[kind].from_pretrained(source, low_cpu_mem_usage=False, output_loading_info=True)
+        model, loaded = kind.from_pretrained(source, low_cpu_mem_usage=False, output_loading_info=True)
         unfit = sorted([*loaded["missing_keys"], *loaded["unexpected_keys"]])
         if unfit:  # diffusers would go on with random weights
             raise LookupError(f"{len(unfit)} weights are missing or unknown to config.json, such as {unfit[0]}")
@@ -135,4 +208,4 @@ def load_autoencoder(name: str) -> Pixels | Latents:
             )
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise ValueError(f"autoencoder {name!r} could not be loaded ({reason}); {remedy}") from error
-    return Latents(name, model)
+    return Latents(name, model, config if normalised else None)

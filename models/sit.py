@@ -283,5 +283,5 @@ SIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (
 SIT_MODELS = {
     f"SiT-{name}/{patch}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
     for name, (depth, width, heads) in SIT_SIZES.items()
-    for patch in (2, 4, 8)
+    for patch in (1, 2, 4, 8)
 }

@@ -140,7 +140,7 @@ def test_channels_and_downsampling(tmp_path, depth):
 def test_scale_and_shift_are_of_the_config(tmp_path, kl, tiny):
     def scaling(folder):
         autoencoder = load_autoencoder(str(folder))
-        return autoencoder.scale, autoencoder.shift
+        return pytest.approx((autoencoder.scale.item(), autoencoder.shift.item()))
 
     assert scaling(kl[0]) == (0.4, 0.3)
     assert scaling(tiny[0]) == (1.0, 0.0)
@@ -161,6 +161,119 @@ def test_sample_is_the_closed_form(kl, dtype):
     assert got.dtype == torch.float32
     mean, std = moments.double()[:, :4], moments.double()[:, 4:]
     torch.testing.assert_close(got.double(), (mean + std * noise.double() - 0.3) * 0.4, rtol=1e-6, atol=1e-6)
+
+
+# ---- other classes of diffusers, their pipelines' arithmetic written out ----
+
+BLOCKS = dict(
+    block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+)  # fmt: skip
+MEAN, STD = [0.3, -0.2, 0.1, 0.5], [0.5, 2.0, 1.5, 0.8]
+
+
+def column(values):
+    return torch.tensor(values).view(1, -1, 1, 1)
+
+
+def save_dc(folder):
+    half = dict(block_types=("ResBlock", "EfficientViTBlock"), block_out_channels=(8, 8), layers_per_block=(1, 1))
+    half |= dict(qkv_multiscales=((), (5,)))
+    both = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in half.items()}
+    model = saved(folder, diffusers.AutoencoderDC, latent_channels=4, attention_head_dim=2, scaling_factor=0.4, **both)
+    return model, lambda x: model.encode(x).latent * 0.4, lambda z: model.decode(z / 0.4).sample
+
+
+def save_means(folder):
+    options = dict(BLOCKS, norm_num_groups=4, latents_mean=MEAN, latents_std=STD, scaling_factor=0.5)
+    model = saved(folder, diffusers.AutoencoderKL, **options)
+    return (
+        model,
+        lambda x: (model.encode(x).latent_dist.mean - column(MEAN)) * 0.5 / column(STD),
+        lambda z: model.decode(z * column(STD) / 0.5 + column(MEAN)).sample,
+    )
+
+
+def save_flux2(folder):
+    model = saved(folder, diffusers.AutoencoderKLFlux2, latent_channels=3, norm_num_groups=4, **BLOCKS)
+    model.bn.running_mean.copy_(normal(12))
+    model.bn.running_var.copy_(normal(12).exp())
+    model.save_pretrained(folder)
+    mean, std = column(model.bn.running_mean.tolist()), column((model.bn.running_var + 1e-4).sqrt().tolist())
+
+    def encode(x):
+        z = model.encode(x).latent_dist.mean
+        b, c, h, w = z.shape
+        z = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+        return (z - mean) / std
+
+    def decode(z):
+        z = z * std + mean
+        b, c, h, w = z.shape
+        z = z.view(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
+        return model.decode(z).sample
+
+    return model, encode, decode
+
+
+def save_qwen(folder):
+    sizes = dict(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
+    model = saved(folder, diffusers.AutoencoderKLQwenImage, latents_mean=MEAN, latents_std=STD, **sizes)
+    return (
+        model,
+        lambda x: (model.encode(x[:, :, None]).latent_dist.mean[:, :, 0] - column(MEAN)) / column(STD),
+        lambda z: model.decode((z * column(STD) + column(MEAN))[:, :, None]).sample[:, :, 0],
+    )
+
+
+def save_rae(folder):
+    encoder = dict(encoder_hidden_size=64, encoder_patch_size=4, encoder_num_hidden_layers=1, encoder_input_size=16)
+    decoder = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    decoder = {f"decoder_{name}": value for name, value in decoder.items()}
+    own = dict(latents_mean=[[[0.5]]] * 64, latents_std=[[[2.0]]] * 64, scaling_factor=0.5, patch_size=6)
+    model = saved(folder, diffusers.AutoencoderRAE, **encoder, **decoder, **own)
+    return (
+        model,
+        lambda x: model.encode((x + 1) / 2).latent,  # images in [0, 1]; it normalises by itself
+        lambda z: 2 * model.decode(z).sample - 1,
+    )
+
+
+@pytest.mark.parametrize(
+    "save, channels, downsampling, side",
+    [
+        (save_dc, 4, 2, 16),
+        (save_means, 4, 2, 16),
+        (save_flux2, 12, 4, 16),
+        (save_qwen, 4, 2, 16),
+        (save_rae, 64, 6, 24),
+    ],
+)
+@torch.no_grad()
+def test_other_classes(tmp_path, save, channels, downsampling, side):
+    model, encode, decode = save(tmp_path)
+    autoencoder, images = load_autoencoder(str(tmp_path)), photos(3, side, side)
+    assert (autoencoder.channels, autoencoder.downsampling) == (channels, downsampling)
+    moments = autoencoder.moments(images)
+    mean, std = moments.chunk(2, dim=1)
+    x = encode(images / 255 * 2 - 1)
+    torch.testing.assert_close(autoencoder.sample(moments, torch.zeros_like(mean)), x, rtol=1e-4, atol=1e-4)
+    noise = normal(*mean.shape, seed=4)
+    assert (std.abs().max() > 0) == (save not in (save_dc, save_rae))  # these have no posterior
+    drawn = autoencoder.sample(moments, noise)
+    torch.testing.assert_close(drawn - x, std * noise * autoencoder.scale, rtol=1e-3, atol=1e-4)
+    z = drawn / drawn.std() * 2
+    expected = np.rint(np.clip((decode(z).numpy() + 1) / 2, 0, 1) * 255)
+    got = autoencoder.decode(z).numpy()
+    assert got.shape == images.shape and np.abs(got - expected).max() <= 1 and expected.std() > 5
+    if save is save_rae:
+        with pytest.raises(ValueError, match="takes images of 24 pixels alone, not 48 x 48"):
+            autoencoder.moments(photos(1, 48, 48))
+
+
+def test_what_cannot_encode_an_image(tmp_path):
+    saved(tmp_path, diffusers.AutoencoderOobleck, encoder_hidden_size=8, downsampling_ratios=[2], channel_multiples=[1])
+    with pytest.raises(ValueError, match="of class AutoencoderOobleck, cannot encode images"):
+        load_autoencoder(str(tmp_path))
 
 
 # ---- decoding ----
@@ -282,15 +395,18 @@ def test_hub_names_are_read_from_the_cache(tmp_path, monkeypatch, tiny, name, re
 
 
 @pytest.mark.parametrize(
-    "kind, identity", [("kl", "('AutoencoderKL', 0.4, 0.3)"), ("tiny", "('AutoencoderTiny', 1.0, 0.0)")]
+    "kind, name, scaling", [("kl", "AutoencoderKL", "0.4, 0.3"), ("tiny", "AutoencoderTiny", "1.0, 0.0")]
 )
-def test_fingerprint_by_its_definition(request, kind, identity):
-    """Of every weight, the class, the scale and the shift; the name does not matter."""
+def test_fingerprint_by_its_definition(request, kind, name, scaling):
+    """Of every weight and the class, what moments depend on; and of these, the scale and the shift."""
     folder, model = request.getfixturevalue(kind)
-    digest = hashlib.sha256(identity.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} torch.float32".encode() + tensor.numpy().tobytes())
-    assert load_autoencoder(folder).fingerprint == Latents("", model).fingerprint == digest.hexdigest()[:12]
+    digest = hashlib.sha256(name.encode())
+    for weight, tensor in model.state_dict().items():
+        digest.update(f"{weight} {tuple(tensor.shape)} torch.float32".encode() + tensor.numpy().tobytes())
+    content = digest.hexdigest()[:12]
+    whole = hashlib.sha256(f"('{content}', {scaling})".encode()).hexdigest()[:12]
+    for found in (load_autoencoder(folder), Latents("another name", model, {})):
+        assert (found.content, found.fingerprint) == (content, whole)
 
 
 # ---- errors ----
@@ -310,9 +426,10 @@ def test_unknown_name(name):
 @pytest.mark.parametrize(
     "config, match",
     [
-        ('{"_class_name": "UNet2DModel"}', "is of class UNet2DModel .* only AutoencoderKL and AutoencoderTiny"),
-        ('{"_class_name": "AsymmetricAutoencoderKL"}', "is of class AsymmetricAutoencoderKL"),
-        ("{}", "is of class None"),
+        ('{"_class_name": "UNet2DModel"}', "UNet2DModel, is no autoencoder of diffusers"),
+        ('{"_class_name": "DDPMPipeline"}', "DDPMPipeline, is no autoencoder"),
+        ('{"_class_name": "AutoencoderKLTemporalDecoder"}', "could not be loaded"),
+        ("{}", "None, is no autoencoder"),
         ("[]", "could not be loaded"),
         ("not json", "could not be loaded.*JSON"),
         (None, "could not be loaded.*config.json"),
@@ -331,8 +448,8 @@ def test_folder_of_something_else(tmp_path, config, match):
         (save_kl, "in_channels", 1, "only 3 is understood"),
         (save_kl, "out_channels", 4, "only 3 is understood"),
         (save_tiny, "out_channels", 1, "only 3 is understood"),
-        (save_kl, "latents_mean", [0.5] * 4, "only None is understood"),
-        (save_kl, "latents_std", [0.5] * 4, "only None is understood"),
+        (save_kl, "latents_mean", [0.5] * 4, "needed are both"),
+        (save_kl, "latents_std", [0.5] * 4, "needed are both"),
         (save_tiny, "upsampling_scaling_factor", 4, "only 2 is understood"),
         (save_kl, "scaling_factor", 0, "config.json"),
         (save_kl, "scaling_factor", None, "config.json"),
@@ -340,7 +457,7 @@ def test_folder_of_something_else(tmp_path, config, match):
 )
 def test_settings_that_are_not_understood(tmp_path, save, key, value, match):
     save(tmp_path, **{key: value})
-    with pytest.raises(ValueError, match=f"{tmp_path.name}.* has {key} = {re.escape(str(value))}; .*{match}"):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.* {key} = {re.escape(str(value))}[,; ].*{match}"):
         load_autoencoder(str(tmp_path))
 
 
@@ -375,7 +492,7 @@ def test_weights_of_another_kind_and_code_that_comes_with_them(tmp_path, file):
         with pytest.raises(ValueError, match=f"^autoencoder '{tmp_path}' could not be loaded .*save_pretrained.*$"):
             load_autoencoder(str(tmp_path))
     change_json(tmp_path / "config.json", _class_name="Model")
-    with pytest.raises(ValueError, match="is of class Model by its config.json"):
+    with pytest.raises(ValueError, match="its class by config.json, Model, is no autoencoder"):
         load_autoencoder(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 

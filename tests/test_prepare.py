@@ -100,7 +100,7 @@ def test_rows_are_what_the_networks_give(prepared, autoencoder_folder, dino_fold
     autoencoder = load_autoencoder(str(autoencoder_folder))
     encoders = [FrozenEncoder(str(folder), 4) for folder in (dino_folder, encoder_folder)]
     data = PreparedImages(
-        prepared, latents=autoencoder.fingerprint, features=[e.fingerprint for e in encoders], mirror=True
+        prepared, latents=autoencoder.content, features=[e.fingerprint for e in encoders], mirror=True
     )
     assert len(data) == 2 * (COUNT - 1) and data.labels.tolist() == 2 * (10 * [0] + 11 * [1])
     images = torch.from_numpy(np.delete(stored_images(prepared), 3, axis=0)).permute(0, 3, 1, 2)  # a/06 is row 3
@@ -114,10 +114,27 @@ def test_rows_are_what_the_networks_give(prepared, autoencoder_folder, dino_fold
     assert all((np.load(path)[[3, COUNT + 3]] == 0).all() for path in prepared.glob("*/*/*.npy"))
     chosen = data.__getitems__([40, 3, 20])
     assert all(torch.equal(chosen[name], batch[name][[40, 3, 20]]) for name in batch)
-    latents = PreparedImages(prepared, images=False, latents=autoencoder.fingerprint)
+    latents = PreparedImages(prepared, images=False, latents=autoencoder.content)
     assert set(latents.__getitems__([0])) == {"labels", "moments"}
     plain = PreparedImages(prepared)
     assert set(plain.__getitems__([0])) == {"labels", "images"} and len(plain) == COUNT - 1
+
+
+def test_statistics_make_an_autoencoder_of_normalised_latents(photos, autoencoder_folder, judge_folder, tmp_path):
+    out = tmp_path / "out"
+    run(photos, out, "--resolution", SIZE, "--autoencoder", autoencoder_folder, "--mirror", "--statistics")
+    (folder,) = (out / "latents").iterdir()
+    plain, normalised = (load_autoencoder(str(path)) for path in (autoencoder_folder, folder / "autoencoder"))
+    assert plain.content == normalised.content == folder.name and plain.fingerprint != normalised.fingerprint
+    data = PreparedImages(out, images=False, latents=normalised.content, mirror=True)  # nothing is encoded again
+    moments = data.__getitems__(range(len(data)))["moments"]
+    noise = torch.randn(400, *moments[:, :4].shape, generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack([normalised.sample(moments, each) for each in noise]).transpose(0, 2).flatten(1)
+    assert drawn.mean(1).abs().max() < 0.01 and (drawn.std(1) - 1).abs().max() < 0.01
+    train(out, judge_folder, tmp_path / "run", "--autoencoder", folder / "autoencoder", "--max-steps", 1)
+    for words in (["--statistics"], ["--statistics", "--autoencoder", "pixels"]):
+        with pytest.raises(SystemExit, match="error: statistics = True: is for latents; give an --autoencoder"):
+            run(photos, out, "--resolution", SIZE, *words)
 
 
 def test_mirrored_rows_must_have_been_stored(photos, autoencoder_folder, tmp_path):
@@ -499,7 +516,7 @@ def test_repas_folder_is_taken_as_it_is(of_repa, autoencoder_folder, encoder_fol
     """Images and labels exactly, latents to a rounding to float16; no image is encoded but the first few."""
     source, out = zipped(of_repa, tmp_path / "zip") if packed else of_repa, tmp_path / "out"
     run(source, out, "--resolution", SIZE, "--autoencoder", autoencoder_folder, "--encoder", encoder_folder)
-    data = PreparedImages(out, latents=load_autoencoder(str(autoencoder_folder)).fingerprint)
+    data = PreparedImages(out, latents=load_autoencoder(str(autoencoder_folder)).content)
     found, (images, latents, labels) = data.__getitems__(range(len(data))), as_repa_reads(of_repa)
     assert np.array_equal(found["images"], images) and found["labels"].tolist() == labels
     assert len(data) == 9 and data.num_classes == 10
@@ -523,7 +540,7 @@ def test_entries_of_repas_folder_that_are_missing_or_damaged(of_repa, autoencode
     assert "left out, without a label: 1 (00000/img-mean-std-00000099.npy)" in said and "6 damaged and left out" in said
     for number in range(1, 7):
         assert f"left out: 00000/img-mean-std-0000000{number}.npy" in said
-    data = PreparedImages(out, latents=load_autoencoder(str(autoencoder_folder)).fingerprint)
+    data = PreparedImages(out, latents=load_autoencoder(str(autoencoder_folder)).content)
     keep = [0, 7, 8]
     expected = as_repa_reads(of_repa)
     assert np.array_equal(data.__getitems__(range(3))["images"], expected[0][keep])

@@ -59,7 +59,7 @@ def published_shapes(depth, width, patch, channels, tokens, num_classes, hidden,
 
 @pytest.mark.parametrize("size", SIZES)
 def test_names_and_shapes_are_those_of_published_checkpoints(size):
-    assert set(SIT_MODELS) == {f"SiT-{name}/{patch}" for name in SIZES for patch in (2, 4, 8)}
+    assert set(SIT_MODELS) == {f"SiT-{name}/{patch}" for name in SIZES for patch in (1, 2, 4, 8)}
     depth, width, heads = SIZES[size]
     for patch, dims in ((2, ()), (2, (768,)), (2, (768, 1024)), (4, ()), (8, (768,))):
         model = on_meta(f"SiT-{size}/{patch}", align_dims=dims)
