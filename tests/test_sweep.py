@@ -101,6 +101,7 @@ def test_options_without_effect_create_no_extra_runs(cells):
 def test_what_has_no_effect():
     """With everything on, nothing; then each switch alone. A wrong entry would make one cell, or arm, of two."""
     on = dict(routing="dar", alignment="repa", eval_every=1, diagnose_every=1, cfg_scale=1.5, init_from="x")
+    on["time_sampling"] = "lognormal"
     of_dar = {"query", "chunk_summary", "final_aggregator"}
     of_routers = of_dar | {"chunk_size", "route_backend", "retrofit_steps"}
     alignment = {"align_depth", "proj_coeff", "projector", "projector_dim", "spatial_norm", "align_steps"}
@@ -111,10 +112,12 @@ def test_what_has_no_effect():
         ("routing", "attnres"): of_dar,
         ("alignment", "none"): alignment | {"encoder", "encoder_weights", "encoder_features"},
         ("projector", "conv"): {"projector_dim"},
-        ("eval_every", 0): evaluation | {"decoder", "sampler", "sample_steps", "cfg_scale", "guidance_interval"},
+        ("eval_every", 0): evaluation
+        | {"decoder", "sampler", "sample_steps", "sample_shift", "cfg_scale", "guidance_interval"},
         ("cfg_scale", 1.0): {"guidance_interval"},
         ("diagnose_every", 0): {"diagnose_images"},
         ("init_from", ""): {"new_labels"},
+        ("time_sampling", "uniform"): {"time_mean", "time_std"},
         ("lr", 7.0): set(),
     }
     assert {(key, value): config.idle({**on, key: value}) for key, value in expected} == expected
