@@ -53,8 +53,8 @@ PROBE = 16  # images that are timed before the first is written
 @dataclass(frozen=True)
 class Options:
     source: Annotated[str, tyro.conf.Positional]
-    """`digits`, a folder with one subfolder per class, a parquet file or a folder of them, a hub dataset name, or a
-    folder that REPA has prepared, with images/ and vae-sd/ in it."""
+    """`digits`, a folder with one subfolder per class, a parquet file or a folder of them, a hub dataset name, a folder
+    that REPA has prepared, with images/ and vae-sd/ in it, or LightningDiT's safetensors, latents without images."""
     out: str
     """Folder to write."""
     resolution: int | None = None
@@ -110,11 +110,13 @@ def prepare(options: Options, ranks: Ranks):
         autoencoder = load_autoencoder(options.autoencoder, normalised=not options.statistics)
         if options.statistics and autoencoder.quirk in ("squares", "unit"):
             raise ValueError(f"statistics = True: {options.autoencoder!r} comes with its own; leave it out")
-        if source.moments and (options.autoencoder == "pixels" or options.mirror):
+        if source.moments and (options.autoencoder == "pixels" or options.mirror and not source.mirrored):
             raise ValueError(
                 f"{options.source!r} holds latents: give the --autoencoder that made them (REPA's is sd-vae-ft-mse), "
-                "and no --mirror, as they are not mirrored"
+                "and no --mirror unless it has mirrored ones"
             )
+        if source.load is None and options.encoder:
+            raise ValueError(f"encoder = {options.encoder}: {options.source!r} holds no images that they could encode")
         size, rest = divmod(resolution, autoencoder.downsampling)
         if rest:
             unit = f"{autoencoder.downsampling} pixels, one latent of {options.autoencoder!r}"
@@ -142,11 +144,11 @@ def prepare(options: Options, ranks: Ranks):
 
 def write_normalised(autoencoder, stage):
     """The autoencoder with mean and deviation of each channel of a stage's latents, as a folder of diffusers."""
-    array, labels = np.load(stage.path, mmap_mode="r"), np.load(stage.images.folder / "labels.npy")
+    array, readable = np.load(stage.path, mmap_mode="r"), stage.images.readable
     first, second, count = 0, 0, 0  # sums of a posterior's first and second moments
     for rows in stage.parts:
         for start in range(0, len(array), stage.count):  # the mirrored ones follow
-            part = array[start + rows.start : start + rows.stop][labels[rows] >= 0].astype(np.float64)
+            part = array[start + rows.start : start + rows.stop][readable[rows]].astype(np.float64)
             mean, std = np.split(part, 2, axis=1)
             first, second = first + mean.sum((0, 2, 3)), second + (mean**2 + std**2).sum((0, 2, 3))
             count += mean.size // mean.shape[1]
@@ -248,6 +250,11 @@ class Images(Stage):
         """They, once all are written."""
         return EncodedImages(self.folder)
 
+    @functools.cached_property
+    def readable(self):
+        """Which are not damaged, once all are written: (N)."""
+        return np.load(self.folder / "labels.npy") >= 0
+
     def probe(self):
         """Seconds and bytes per image, from some that are spread over the source."""
         began = time.perf_counter()
@@ -256,8 +263,10 @@ class Images(Stage):
         return (time.perf_counter() - began) / len(self.some), sum(sizes) / len(self.some)
 
     def cropped(self, i):
-        """Image i as it is stored. Raises what the source or a decoder raises."""
+        """Image i as it is stored; None where the source has latents alone. Raises what source and decoders raise."""
         image = self.source.load(i)
+        if image is None:
+            return None
         if self.exif:
             image = ImageOps.exif_transpose(image)
         return center_crop(to_rgb(image), self.resolution)
@@ -269,6 +278,8 @@ class Images(Stage):
         except Exception as error:  # a damaged file can raise nearly anything inside a decoder
             # Without the address of a buffer in memory, which differs from run to run.
             return b"", b"", re.sub(r"<(\S+) object at 0x\w+>", r"\1", f"{type(error).__name__}: {error}")
+        if image is None:
+            return b"", b"", None
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)  # 6, the default, takes three times as long
         return buffer.getvalue(), hashlib.sha256(image.tobytes()).digest(), None
@@ -358,7 +369,7 @@ class Rows(Stage):
         array = np.load(self.path, mmap_mode="r+")
         for first in range(rows.start, rows.stop, self.batch_size):
             part = range(first, min(first + self.batch_size, rows.stop))
-            readable = np.array([self.images.encoded.sizes[row] > 0 for row in part])
+            readable = self.images.readable[part]
             for copy, made in enumerate(self.of(part, readable)):
                 made = made.astype(np.float16)
                 if not np.isfinite(made).all():
@@ -378,23 +389,30 @@ class Taken(Rows):
     """Latents that the source has, as they are but for float16."""
 
     def of(self, part, readable):
-        def read(i, fine):
-            return self.images.source.moments(i) if fine else np.zeros(self.shape)
+        source = self.images.source
 
-        with ThreadPoolExecutor(self.images.threads) as pool:
-            return [np.stack(list(pool.map(read, part, readable)))]
+        def read(moments):
+            def one(i, fine):
+                return moments(i) if fine else np.zeros(self.shape)
+
+            with ThreadPoolExecutor(self.images.threads) as pool:
+                return np.stack([*pool.map(one, part, readable)])
+
+        return [read(moments) for moments in (source.moments, source.mirrored)[: self.copies]]
 
     def probe(self):
-        """Raises ValueError unless a few of them are what the autoencoder makes of their images."""
+        """Raises ValueError unless a few of them are what the autoencoder makes of their images, if it has any."""
         images, pairs, problem, began = self.images, [], "", time.perf_counter()
         for i in images.some:
             try:
-                pairs.append((np.array(images.cropped(i)), images.source.moments(i)))
+                pairs.append((images.cropped(i), images.source.moments(i)))
             except Exception as error:  # as in Images.read
                 problem = f"{images.source.names[i]}: {error}"
         seconds, name = (time.perf_counter() - began) / len(images.some), images.settings["source"]
         if not pairs:
             raise ValueError(f"none of the entries of {name!r} that were tried can be used; {problem}")
+        if pairs[0][0] is None:
+            return seconds / images.threads, self.left()
         pixels, latents = map(np.stack, zip(*pairs))
         made = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         error = np.sqrt(np.mean((latents - made) ** 2) / np.mean(made**2))

@@ -92,6 +92,11 @@ class PreparedImages:
             otherwise = ", or use --encoder-features online"
             self.files[f"tokens_{i}"] = self._finished("features", encoder, "tokens.npy", "--encoder", otherwise)
         self.images = EncodedImages(self.folder) if images else None
+        if images and not self.images.sizes.any():
+            raise ValueError(
+                f"{self.folder} holds latents without images, which are needed for pixels, encoders whose tokens are "
+                "not stored, diagnoses, and judges that compare with them (--eval-every 0, or give a --fid-reference)"
+            )
         labels = np.load(self.folder / "labels.npy")
         self.count = len(labels)
         rows = np.flatnonzero(labels >= 0)  # prepare marks damaged images by -1

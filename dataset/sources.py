@@ -1,5 +1,5 @@
 """Where images come from, and how they become square: embedded digits, class folders, parquet tables, hub datasets, and
-folders that REPA's tools have prepared, which hold latents too.
+folders that REPA's tools have prepared, which hold latents too, or LightningDiT's, which hold latents alone.
 
 Class folders are read as torchvision's ImageFolder does: each subfolder is a class, and images may lie deeper in it.
 Hidden files and folders, and __MACOSX, are passed over. Whatever else is not read is named in Source.notes.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 from dataset.prepared import open_image
 
@@ -30,17 +31,19 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Images that can be read one by one: `load(i)` returns a PIL image or raises. notes: lines to tell the user.
+    """Images that can be read one by one: `load(i)` returns a PIL image or raises; None: there are latents alone.
 
-    moments: where the latents are there too, `moments(i)` -> (2C, h, w), mean and standard deviation, or raises.
+    notes: lines to tell the user. moments: where latents are there, `moments(i)` -> (2C, h, w), mean and standard
+    deviation, or raises. mirrored: the same of the mirrored image.
     """
 
     names: list
     labels: np.ndarray
     class_names: list
-    load: Callable
+    load: Callable | None
     notes: tuple = ()
     moments: Callable | None = None
+    mirrored: Callable | None = None
 
 
 def open_source(options) -> Source:
@@ -72,6 +75,8 @@ def open_source(options) -> Source:
         raise ValueError(f"split = {options.split!r}: {path!r} has no splits; name the folder of that split as source")
     if repa:
         return open_repa(path)
+    if shards := [name for name in files if name.endswith(".safetensors")]:
+        return open_shards(path, shards)
     return embedded_digits() if path == "digits" else open_class_folder(path, files)
 
 
@@ -209,6 +214,41 @@ def open_part(path):
     return [name for name in names if name.endswith((".png", ".npy"))], opener
 
 
+def open_shards(path, shards) -> Source:
+    """What LightningDiT's extract_features.py writes: `latents` (N, C, h, w), each a draw from the posterior,
+    `latents_flip` of the mirrored images, and `labels` (N), in files of safetensors."""
+    files = {}
+    for name in shards:
+        try:
+            files[name] = safe_open(os.path.join(path, name), "pt")
+            count, labels = files[name].get_slice("latents").get_shape()[0], files[name].get_tensor("labels")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{os.path.join(path, name)} is damaged, or holds no latents and labels ({error})"
+            ) from None
+        if labels.shape != (count,) or labels.min() < 0:
+            raise ValueError(
+                f"{os.path.join(path, name)} has labels {tuple(labels.shape)} for {count} latents, or below 0"
+            )
+    labels = np.concatenate([file.get_tensor("labels").numpy() for file in files.values()])
+    rows = [(name, row) for name, file in files.items() for row in range(len(file.get_tensor("labels")))]
+
+    def reader(key):
+        def moments(i):
+            name, row = rows[i]
+            drawn = files[name].get_slice(key)[row : row + 1][0].float().numpy()
+            return np.concatenate([drawn, np.zeros_like(drawn)])  # without a deviation
+
+        return moments
+
+    flipped = all("latents_flip" in file.keys() for file in files.values())
+    names, class_names = [f"{name}, row {row}" for name, row in rows], [str(k) for k in range(1 + labels.max())]
+    notes = [f"{path}: latents without images, taken on trust; training without alignment and judges can use them"]
+    return Source(
+        names, labels, class_names, None, notes, reader("latents"), reader("latents_flip") if flipped else None
+    )
+
+
 def open_table(options, files=None, notes=()) -> Source:
     """files: local parquet files; if not given, the source is the name of a dataset on the hub."""
     import datasets
@@ -276,27 +316,28 @@ def limited(source: Source, limit: int | None) -> Source:
         raise ValueError(f"limit = {limit}: must be at least 1")
     count = len(source.names)
     rows = [i * count // min(limit, count) for i in range(min(limit, count))]
-    names = [source.names[i] for i in rows]
-    moments = source.moments and (lambda k: source.moments(rows[k]))
-    return replace(
-        source, names=names, labels=source.labels[rows], load=lambda k: source.load(rows[k]), moments=moments
-    )
+
+    def chosen(read):
+        return read and (lambda k: read(rows[k]))
+
+    readers = {name: chosen(getattr(source, name)) for name in ("load", "moments", "mirrored")}
+    return replace(source, names=[source.names[i] for i in rows], labels=source.labels[rows], **readers)
 
 
 def with_latents(source: Source, shape: tuple) -> Source:
-    """A source of images and latents, whose images cannot be loaded where the latents are not (2C, h, w) in float16."""
+    """A source of latents whose images cannot be loaded where the latents are not (2C, h, w) in float16.
 
-    def moments(i):
-        found = source.moments(i)
-        if found.shape != shape or not np.abs(found).max() <= np.finfo(np.float16).max:
-            raise ValueError(f"its latents are {found.dtype} {found.shape}, not finite numbers of float16 {shape}")
-        return found
+    Its `load` returns None where there are no images.
+    """
 
     def load(i):
-        moments(i)
-        return source.load(i)
+        for read in filter(None, (source.moments, source.mirrored)):
+            found = read(i)
+            if found.shape != shape or not np.abs(found).max() <= np.finfo(np.float16).max:
+                raise ValueError(f"its latents are {found.dtype} {found.shape}, not finite numbers of float16 {shape}")
+        return source.load and source.load(i)
 
-    return replace(source, load=load, moments=moments)
+    return replace(source, load=load)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -57,7 +57,8 @@ class OnlineEvaluation:
 
     def __init__(self, config, ranks: Ranks, inputs, autocast: Callable):
         self.config, self.ranks, self.inputs, self.autocast = config, ranks, inputs, autocast
-        self.data = data = PreparedImages(config.data)
+        compared = config.eval_encoder != ("inception",) or not config.fid_reference
+        self.data = data = PreparedImages(config.data, images=compared)
         # Labels as frequent as in the training set, in random order.
         chosen = np.random.default_rng(derive_seed(config.seed, Use.LABELS)).integers(
             len(data), size=config.eval_samples

@@ -303,7 +303,7 @@ def test_loss_on_held_out_images(data, evaluation, path):
 
 def test_labels_are_as_frequent_as_in_the_training_set(data, evaluation, monkeypatch):
     data.labels = torch.tensor([1] * 60 + [7] * 30)
-    monkeypatch.setattr(online, "PreparedImages", lambda folder: data)
+    monkeypatch.setattr(online, "PreparedImages", lambda folder, **options: data)
     labels = evaluation(eval_samples=3000).labels
     assert set(labels.tolist()) == {1, 7}
     # 2000 of 3000 expected; the standard deviation is 26.

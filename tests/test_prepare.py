@@ -525,6 +525,61 @@ def test_repas_folder_is_taken_as_it_is(of_repa, autoencoder_folder, encoder_fol
     train(out, judge_folder, tmp_path / "run", "--autoencoder", autoencoder_folder, "--max-steps", 1, "--eval-every", 0)
 
 
+@pytest.fixture(scope="module")
+def of_lightning(autoencoder_folder, tmp_path_factory):
+    """LightningDiT's files: draws of the posterior by diffusers alone, the mirrored images' too, in two shards."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import save_file
+
+    folder, model = tmp_path_factory.mktemp("lightning"), AutoencoderKL.from_pretrained(autoencoder_folder).eval()
+    for shard, count in enumerate((5, 4)):
+        images = np.stack([noise_image(SIZE, SIZE, seed=10 * shard + i) for i in range(count)])
+        x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        with torch.no_grad():
+            drawn = {key: model.encode(images).latent_dist.sample() for key, images in (("", x), ("_flip", x.flip(-1)))}
+        tensors = {f"latents{key}": value.contiguous() for key, value in drawn.items()}
+        tensors["labels"] = torch.arange(count) + 3 * shard
+        save_file(tensors, folder / f"latents_rank00_shard{shard:03}.safetensors")
+    return folder
+
+
+def test_lightnings_latents_train_without_images(
+    of_lightning, autoencoder_folder, encoder_folder, judge_folder, tmp_path
+):
+    from safetensors.torch import load_file
+
+    out, words = tmp_path / "out", ("--resolution", SIZE, "--autoencoder", autoencoder_folder)
+    run(of_lightning, out, *words, "--mirror", "--statistics")
+    content, shards = load_autoencoder(str(autoencoder_folder)).content, map(load_file, sorted(of_lightning.iterdir()))
+    data, shards = PreparedImages(out, images=False, latents=content, mirror=True), list(shards)
+    found = data.__getitems__(range(18))
+    for key, rows in (("latents", slice(0, 9)), ("latents_flip", slice(9, 18))):
+        expected = torch.cat([shard[key] for shard in shards])
+        torch.testing.assert_close(found["moments"][rows, :4].float(), expected, rtol=2**-10, atol=2**-20)
+    assert (found["moments"][:, 4:] == 0).all() and found["labels"].tolist() == 2 * [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    prepare.main(["x", "--out", str(out), "--verify"])
+    latents = ("--autoencoder", autoencoder_folder, "--max-steps", 2)
+    train(out, judge_folder, tmp_path / "run", *latents, "--eval-every", 0, "--mirror")
+    needs = "holds latents without images, which are needed for"
+    aligned = ("--alignment", "repa", "--encoder", encoder_folder, "--encoder-features", "online", "--eval-every", 0)
+    for name, more in (("judged", latents), ("aligned", (*latents, *aligned)), ("pixels", ("--eval-every", 0))):
+        with pytest.raises(SystemExit, match=f"error: .*{needs}"):
+            train(out, judge_folder, tmp_path / name, *more)
+
+
+def test_what_lightnings_files_cannot_give(of_lightning, autoencoder_folder, encoder_folder, tmp_path):
+    source, words = tmp_path / "source", ("--resolution", SIZE, "--autoencoder", autoencoder_folder)
+    with pytest.raises(SystemExit, match="error: encoder = .* holds no images that they could encode"):
+        run(of_lightning, tmp_path / "out", *words, "--encoder", encoder_folder)
+    with pytest.raises(SystemExit, match="error: none of the entries of .* its latents are float32 .8, 8, 8."):
+        run(of_lightning, tmp_path / "out", "--resolution", 2 * SIZE, "--autoencoder", autoencoder_folder)
+    shutil.copytree(of_lightning, source)
+    (source / "latents_rank00_shard001.safetensors").write_bytes(b"half of it")
+    with pytest.raises(SystemExit, match="error: .*shard001.safetensors is damaged, or holds no latents and labels"):
+        run(source, tmp_path / "out", *words)
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
 def test_entries_of_repas_folder_that_are_missing_or_damaged(of_repa, autoencoder_folder, tmp_path, capsys):
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(of_repa, source)
