@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.dar import AttnResRouter, DepthRouter
 from models.projector import PROJECTORS, ConvProjector, Projector
-from models.streams import ResidualStream, RetrofitStream, RoutedStream, SkipStream, long_skips
+from models.streams import ResidualStream, RoutedStream, SkipStream, joined, long_skips
 
 ROUTINGS = ("residual", "dar", "attnres", "unet")
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
@@ -158,11 +158,9 @@ class SiT(nn.Module):
 
     def stream(self, tokens: torch.Tensor, e: torch.Tensor) -> ResidualStream | RoutedStream:
         """What joins the sublayers in one forward pass. tokens: (B, T, D); e: the timestep embedding (B, D)."""
-        if self.router and self.gamma < 1:
-            return RetrofitStream(self.router, tokens, e, self.gamma)
-        if self.router:
-            return RoutedStream(self.router, tokens, e)
-        return SkipStream(tokens, self.skips, len(self.blocks)) if self.routing == "unet" else ResidualStream(tokens)
+        if self.routing == "unet":
+            return SkipStream(tokens, self.skips, len(self.blocks))
+        return joined(self.router, tokens, e, self.gamma)
 
     def gated(self, gate, sublayer, x):
         """gate (B, 1, D) * sublayer(x), (B, T, D): what `checkpoint_activations` recomputes."""

@@ -112,6 +112,17 @@ class SkipStream(ResidualStream):
         return x, h
 
 
+def joined(
+    router: DepthRouter | None, tokens: torch.Tensor, t_embedding: torch.Tensor, gamma: float
+) -> ResidualStream | RoutedStream:
+    """The stream of a model with or without a router, faded in by gamma. tokens: (B, T, D); t_embedding: (B, D)."""
+    if router is None:
+        return ResidualStream(tokens)
+    return (
+        RoutedStream(router, tokens, t_embedding) if gamma == 1 else RetrofitStream(router, tokens, t_embedding, gamma)
+    )
+
+
 def long_skips(num_blocks: int, width: int) -> nn.ModuleList:
     """The maps W, b of a SkipStream, all zero."""
     skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(num_blocks // 2))

@@ -1,0 +1,200 @@
+"""Qwen-Image's transformer with routing: against diffusers' own forward, and a definition of DAR in float64."""
+
+import math
+
+import pytest
+import torch
+
+from models.mmdit import RoutedQwenImage
+
+import diffusers  # after models: see its docstring
+from torch.nn import functional as F
+
+SIZES = dict(
+    patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+    joint_attention_dim=12, axes_dims_rope=(4, 6, 6),
+)  # fmt: skip
+
+
+def random_weights(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def pair():
+    """diffusers' model and ours, with the same random weights."""
+    theirs = random_weights(diffusers.QwenImageTransformer2DModel(**SIZES))
+    ours = RoutedQwenImage(**SIZES)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def inputs(rows=4, columns=6, masked=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x, text = (torch.randn(2, *size, generator=generator).to(dtype) for size in ((rows * columns, 16), (5, 12)))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]) if masked else None
+    return x, text, mask, torch.tensor([0.3, 0.9], dtype=dtype), [[(1, rows, columns)]] * 2
+
+
+# ---- residual ----
+
+
+@pytest.mark.parametrize("rows, columns, masked", [(4, 6, True), (2, 2, False), (7, 3, True), (1, 9, False)])
+def test_residual_mode_is_diffusers_bit_for_bit_gradients_too(pair, rows, columns, masked):
+    theirs, ours = pair
+    ours.add_routing(routing="residual", align_depth=(1, 3), align_dims=(5, 7), projector_dim=8)
+    outputs = [model(*inputs(rows, columns, masked)).sample for model in pair]
+    assert torch.equal(*outputs) and outputs[0].std() > 0.1
+    assert torch.equal(ours(*inputs(rows, columns, masked), return_dict=False)[0], outputs[0])
+    for output in outputs:
+        output.square().mean().backward()
+    of_ours = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert (parameter.grad is None) == (of_ours[name].grad is None), name
+        assert parameter.grad is None or torch.equal(parameter.grad, of_ours[name].grad), name
+    projected = ours.velocity(*inputs(rows, columns, masked))[1]
+    assert [tuple(z.shape) for z in projected] == [(2, rows * columns, dim) for _ in (1, 3) for dim in (5, 7)]
+
+
+# ---- routing ----
+
+
+@pytest.mark.parametrize("chunk_size", [1, 6])
+@pytest.mark.parametrize("query", ["static", "dynamic"])
+def test_dense_dar_with_zero_queries_is_the_residual_function(pair, query, chunk_size):
+    theirs, ours = pair
+    ours.add_routing(query=query, chunk_size=chunk_size)
+    expected, got = (model(*inputs()).sample for model in pair)
+    assert (got - expected).square().mean().sqrt() < 1e-3 * expected.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("routing", ["dar", "attnres"])
+def test_while_it_fades_in_every_routing_starts_as_the_residual_function(pair, routing):
+    theirs, ours = pair
+    ours.add_routing(routing=routing, chunk_size=4)
+    random_weights(ours.image_router), random_weights(ours.text_router, 1)
+    expected, routed = theirs(*inputs()).sample, ours(*inputs()).sample
+    ours.gamma = 0.0
+    assert (ours(*inputs()).sample - expected).square().mean().sqrt() < 1e-3 * expected.square().mean().sqrt()
+    assert (routed - expected).square().mean().sqrt() > 0.05 * expected.square().mean().sqrt()
+
+
+def routed(sources, aggregator, query):
+    """Eq. 5 and 6 of the paper, source by source in float64: (B, T, D)."""
+    keys = [aggregator.norm_weight * v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() for v in sources]
+    logits = torch.stack([(query * key).sum(-1) / math.sqrt(key.shape[-1]) for key in keys])
+    return sum(weight.unsqueeze(-1) * v for weight, v in zip(logits.softmax(0), sources))
+
+
+def by_definition(model, x, text, mask, t, shapes, plans):
+    """The velocity of DAR with timestep queries; plans: the sources of each state, for image and text."""
+    e = model.time_text_embed(t, x)
+    rotary = model.pos_embed(shapes, max_txt_seq_len=text.shape[1], device=x.device)
+    v = [[model.img_in(x)], [model.txt_in(model.txt_norm(text))]]
+    routers = model.image_router, model.text_router
+
+    def read(stream, shift, scale):
+        latest, router = len(v[stream]) - 1, routers[stream]
+        aggregator = router.aggregators[latest]
+        h = routed([v[stream][i] for i in plans[latest]], aggregator, (aggregator.query + e).unsqueeze(1))
+        return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+    for block in model.transformer_blocks:
+        i, u = block.img_mod(e).chunk(6, -1), block.txt_mod(e).chunk(6, -1)
+        a, b = block.attn(
+            hidden_states=read(0, i[0], i[1]), encoder_hidden_states=read(1, u[0], u[1]),
+            encoder_hidden_states_mask=mask, image_rotary_emb=rotary,
+        )  # fmt: skip
+        v[0].append(i[2].unsqueeze(1) * a)
+        v[1].append(u[2].unsqueeze(1) * b)
+        v[0].append(i[5].unsqueeze(1) * block.img_mlp(read(0, i[3], i[4])))
+        if block is not model.transformer_blocks[-1]:
+            v[1].append(u[5].unsqueeze(1) * block.txt_mlp(read(1, u[3], u[4])))
+    scale, shift = model.norm_out.linear(F.silu(e)).chunk(2, -1)
+    return model.proj_out(read(0, shift, scale))
+
+
+def test_dar_against_its_definition_in_float64(pair):
+    """S = 2: c_0, c_1 = v_2 and c_2 = v_4 stand for chunks, by Eq. 7."""
+    model = pair[1]
+    model.add_routing(query="timestep", chunk_size=2)
+    random_weights(model.image_router), random_weights(model.text_router, 1)
+    plans = [(0,), (0, 1), (0, 2), (0, 2, 3), (0, 2, 4), (0, 2, 4, 5), (0, 2, 4, 5, 6)]
+    got = model(*inputs()).sample
+    got.square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if name.startswith(("image_r", "text_r"))}
+    model.double().zero_grad()
+    x, text, mask, t, shapes = inputs(dtype=torch.float64)
+    expected = by_definition(model, x, text, mask.bool(), t, shapes, plans)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
+    expected.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            error = (gradients[name].double() - parameter.grad).norm() / parameter.grad.norm().clamp(1e-3)
+            assert error < 2e-3, name
+    choosing = [grad for name, grad in gradients.items() if ".0." not in name]  # the first state has one source
+    assert len(gradients) == 2 * (7 + 5) and all(grad.abs().max() > 0 for grad in choosing)
+
+
+# ---- keeping and using ----
+
+
+def test_what_was_added_is_saved_and_put_back(pair, tmp_path):
+    theirs, ours = pair
+    ours.add_routing(query="dynamic", chunk_size=3, align_depth=(2,), align_dims=(5,), projector_dim=8)
+    random_weights(ours.image_router), random_weights(ours.text_router, 1)
+    theirs.save_pretrained(tmp_path / "published")
+    ours.save_added(tmp_path / "dar.safetensors")
+    again = RoutedQwenImage.from_pretrained(tmp_path / "published", low_cpu_mem_usage=False)
+    again.load_added(tmp_path / "dar.safetensors")
+    assert torch.equal(again(*inputs()).sample, ours(*inputs()).sample)
+    assert (tmp_path / "dar.safetensors").stat().st_size < 0.3 * 4 * sum(p.numel() for p in ours.parameters())
+    with pytest.raises(ValueError, match="was not written by save_added"):
+        again.load_added(next((tmp_path / "published").glob("*.safetensors")))
+    wide = RoutedQwenImage(**{**SIZES, "num_attention_heads": 3})
+    with pytest.raises(ValueError, match="dar.safetensors' does not fit this model"):
+        wide.load_added(tmp_path / "dar.safetensors")
+    deep = RoutedQwenImage(**{**SIZES, "num_layers": 4})
+    with pytest.raises(ValueError, match="does not fit this model: .* names differ, such as image_router"):
+        deep.load_added(tmp_path / "dar.safetensors")
+
+
+def test_a_pipeline_of_diffusers_draws_what_euler_steps_draw(pair, tmp_path):
+    model = pair[1].eval()
+    model.add_routing(chunk_size=4)
+    random_weights(model.image_router), random_weights(model.text_router, 1)
+    torch.manual_seed(0)
+    sizes = dict(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
+    vae = diffusers.AutoencoderKLQwenImage(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **sizes)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe = diffusers.QwenImagePipeline(scheduler, vae, None, None, model)
+    text, noise = torch.randn(1, 5, 12), torch.randn(1, 16, 16)  # 4 x 4 tokens
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(
+        prompt_embeds=text, prompt_embeds_mask=torch.ones(1, 5, dtype=torch.long), latents=noise, height=16, width=16,
+        num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], true_cfg_scale=1.0, output_type="latent",
+    ).images  # fmt: skip
+    x = noise
+    with torch.no_grad():
+        for t in (1.0, 0.75, 0.5, 0.25):
+            x = x - 0.25 * model.velocity(x, text, None, torch.tensor([t]), [[(1, 4, 4)]])[0]
+    torch.testing.assert_close(drawn.reshape(x.shape), x, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_refused(pair):
+    model = pair[1]
+    for options, message in (
+        ({"routing": "unet"}, "routing 'unet' is unknown; choose one of residual, dar, attnres"),
+        ({"chunk_size": 7}, "chunk_size = 7 is not between 1 and the 6 sublayers"),
+        ({"align_depth": (4,), "align_dims": (5,)}, r"align_depth = \(4,\) must name blocks between 1 and 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.add_routing(**options)
+    with pytest.raises(ValueError, match="guidance: this model has no embedding"):
+        model(*inputs(), guidance=torch.ones(2))
+    with pytest.raises(ValueError, match="zero_cond_t = True"):
+        RoutedQwenImage(**SIZES, zero_cond_t=True)
