@@ -168,7 +168,8 @@ def load_file(path: str | Path, device="cpu", mmap: bool = False):
 def load_checkpoint(source: str | Path):
     """The same for a checkpoint, or for what `python -m eval.export` writes: a folder, or OWNER/NAME on the hub."""
     path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in SUFFIXES:
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in SUFFIXES
+    if named and not path.parent.exists():  # otherwise it is a mistyped path
         try:
             path = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=EXPORTED))
         except Exception as error:  # the hub's client raises many kinds

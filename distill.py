@@ -36,7 +36,8 @@ class Distiller(Run):
     """One run: teacher, critic and student (`model`), and what trains them."""
 
     def __init__(self, config, ranks):
-        self.teacher, trained = load_trained(config.teacher, name=config.model, route_backend=config.route_backend)
+        with ranks.one_first():  # the hub may be asked
+            self.teacher, trained = load_trained(config.teacher, name=config.model, route_backend=config.route_backend)
         known = trained.get("arguments") or released_arguments(self.teacher.state_dict(), config.model)
         self.teacher_arguments = without_projectors(known)
         chosen = {name: value for name in ROUTING if (value := getattr(config, name))}

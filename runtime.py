@@ -231,7 +231,9 @@ def check_folder(folder: Path, record: str, settings: dict, within: str = "") ->
 
     Raises ValueError unless the folder is empty or made with these settings.
     """
-    if (folder / record).is_file():
+    # Listed once, as another run may be at it.
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {str(folder)} if folder.exists() else set()
+    if record in names:
         content = read_json(folder / record)
         found, wanted = content.get(within, content), json.loads(json.dumps(settings))
         changed = [f"{key}: {found.get(key)!r} -> {new!r}" for key, new in wanted.items() if found.get(key) != new]
@@ -239,10 +241,8 @@ def check_folder(folder: Path, record: str, settings: dict, within: str = "") ->
             remedy = "give another --out, or delete that folder first"
             raise ValueError(f"{folder} was made with other settings ({'; '.join(changed)}); {remedy}")
         return content
-    if folder.exists():
-        ours = {".lock", ".shared", f"{record}.unfinished"}  # of a run that ended at once
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - ours:
-            raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
+    if names - {".lock", ".shared", ".shared.unfinished", f"{record}.unfinished"}:  # those of a run that ended at once
+        raise ValueError(f"{folder} is not empty and was not made by this program; give another --out")
     return {}
 
 

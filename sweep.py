@@ -179,8 +179,8 @@ def resolve(words):
 
 def check(cells: list[Cell], options: Options):
     """Raises ValueError for what would make a cell fail only when its turn comes."""
-    for data in {cell.config.data for cell in cells}:
-        PreparedImages(data, images=False)
+    for data, autoencoder in {(cell.config.data, cell.config.autoencoder) for cell in cells}:
+        PreparedImages(data, images=autoencoder == "pixels")
     for cell in cells:
         config, depth, each = cell.config, blocks(cell.config), options.gpus_per_run
         if "chunk_size" in cell.settings:

@@ -72,7 +72,9 @@ class Trainer(Run):
         )
         if config.init_from and not Path(config.out, "last.pt").is_file():
             try:
-                missing, unused = load_published(model, load_weights(config.init_from), config.new_labels)
+                with self.ranks.one_first():  # the hub may be asked
+                    weights = load_weights(config.init_from)
+                missing, unused = load_published(model, weights, config.new_labels)
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
             absent = f"not in it: {abridged(missing)}; not used: {abridged(unused)}"
@@ -109,6 +111,11 @@ class Trainer(Run):
         grad_norm, finite = self.update(self.optimizer, self.ema.weights, losses)
         self.ema.update()
         self.tally.add(torch.cat([losses, grad_norm.view(1)]), finite)
+
+    def record(self):
+        """With the epochs so far, in which mirrored images are not counted apart."""
+        epoch = self.progress["step"] * self.config.batch_size * (1 + self.config.mirror) / len(self.inputs.data)
+        return super().record() | {"epoch": round(epoch, 4)}
 
     def draw(self):
         """This process's share of the step's random numbers, which follow from (seed, step) for the global batch."""

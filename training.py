@@ -195,8 +195,7 @@ class Run:
 
     def record(self):
         step, seconds = self.progress["step"], round(self.progress["seconds"], 3)
-        images = step * self.config.batch_size
-        return {"step": step, "images": images, "epoch": round(images / len(self.inputs.data), 4), "seconds": seconds}
+        return {"step": step, "images": step * self.config.batch_size, "seconds": seconds}
 
     def evaluate_if_due(self, stop, bar):
         """Do what is due of evaluation and diagnosis. Returns the signal that cut it short, after saving, or 0."""

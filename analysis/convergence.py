@@ -155,6 +155,9 @@ def compare(arms: dict, options: Options) -> dict:
         raise ValueError(f"reference {reference!r} is not among the arms: {', '.join(map(repr, arms))}")
     best, rows, summary = min if goal == "min" else max, [], {}
     everything = [run for seeds in arms.values() for run in seeds.values()]
+    for axis, run in ((axis, run) for axis in options.x for run in everything):
+        if axis not in run.x:
+            raise ValueError(f"x = {axis!r}: {run.folder} is of an older version, which did not log it")
     axes = [axis for axis in ("step", "epoch", "seconds") if all(axis in run.x for run in everything)]
     for target in options.targets or default_targets(arms[reference].values(), goal):
         for name, runs in arms.items():
@@ -246,10 +249,13 @@ def markdown(result: dict) -> str:
             times, average = row[axis]["per_seed"], row[axis]["mean"]
             missed = sum(time is None for time in times.values())
             line.append(f"not reached by {missed} of {len(times)}" if missed else f"{average:.{int(average < 10)}f}")
-            if axis != "epoch":  # as in steps
-                line.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
+            line.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
         lines.append(line)
-    heads = {"step": ["steps", "speedup"], "epoch": ["epochs"], "seconds": ["seconds", "speedup in time"]}
+    heads = {
+        "step": ["steps", "speedup"],
+        "epoch": ["epochs", "speedup in epochs"],
+        "seconds": ["seconds", "speedup in time"],
+    }
     text += table([f"`{metric}` reaches", "arm", *(head for axis in axes for head in heads[axis])], lines)
     return text + provenance(list(result["arms"].values()), result["environments"])
 

@@ -23,7 +23,7 @@ class Inputs:
 
     def __init__(self, config, ranks: Ranks):
         self.config, self.device, align = config, ranks.device, config.alignment == "repa"
-        images = PreparedImages(config.data, images=False)
+        images = PreparedImages(config.data, images=config.diagnose_every > 0)
         if config.diagnose_every and len(images) < config.diagnose_images:
             raise ValueError(f"diagnose_images = {config.diagnose_images}: {config.data} has {len(images)} images")
         with ranks.one_first():

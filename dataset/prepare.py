@@ -138,8 +138,8 @@ def prepare(options: Options, ranks: Ranks):
     with claim(stages, ranks):
         for stage in stages:
             stage.run()
-    if options.statistics and ranks.main:
-        write_normalised(autoencoder, stages[1])
+        if options.statistics and ranks.main and not (stages[1].folder / "autoencoder").exists():
+            write_normalised(autoencoder, stages[1])
 
 
 def write_normalised(autoencoder, stage):
@@ -154,9 +154,10 @@ def write_normalised(autoencoder, stage):
             count += mean.size // mean.shape[1]
     mean = first / count
     found = {"latents_mean": mean.tolist(), "latents_std": np.sqrt(second / count - mean**2).tolist()}
-    out = stage.folder / "autoencoder"
+    out, unfinished = stage.folder / "autoencoder", stage.folder / "autoencoder.unfinished"
     autoencoder.model.register_to_config(**found, scaling_factor=1.0, shift_factor=None)
-    autoencoder.model.save_pretrained(out)
+    autoencoder.model.save_pretrained(unfinished)
+    unfinished.rename(out)
     print(f"written: {out}, with latents_mean and latents_std; train with --autoencoder {out}", flush=True)
 
 
@@ -272,14 +273,14 @@ class Images(Stage):
         return center_crop(to_rgb(image), self.resolution)
 
     def read(self, i):
-        """Image i as PNG, the checksum of its pixels, and what is wrong with it if anything."""
+        """Image i as PNG, the checksum of its pixels or, without an image, its latents; what is wrong, if anything."""
         try:
             image = self.cropped(i)
         except Exception as error:  # a damaged file can raise nearly anything inside a decoder
             # Without the address of a buffer in memory, which differs from run to run.
             return b"", b"", re.sub(r"<(\S+) object at 0x\w+>", r"\1", f"{type(error).__name__}: {error}")
         if image is None:
-            return b"", b"", None
+            return b"", hashlib.sha256(self.source.moments(i).tobytes()).digest(), None
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)  # 6, the default, takes three times as long
         return buffer.getvalue(), hashlib.sha256(image.tobytes()).digest(), None

@@ -75,7 +75,7 @@ def open_source(options) -> Source:
         raise ValueError(f"split = {options.split!r}: {path!r} has no splits; name the folder of that split as source")
     if repa:
         return open_repa(path)
-    if shards := [name for name in files if name.endswith(".safetensors")]:
+    if (shards := [name for name in files if name.endswith(".safetensors")]) and not pictures:
         return open_shards(path, shards)
     return embedded_digits() if path == "digits" else open_class_folder(path, files)
 
@@ -243,7 +243,7 @@ def open_shards(path, shards) -> Source:
 
     flipped = all("latents_flip" in file.keys() for file in files.values())
     names, class_names = [f"{name}, row {row}" for name, row in rows], [str(k) for k in range(1 + labels.max())]
-    notes = [f"{path}: latents without images, taken on trust; training without alignment and judges can use them"]
+    notes = [f"{path}: latents without images, taken on trust; what needs images cannot use them"]
     return Source(
         names, labels, class_names, None, notes, reader("latents"), reader("latents_flip") if flipped else None
     )

@@ -7,8 +7,10 @@
 Whatever takes a checkpoint takes such a folder, or its name on the hub; it holds nothing that could be executed. OUT is
 
     model.safetensors   one average of the weights
-    config.json         architecture, step, and all options of the run; of paths on this machine the last part alone
+    config.json         architecture, step, options of the run; of paths that begin with / . or ~ the last part alone
     README.md           the model card: to be completed, with a licence for one
+
+An autoencoder that is a folder, such as those of `dataset.prepare --statistics`, has to be shared beside it.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,6 +23,7 @@ import yaml
 
 from checkpoint import FORMAT, load_trained
 from config import Config, DistillConfig, plain
+from eval.sample import content_of
 from runtime import parsed, plain_errors, read_json, replaced, table, write_json
 
 NO_METRICS = {"step", "images", "epoch", "seconds", "evaluation_seconds"}  # in a line of metrics.jsonl
@@ -31,7 +34,8 @@ tags: [diffusion, sit, {routing}]
 
 # {name}
 
-{model} with {routing} routing, {classes} classes of `{data}`, step {step}, moving average {average}. {origin}
+{model} with {routing} routing, {classes} classes of `{data}`, step {step}, moving average {average}; made for the
+autoencoder `{autoencoder}`. {origin}
 
     python -m eval.sample OWNER/{name}
 
@@ -55,7 +59,7 @@ class Options:
     average: str = ""
     """Which moving average, by its decay, or `none` for the weights themselves; the first if not given."""
     metrics: tuple[Path, ...] = ()
-    """JSON files of eval.metrics to put into the card, beside the run's own last evaluation."""
+    """Reports of eval.metrics on samples of this average, to put into the card beside the run's own evaluation."""
 
 
 def main(argv: list | None = None):
@@ -71,28 +75,31 @@ def export(options: Options):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out = {str(out)!r} is not an empty folder; give another one")
     model, trained = load_trained(options.checkpoint, options.average)  # refuses what is not ours: it has no name
-    metrics = metrics_of(options, trained["step"])
-    apart = ("step", "average", "arguments")
-    config = {key: shareable(value) for key, value in trained.items() if key not in (*apart, "out")}
+    metrics = "".join(reported(path, content_of(model, trained)) for path in options.metrics)
+    if trained["average"] == str(trained["ema_decays"][0]):  # which is evaluated in training
+        metrics = while_training(options.checkpoint.parent, trained["step"]) + metrics
+    apart, own = ("step", "average", "arguments"), ("out", "decoder")  # which make no difference to another user
+    config = {key: shareable(value) for key, value in trained.items() if key not in (*apart, *own)}
     content = {"format": FORMAT, **{key: trained[key] for key in apart}, "config": config}
     out.mkdir(parents=True, exist_ok=True)
     with replaced(out / "model.safetensors") as file:
         weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
         file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
     write_json(out / "config.json", content)
-    usual = plain(asdict((DistillConfig if "teacher" in config else Config)()))
-    changed = {key: config[key] for key, value in usual.items() if key in config and config[key] != value}
+    defaults = plain(asdict((DistillConfig if "teacher" in config else Config)()))
+    changed = {key: config[key] for key, value in defaults.items() if key in config and config[key] != value}
     card = CARD.format(
         name=out.resolve().name,
         model=config["model"],
         routing=model.routing,
         classes=model.num_classes,
         data=config["data"],
+        autoencoder=config["autoencoder"],
         step=content["step"],
         average=content["average"],
         origin=origin_of(options.checkpoint.parent),
         settings=yaml.safe_dump(changed, sort_keys=False),
-        metrics=metrics,
+        metrics=metrics or "None.",
     )
     with replaced(out / "README.md") as file:
         file.write(card.encode())
@@ -102,7 +109,8 @@ def shareable(value):
     """An option without the folders of this machine."""
     if isinstance(value, list | tuple):
         return [shareable(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    local = isinstance(value, str) and value.startswith(("/", ".", "~"))
+    return Path(value).name if local else value
 
 
 def records(path: Path, key: str = "step") -> list[dict]:
@@ -118,21 +126,32 @@ def origin_of(folder: Path) -> str:
     return ""
 
 
-def metrics_of(options: Options, step: int) -> str:
-    """The run's last evaluation up to a step, and the given reports, as text."""
-    text = ""
-    log = records(options.checkpoint.parent / "metrics.jsonl")
-    for line in [line for line in log if "evaluation_seconds" in line and line["step"] <= step][-1:]:
-        rows = [[name, f"{value:.5g}"] for name, value in line.items() if name not in NO_METRICS]
-        text += f"While training, at step {line['step']}:\n\n{table(['metric', 'value'], rows)}\n"
-    for path in options.metrics:
-        report = read_json(path)
-        if not isinstance(report.get("metrics"), dict):
-            raise ValueError(f"metrics = {str(path)!r} was not written by eval.metrics")
-        rows = [[name, f"{value:.5g}"] for name, value in report["metrics"].items()]
-        count, against = report["samples"]["count"], shareable(report["reference"]["path"])
-        text += f"Of {count} samples, against {against}:\n\n{table(['metric', 'value'], rows)}\n"
-    return text or "None.\n"
+def while_training(folder: Path, step: int) -> str:
+    """The run's last evaluation up to a step."""
+    lines = [
+        line for line in records(folder / "metrics.jsonl") if "evaluation_seconds" in line and line["step"] <= step
+    ]
+    return "".join(figures(line, f"While training, at step {line['step']}:") for line in lines[-1:])
+
+
+def reported(path: Path, content: str) -> str:
+    """What eval.metrics wrote of samples of this model. Raises ValueError where they are of another one."""
+    report = read_json(path)
+    settings = (report.get("samples") or {}).get("settings") or {}
+    if settings.get("weights") != content:
+        raise ValueError(
+            f"metrics = {str(path)!r} is not a report of eval.metrics on samples of this checkpoint and average"
+        )
+    protocol = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("weights", "autoencoder"))
+    against = shareable(report["reference"]["path"])
+    return figures(report["metrics"], f"Against {against}, with {protocol}:") + "".join(
+        f"Warning: {warning}\n" for warning in report["warnings"]
+    )
+
+
+def figures(metrics: dict, heading: str) -> str:
+    rows = [[name, f"{value:.5g}"] for name, value in metrics.items() if name not in NO_METRICS]
+    return f"{heading}\n\n{table(['metric', 'value'], rows)}\n"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import load_trained
+from checkpoint import SUFFIXES, load_trained
 from eval.online import grid_of
 from eval.samplers import draw
 from models.autoencoder import load_autoencoder
@@ -45,10 +45,10 @@ from runtime import read_json, replaced, tf32, write_array, write_json
 
 CHUNK = 64  # images in a file, whatever the batch and the processes; the grid shows the first file
 PRESETS = {
-    "repa-sde-250": {"sampler": "sde", "steps": 250, "cfg_scale": 1.0},
-    "sit-ode-250": {"sampler": "heun", "steps": 125, "cfg_scale": 1.0},
-    "paper-cfg-1.5": {"sampler": "sde", "steps": 250, "cfg_scale": 1.5},
-    "fast-ode-50": {"sampler": "euler", "steps": 50, "cfg_scale": 1.0},
+    "repa-sde-250": {"sampler": "sde", "steps": 250, "cfg_scale": (1.0,)},
+    "sit-ode-250": {"sampler": "heun", "steps": 125, "cfg_scale": (1.0,)},
+    "paper-cfg-1.5": {"sampler": "sde", "steps": 250, "cfg_scale": (1.5,)},
+    "fast-ode-50": {"sampler": "euler", "steps": 50, "cfg_scale": (1.0,)},
 }
 CONVERSION = "round to nearest, (x + 1) * 127.5"
 
@@ -130,7 +130,9 @@ class Settings:
 def main(argv: list | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m eval.sample", description=__doc__)
     with plain_errors(ValueError, OSError, KeyboardInterrupt), Ranks() as ranks:
-        folders = [sample(each, ranks) for each in sets(options)]
+        for each in (several := sets(options))[1:]:
+            load(each, ranks)  # so that a wrong one is not told only after hours of drawing
+        folders = [sample(each, ranks) for each in several]
         if ranks.main and len(folders) > 1:
             files = " ".join(str(folder / f"{folder.name}.npz") for folder in folders)
             print(f"to compare them: python -m eval.metrics {files} --reference IMAGES")
@@ -144,7 +146,8 @@ def sets(options: Options) -> list[Options]:
         return [options]
     if options.out:
         raise ValueError(f"out = {options.out!r}: is for one set of images, and these are {len(pairs)}; leave it out")
-    unguided = {"guide": "", "guidance_interval": None}  # as they have no effect where the scale is 1
+    some = any(scale != 1 for scale in options.cfg_scale)
+    unguided = {"guide": "", "guidance_interval": None} if some else {}  # where the scale is 1 they have no effect
     return [
         dataclasses.replace(options, average=average, cfg_scale=scale, **(unguided if scale == (1,) else {}))
         for average, scale in pairs
@@ -191,9 +194,10 @@ def load(options: Options, ranks: Ranks):
 
     Raises ValueError where the options fit neither each other nor the checkpoint.
     """
-    model, trained = load_trained(options.checkpoint, "".join(options.average), options.model)
+    with ranks.one_first():  # the hub may be asked
+        model, trained = load_trained(options.checkpoint, "".join(options.average), options.model)
+        guide, content_of_guide = load_guide(options, model, trained)
     model.align_depth = ()  # nobody reads the projections here
-    guide, content_of_guide = load_guide(options, model)
     name = options.autoencoder or trained.get("autoencoder", "")
     if not name:
         raise ValueError(
@@ -213,8 +217,7 @@ def load(options: Options, ranks: Ranks):
             f"autoencoder = {name!r} has {autoencoder.channels} channels and {options.checkpoint} has "
             f"{model.in_channels}; give the --autoencoder that it was trained with"
         )
-    settings = resolve(options, trained, model, autoencoder, ranks.device)
-    settings = dataclasses.replace(settings, guide=content_of_guide)
+    settings = resolve(options, trained, model, autoencoder, ranks.device, content_of_guide)
     origin = {"checkpoint": str(options.checkpoint), "model": options.model or trained["model"], "autoencoder": name}
     origin |= {"guide": options.guide, **{key: trained.get(key) for key in ("step", "average")}}
     drawn = f"{len(settings.classes) or model.num_classes} of {model.num_classes} classes"
@@ -222,28 +225,32 @@ def load(options: Options, ranks: Ranks):
     return model.to(ranks.device), guide and guide.to(ranks.device), autoencoder, settings, origin
 
 
-def load_guide(options: Options, model):
+def load_guide(options: Options, model, trained: dict):
     """The guide, on the CPU, and its fingerprint; (None, "") for none. Raises ValueError on one that does not fit."""
     if not options.guide:
         return None, ""
-    guide, trained = load_trained(options.guide)
+    guide, known = load_trained(options.guide)
     guide.align_depth = ()
-    for key in ("in_channels", "input_size", "num_classes"):
-        if getattr(guide, key) != getattr(model, key):
+    facts = [(key, getattr(guide, key), getattr(model, key)) for key in ("in_channels", "input_size", "num_classes")]
+    facts += [(key, known[key], trained.get(key, known[key])) for key in ("path", "content of autoencoder")]
+    facts += [("few steps", bool(guide.step_times), False)]
+    for key, has, needed in facts:
+        if has != needed:
             raise ValueError(
-                f"guide = {options.guide!r} has {key} = {getattr(guide, key)}, and {options.checkpoint} "
-                f"{getattr(model, key)}; give a guide that was trained on the same data"
+                f"guide = {options.guide!r} has {key} = {has!r}, and {options.checkpoint} {needed!r}; give a guide "
+                "that was trained on the same data, in the same way"
             )
-    return guide, content_of(guide, trained)
+    return guide, content_of(guide, known)
 
 
-def resolve(options: Options, trained: dict, model, autoencoder, device: torch.device) -> Settings:
+def resolve(options: Options, trained: dict, model, autoencoder, device: torch.device, guide: str = "") -> Settings:
     """The Settings that the options mean for a model, as `load_trained` returns it, on a device.
+
+    guide: the fingerprint of what guides it, or "".
 
     Raises ValueError on the first value that cannot be used.
     """
-    given = {key: value for key in ("sampler", "steps") if (value := getattr(options, key)) is not None}
-    given |= dict(zip(["cfg_scale"], options.cfg_scale))
+    given = {key: value for key in PRESETS[options.preset] if (value := getattr(options, key)) not in (None, ())}
     chosen = {**PRESETS[options.preset], **given}
     if model.step_times:
         given |= {"guide": options.guide} if options.guide else {}
@@ -253,8 +260,8 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
                 f"{', '.join(given)} cannot be chosen: {options.checkpoint} is a distilled model, drawn in the "
                 f"{len(model.step_times)} steps that it was trained for"
             )
-        chosen = {"sampler": "few-step", "steps": len(model.step_times), "cfg_scale": 1.0}
-    steps, scale, fewest = chosen["steps"], float(chosen["cfg_scale"]), 1 + (chosen["sampler"] == "sde")
+        chosen = {"sampler": "few-step", "steps": len(model.step_times), "cfg_scale": (1.0,)}
+    (scale,), steps, fewest = map(float, chosen["cfg_scale"]), chosen["steps"], 1 + (chosen["sampler"] == "sde")
     interval, classes = options.guidance_interval or (0.0, 1.0), options.classes
     precision = options.precision
     if precision == "auto":
@@ -300,7 +307,7 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
         sampler=chosen["sampler"],
         steps=steps,
         cfg_scale=scale,
-        guide="",  # `load` knows it
+        guide=guide,
         guidance_interval=tuple(map(float, interval)),
         time_shift=float(options.time_shift),
         path=options.path or trained.get("path", "linear"),
@@ -365,7 +372,7 @@ def folder_name(options: Options, settings: Settings, origin: dict) -> str:
     path = options.checkpoint.resolve()
     step = path.stem if origin["step"] is None else origin["step"]
     guidance = "" if settings.cfg_scale == 1 else f"-cfg-{settings.cfg_scale:g}"
-    run = path.parent.name if path.suffix else path.name  # of what eval.export made
+    run = path.parent.name if path.suffix in SUFFIXES else path.name  # of what eval.export made
     average = "".join(f"-ema-{decay}" for decay in options.average)
     return f"{run}-{step}{average}-{settings.sampler}-{settings.steps}{guidance}-{settings.digits()}"
 

@@ -5,7 +5,6 @@ The only place that knows the scale and the shift of the latter.
 Shapes: B batch, C channels of what SiT sees, H, W pixels, h, w latent pixels (H, W over the downsampling).
 """
 
-import hashlib
 import os
 import textwrap
 
@@ -27,7 +26,6 @@ PROBED = 128  # pixels of the image that tells the shape of latents; the stronge
 # squares of 2 x 2, which become channels; they take images in [0, 1], and normalise latents by themselves.
 QUIRKS = {
     "AutoencoderKLQwenImage": "video",
-    "AutoencoderKLWan": "video",
     "AutoencoderKLFlux2": "squares",
     "AutoencoderRAE": "unit",
 }
@@ -73,20 +71,26 @@ class Latents(nn.Module):
                 raise ValueError(f"autoencoder {name!r} has {key} = {model.config[key]}; only {value} is understood")
         self.name, self.model, self.quirk = name, model, QUIRKS.get(type(model).__name__)
         self.eval().requires_grad_(False)
-        self.content = fingerprint(model, type(model).__name__)
-        shift, scale = (0.0, 1.0) if config is None else normalisation(name, model, {**model.config, **config})
-        self.fingerprint = hashlib.sha256(repr((self.content, scale, shift)).encode()).hexdigest()[:12]
+        kind, own = type(model).__name__, model.config.get("scaling_factor") if self.quirk == "unit" else ""
+        self.content = fingerprint(model, f"{kind} {own}")
+        shift, scale = (0.0, 1.0)
+        if config is not None:
+            shift, scale = normalisation(name, model, {**model.config, **config}, self.quirk)
+        self.fingerprint = fingerprint(model, repr((kind, scale, shift)) + str(own))
         for key, value in (("shift", shift), ("scale", scale)):
             self.register_buffer(key, torch.tensor(value).view(-1, 1, 1), persistent=False)  # (C, 1, 1), or one for all
         size = getattr(model, "decoder_image_size", PROBED)
         try:
-            moments = self._moments(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:
-            reason = textwrap.shorten(str(error), 200)
+            blank = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+            batch, channels, height, width = (moments := self._moments(blank)).shape
+            decoded = self.decode(moments[:, : channels // 2]).shape
+        except Exception as error:  # whatever such a class may raise
+            decoded = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+        if decoded != blank.shape:
             raise ValueError(
-                f"autoencoder {name!r}, of class {type(model).__name__}, cannot encode images: {reason}"
-            ) from None
-        self.channels, self.downsampling = moments.shape[1] // 2, size // moments.shape[-1]
+                f"autoencoder {name!r}, of class {kind}, cannot encode and decode an image of {size} pixels: {decoded}"
+            )
+        self.channels, self.downsampling = channels // 2, size // width
         if self.scale.numel() not in (1, self.channels):
             raise ValueError(f"autoencoder {name!r} has {self.scale.numel()} latents_std for {self.channels} channels")
 
@@ -149,12 +153,11 @@ class Latents(nn.Module):
         return images * 2 - 1 if self.quirk == "unit" else images
 
 
-def normalisation(name: str, model: nn.Module, config: dict) -> tuple:
+def normalisation(name: str, model: nn.Module, config: dict, quirk: str | None) -> tuple:
     """shift and scale: SiT sees (z - shift) scale. Numbers, or lists of one per channel, as in diffusers' pipelines.
 
     AutoencoderTiny is trained on latents that are scaled already; its own config has scale 1.
     """
-    quirk = QUIRKS.get(type(model).__name__)
     if quirk == "unit":
         return 0.0, 1.0
     if quirk == "squares":

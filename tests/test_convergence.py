@@ -391,12 +391,23 @@ def test_epochs_stand_beside_the_steps_where_all_runs_know_theirs(tmp_path):
     convergence.main([*map(str, runs), "--out", str(tmp_path / "c"), "--targets", "70", "--x", "epoch"])
     rows = table_rows((tmp_path / "c.md").read_text(), "`frechet_distance` reaches")
     assert rows == [
-        ["70", "residual", "600", "reference", "6.0", "300", "reference"],  # 600 steps of 64 images are 6 times 6400
-        ["70", "DAR", "300", "2.00", "6.0", "150", "2.00"],
+        [
+            "70",
+            "residual",
+            "600",
+            "reference",
+            "6.0",
+            "reference",
+            "300",
+            "reference",
+        ],  # 600 steps of 64 images are 6 times 6400
+        ["70", "DAR", "300", "2.00", "6.0", "1.00", "150", "2.00"],
     ]
     older = write_run(tmp_path / "older", line(0.02), seed=1)
     convergence.main([*map(str, [*runs, older]), "--out", str(tmp_path / "d"), "--targets", "70"])
     assert "epoch" not in (tmp_path / "d.md").read_text()
+    with pytest.raises(SystemExit, match="error: x = 'epoch': .*older is of an older version"):
+        convergence.main([*map(str, [*runs, older]), "--out", str(tmp_path / "e"), "--x", "epoch"])
 
 
 def plotted(monkeypatch, arguments):

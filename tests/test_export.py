@@ -82,27 +82,36 @@ def test_training_and_distillation_start_from_a_folder(run, exported, digits, tm
 
 
 def test_the_card_says_where_it_is_from_and_nothing_of_this_machine(run, tmp_path):
-    folder = tmp_path / "run"
+    folder, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(run, folder)
-    log = folder / "metrics.jsonl"
-    with open(log, "a") as file:
+    with open(folder / "metrics.jsonl", "a") as file:
         for step, distance in ((3, 9.5), (6, 7.25), (9, 1.125)):  # the last one is of after the checkpoint
             record = {"step": step, "images": 1, "seconds": 2, "frechet_distance": distance, "evaluation_seconds": 4}
             file.write(json.dumps(record) + "\n")
-    report = tmp_path / "x.metrics.json"
-    made = {"metrics": {"fid": 12.5}, "samples": {"count": 77}, "reference": {"path": "/somewhere/else/ref.npz"}}
-    report.write_text(json.dumps(made))
-    export.main([str(folder / "last.pt"), "--out", str(tmp_path / "out"), "--metrics", str(report)])
-    card, config = ((tmp_path / "out" / name).read_text() for name in ("README.md", "config.json"))
+    words = [str(folder / "last.pt"), "--sampler", "euler", "--steps", "2", "--num-samples", "3", "--cfg-scale", "1.75"]
+    sample.main([*words, "--out", str(tmp_path / "drawn")])
+    report, settings = tmp_path / "x.metrics.json", json.loads((tmp_path / "drawn" / "settings.json").read_text())
+    made = {"metrics": {"fid": 12.5}, "warnings": ["only 3 samples"], "reference": {"path": "/somewhere/else/ref.npz"}}
+    report.write_text(json.dumps(made | {"samples": {"settings": settings["settings"]}}))
+    export.main([str(folder / "last.pt"), "--out", str(out), "--metrics", str(report)])
+    card, config = ((out / name).read_text() for name in ("README.md", "config.json"))
     start = json.loads((run / "environment.jsonl").read_text().splitlines()[-1])
-    assert "SiT-S/2 with dar routing, 10 classes of `digits`, step 6, moving average 0.5." in card
-    assert f"torch {start['torch']}, commit {start['commit']}" in card
+    assert "SiT-S/2 with dar routing, 10 classes of `digits`, step 6, moving average 0.5; made for the" in card
+    assert "autoencoder `pixels`" in card and f"torch {start['torch']}, commit {start['commit']}" in card
     assert "| frechet_distance | 7.25 |" in card and "1.125" not in card and "9.5" not in card
-    assert "Of 77 samples, against ref.npz:" in card and "| fid | 12.5 |" in card
-    settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert settings["retrofit_steps"] == 9 and settings["routing"] == "dar" and "out" not in settings
+    assert "| fid | 12.5 |" in card and "Warning: only 3 samples" in card
+    assert "Against ref.npz, with " in card and "steps 2, cfg_scale 1.75" in card and "num_samples 3, seed 0" in card
+    options = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert options["retrofit_steps"] == 9 and options["routing"] == "dar" and "out" not in options
     saved = json.loads(config)["config"]
     assert {"routing", "seed", "content of data"} <= saved.keys() and str(tmp_path) not in config + card
+    words = [str(folder / "last.pt"), "--average", "0.9", "--out", str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="x.metrics.json' is not a report .* of this checkpoint and average"):
+        export.main([*words, "--metrics", str(report)])
+    export.main(words)
+    assert "7.25" not in (tmp_path / "other" / "README.md").read_text()  # training judged the first average
+    for path in ("../alice/data", "~/data", "./data", "/home/alice/data"):
+        assert export.shareable([path, "data/x"]) == ["data", "data/x"]
 
 
 def test_what_is_refused(run, exported, tmp_path, monkeypatch):
@@ -115,7 +124,10 @@ def test_what_is_refused(run, exported, tmp_path, monkeypatch):
         ([last, "--out", str(tmp_path / "full")], "out = '.*full' is not an empty folder"),
         ([str(tmp_path / "released.pt"), "--out", str(tmp_path / "out")], "say which model .*released.pt is of"),
         ([last, "--out", str(tmp_path / "out"), "--average", "0.7"], "no average '0.7'; choose one of none, 0.5, 0.9"),
-        ([last, "--out", str(tmp_path / "out"), "--metrics", str(tmp_path / "x.json")], "x.json' was not written by"),
+        (
+            [last, "--out", str(tmp_path / "out"), "--metrics", str(tmp_path / "x.json")],
+            "x.json' is not a report of eval.metrics",
+        ),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             export.main(words)

@@ -197,6 +197,8 @@ def test_random_labels_are_independent_and_of_the_index_alone():
     assert len(pairs) == 16 and ((pairs - 3999 / 16) ** 2 / (3999 / 16)).sum() < 37.7  # of 15
     scattered = [3999, 3, 1000]
     assert sampling.labels_of(chosen, scattered, 9).tolist() == drawn[scattered].tolist()
+    other = sampling.labels_of(dataclasses.replace(chosen, seed=6), range(4000), 9)
+    assert (other == drawn).double().mean().item() == pytest.approx(0.25, abs=0.04)
 
 
 # ---- settings ----
@@ -367,6 +369,18 @@ def test_guidance_scales_and_averages_share_noise_and_labels(checkpoint, tmp_pat
     assert np.abs(plain - guided).max() > 1
     with pytest.raises(SystemExit, match="out = 'x': is for one set of images, and these are 4"):
         sampling.main([*words, "--out", "x"])
+    for words_of_guide in ("--guide", str(guide)), ("--guidance-interval", "0", "0.5"):
+        with pytest.raises(SystemExit, match="has no effect .*; give --cfg-scale"):
+            sampling.main(f"{checkpoint} --cfg-scale 1 --average 0.99 none".split() + [*words_of_guide])
+    with pytest.raises(SystemExit, match="no average '0.5'"):
+        sampling.main(f"{checkpoint} --cfg-scale 1 --average 0.99 0.5 --seed 9".split())
+    assert len([*(tmp_path / "samples").iterdir()]) == 4  # nothing was drawn of the one that is there
+    for key, value in (("path", "cosine"), ("content of autoencoder", "another"), ("step_times", [1.0])):
+        torch.save(content | {"config": content["config"] | {key: value}}, guide)
+        with pytest.raises(
+            SystemExit, match="guide.pt' has (path|content of autoencoder|few steps) = .* in the same way"
+        ):
+            sampling.main([*words, "--guide", str(guide)])
     content["arguments"]["num_classes"] = 9
     for state in (content["model"], content["emas"]["0.99"]):
         state["y_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"][:10]

@@ -90,9 +90,10 @@ of_all_samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
 @of_both_paths
-@pytest.mark.parametrize("solver, order, steps, worst", [("euler", 1, 100, 1e-2), ("heun", 2, 50, 5e-4)])
+@pytest.mark.parametrize("solver, order, steps, worst", [("euler", 1, 100, 1e-2), ("heun", 2, 50, 1e-4)])
 @pytest.mark.parametrize("options", [{}, {"time_shift": 2.5}, {"guide": True, "cfg_scale": 3.0}])
 def test_ode_converges_to_the_transport_at_its_order(path, solver, order, steps, worst, options):
+    worst *= 5 if "time_shift" in options else 1  # its last steps are the longest
     z, errors = numbers(64), []
     if "guide" in options:  # one that is the model itself: no guidance
         options = options | {"guide": Gaussian(path)}
@@ -124,7 +125,7 @@ def test_times_of_the_evaluations(sampler, num_steps, times, shift):
         return t / (1 - t)
 
     found = model.times()
-    assert found[0] == 1 and (sampler != "sde" or found[-1] == pytest.approx(LAST))
+    assert len(found) == len(times) and found[0] == 1 and (sampler != "sde" or found[-1] == pytest.approx(LAST))
     inside = [(a, b) for a, b in zip(found, times) if b < 1 and sampler != "sde"]
     assert [level(a) for a, _ in inside] == pytest.approx([shift * level(b) for _, b in inside])
     if sampler == "sde":  # equal steps before they are shifted
