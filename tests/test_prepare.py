@@ -23,10 +23,12 @@ from timm.models import save_for_hf
 
 from dataset import prepare
 from dataset.prepared import PreparedImages
+from eval import features, online
 from models.autoencoder import Latents, load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import lock_folder
 from tests.conftest import forked, read_lines
+from tests.test_online import FlatInception
 from tests.test_data import content, noise_image, on_small_disk, pictures, refusal, run, stored_images
 
 SIZE, COUNT = 16, 22
@@ -544,7 +546,7 @@ def of_lightning(autoencoder_folder, tmp_path_factory):
 
 
 def test_lightnings_latents_train_without_images(
-    of_lightning, autoencoder_folder, encoder_folder, judge_folder, tmp_path
+    of_lightning, autoencoder_folder, encoder_folder, judge_folder, tmp_path, monkeypatch
 ):
     from safetensors.torch import load_file
 
@@ -560,9 +562,19 @@ def test_lightnings_latents_train_without_images(
     prepare.main(["x", "--out", str(out), "--verify"])
     latents = ("--autoencoder", autoencoder_folder, "--max-steps", 2)
     train(out, judge_folder, tmp_path / "run", *latents, "--eval-every", 0, "--mirror")
+    monkeypatch.setattr(features, "InceptionFeatures", FlatInception)
+    monkeypatch.setattr(online, "npz_statistics", lambda path, network: {"pool3": (torch.zeros(7), torch.eye(7))})
+    train(out, "inception", tmp_path / "fid", *latents, "--fid-reference", __file__, "--eval-every", 2)
+    assert "fid" in (tmp_path / "fid" / "metrics.jsonl").read_text()
     needs = "holds latents without images, which are needed for"
+    seen = (*latents, "--eval-every", 0, "--diagnose-every", 2)
     aligned = ("--alignment", "repa", "--encoder", encoder_folder, "--encoder-features", "online", "--eval-every", 0)
-    for name, more in (("judged", latents), ("aligned", (*latents, *aligned)), ("pixels", ("--eval-every", 0))):
+    for name, more in (
+        ("judged", latents),
+        ("aligned", (*latents, *aligned)),
+        ("pixels", ("--eval-every", 0)),
+        ("seen", seen),
+    ):
         with pytest.raises(SystemExit, match=f"error: .*{needs}"):
             train(out, judge_folder, tmp_path / name, *more)
 
