@@ -179,28 +179,37 @@ def normalisation(name: str, model: nn.Module, config: dict, quirk: str | None) 
     return list(mean), [factor / value for value in std]
 
 
+def load_of_diffusers(source: str) -> tuple[nn.Module, dict]:
+    """An autoencoder of diffusers and its config.json, from a folder or the hub. Raises exceptions of many kinds."""
+    import diffusers
+
+    config = diffusers.AutoencoderKL.load_config(source)
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(kind, "encode")):
+        raise LookupError(f"its class by config.json, {config.get('_class_name')}, is no autoencoder of diffusers")
+    # Not by way of accelerate, so that whether that is installed makes no difference.
+    model, loaded = kind.from_pretrained(source, low_cpu_mem_usage=False, output_loading_info=True)
+    unfit = sorted([*loaded["missing_keys"], *loaded["unexpected_keys"]])
+    if unfit:  # diffusers would go on with random weights
+        raise LookupError(f"{len(unfit)} weights are missing or unknown to config.json, such as {unfit[0]}")
+    return model, config
+
+
 def load_autoencoder(name: str, normalised: bool = True) -> Pixels | Latents:
     """The autoencoder that the user or a prepared folder names: Pixels, or frozen Latents on the CPU.
 
-    name: "pixels", one of HUB_NAMES, a folder written by diffusers' `save_pretrained`, or OWNER/NAME on the model hub.
+    name: "pixels", one of HUB_NAMES, OWNER/NAME on the model hub, a folder written by diffusers' `save_pretrained`, or
+        a file of latent diffusion's format (models/ldm.py).
     normalised: shift and scale its latents, as its config says.
     Raises ValueError where there is none, it is of another class, or its weights cannot be had or do not fit.
     """
     if name == "pixels":
         return Pixels()
-    import diffusers  # only here: pixels do without
+    from models.ldm import load_ldm  # only here: pixels do without diffusers
 
     source = HUB_NAMES.get(name, name)
     try:
-        config = diffusers.AutoencoderKL.load_config(source)
-        kind = getattr(diffusers, str(config.get("_class_name")), None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(kind, "encode")):
-            raise LookupError(f"its class by config.json, {config.get('_class_name')}, is no autoencoder of diffusers")
-        # Not by way of accelerate, so that whether that is installed makes no difference.
-        model, loaded = kind.from_pretrained(source, low_cpu_mem_usage=False, output_loading_info=True)
-        unfit = sorted([*loaded["missing_keys"], *loaded["unexpected_keys"]])
-        if unfit:  # diffusers would go on with random weights
-            raise LookupError(f"{len(unfit)} weights are missing or unknown to config.json, such as {unfit[0]}")
+        model, config = load_ldm(source) if os.path.isfile(source) else load_of_diffusers(source)
     except Exception as error:  # diffusers and the hub raise many kinds
         remedy = "write it again with diffusers' save_pretrained; of a pipeline, give the folder `vae`"
         if not os.path.isdir(source):

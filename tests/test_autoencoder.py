@@ -270,6 +270,87 @@ def test_other_classes(tmp_path, save, channels, downsampling, side):
             autoencoder.moments(photos(1, 48, 48))
 
 
+class LdmFormat:
+    """Latent diffusion's autoencoder, f = 2, by its own names of weights: widths 32, 64, one block a level, attention in
+    the lower level and in the middle."""
+
+    def __init__(self):
+        self.weights, self.made = {}, torch.Generator().manual_seed(0)
+        self.encode(torch.zeros(1, 3, 8, 8)), self.decode(torch.zeros(1, 4, 4, 4))  # makes the weights
+
+    def of(self, name, *shape):
+        if name not in self.weights:
+            self.weights[name] = torch.randn(shape, generator=self.made) * (0.5 if len(shape) == 1 else 0.1)
+        return self.weights[name]
+
+    def conv(self, x, name, out, size=3, **options):
+        weight, bias = self.of(f"{name}.weight", out, x.shape[1], size, size), self.of(f"{name}.bias", out)
+        return torch.nn.functional.conv2d(x, weight, bias, **options)
+
+    def norm(self, x, name):
+        affine = [self.of(f"{name}.{part}", x.shape[1]) for part in ("weight", "bias")]
+        return torch.nn.functional.group_norm(x, 32, *affine, eps=1e-6)
+
+    def act(self, x, name):
+        x = self.norm(x, name)
+        return x * x.sigmoid()
+
+    def block(self, x, name, out):
+        h = self.conv(self.act(x, f"{name}.norm1"), f"{name}.conv1", out, padding=1)
+        h = self.conv(self.act(h, f"{name}.norm2"), f"{name}.conv2", out, padding=1)
+        return h + (x if x.shape[1] == out else self.conv(x, f"{name}.nin_shortcut", out, 1))
+
+    def attend(self, x, name):
+        h, (b, c, *size) = self.norm(x, f"{name}.norm"), x.shape
+        q, k, v = (self.conv(h, f"{name}.{part}", c, 1).flatten(2) for part in "qkv")  # (b, c, pixels)
+        weights = (q.transpose(1, 2) @ k / c**0.5).softmax(-1)
+        return x + self.conv((v @ weights.transpose(1, 2)).view(b, c, *size), f"{name}.proj_out", c, 1)
+
+    def middle(self, x, name):
+        x = self.attend(self.block(x, f"{name}.mid.block_1", 64), f"{name}.mid.attn_1")
+        return self.block(x, f"{name}.mid.block_2", 64)
+
+    def encode(self, x):
+        h = self.block(self.conv(x, "encoder.conv_in", 32, padding=1), "encoder.down.0.block.0", 32)
+        h = self.conv(torch.nn.functional.pad(h, (0, 1, 0, 1)), "encoder.down.0.downsample.conv", 32, stride=2)
+        h = self.attend(self.block(h, "encoder.down.1.block.0", 64), "encoder.down.1.attn.0")
+        h = self.conv(self.act(self.middle(h, "encoder"), "encoder.norm_out"), "encoder.conv_out", 8, padding=1)
+        mean, log_variance = self.conv(h, "quant_conv", 8, 1).chunk(2, dim=1)
+        return torch.cat([mean, (log_variance / 2).exp()], dim=1)
+
+    def decode(self, z):
+        h = self.conv(self.conv(z, "post_quant_conv", 4, 1), "decoder.conv_in", 64, padding=1)
+        h = self.middle(h, "decoder")
+        for j in range(2):
+            h = self.attend(self.block(h, f"decoder.up.1.block.{j}", 64), f"decoder.up.1.attn.{j}")
+        h = h.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        h = self.conv(h, "decoder.up.1.upsample.conv", 64, padding=1)
+        for j in range(2):
+            h = self.block(h, f"decoder.up.0.block.{j}", 32)
+        return self.conv(self.act(h, "decoder.norm_out"), "decoder.conv_out", 3, padding=1)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@torch.no_grad()
+def test_files_of_latent_diffusion(tmp_path, suffix):
+    ldm, path, images = LdmFormat(), tmp_path / f"vavae{suffix}", photos(3, 16, 24)
+    weights = {**ldm.weights, "loss.discriminator.weight": torch.zeros(3), "linear_proj.weight": torch.zeros(2, 2)}
+    save_file(weights, path) if suffix == ".safetensors" else torch.save({"state_dict": weights}, path)
+    with pytest.raises(ValueError, match="scaling_factor = None; .* see `dataset.prepare --statistics`"):
+        load_autoencoder(str(path))
+    autoencoder = load_autoencoder(str(path), normalised=False)
+    assert (autoencoder.channels, autoencoder.downsampling) == (4, 2)
+    moments = ldm.encode(images / 255 * 2 - 1)
+    torch.testing.assert_close(autoencoder.moments(images), moments, rtol=1e-3, atol=1e-3)
+    decoded = ldm.decode(moments[:, :4])
+    expected = np.rint(np.clip((decoded.numpy() + 1) / 2, 0, 1) * 255)
+    assert np.abs(autoencoder.decode(moments[:, :4]).numpy() - expected).max() <= 1 and expected.std() > 5
+    del weights["decoder.up.0.block.1.conv2.bias"]
+    torch.save(weights, tmp_path / "half.pt")
+    with pytest.raises(ValueError, match="half.pt' could not be loaded .*Missing key"):
+        load_autoencoder(str(tmp_path / "half.pt"))
+
+
 def test_what_cannot_encode_an_image(tmp_path):
     saved(tmp_path, diffusers.AutoencoderOobleck, encoder_hidden_size=8, downsampling_ratios=[2], channel_multiples=[1])
     with pytest.raises(ValueError, match="of class AutoencoderOobleck, cannot encode and decode an image of 128"):
