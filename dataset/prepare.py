@@ -70,7 +70,7 @@ class Options:
     limit: int | None = None
     """Take only so many images, spread evenly over the source: a trial."""
     autoencoder: str = "pixels"
-    """Store the latents of sd-vae-ft-mse, sd-vae-ft-ema, a folder saved by diffusers, or a hub name."""
+    """Store the latents of sd-vae-ft-mse, sd-vae-ft-ema, a hub name, a folder saved by diffusers, or a file of LDM."""
     encoder: tuple[str, ...] = ()
     """Store the tokens of these frozen encoders, named as for training."""
     encoder_weights: tuple[str, ...] = ()

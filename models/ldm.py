@@ -39,12 +39,11 @@ def load_ldm(path: str) -> tuple[AutoencoderKL, dict]:
     def count(pattern):
         return len({found[0] for name in weights if (found := re.match(pattern, name))})
 
-    attends = [bool(count(rf"encoder\.down\.{level}\.attn\.")) for level in range(levels)]
-    with_attention = [("Attn" * attention) for attention in attends]
+    attention = ["Attn" if count(rf"encoder\.down\.{level}\.attn\.") else "" for level in range(levels)]
     model = AutoencoderKL(
         block_out_channels=[len(weights[f"encoder.down.{level}.block.0.conv1.bias"]) for level in range(levels)],
-        down_block_types=[f"{kind}DownEncoderBlock2D" for kind in with_attention],
-        up_block_types=[f"{kind}UpDecoderBlock2D" for kind in reversed(with_attention)],
+        down_block_types=[f"{kind}DownEncoderBlock2D" for kind in attention],
+        up_block_types=[f"{kind}UpDecoderBlock2D" for kind in reversed(attention)],
         layers_per_block=count(r"encoder\.down\.0\.block\.\d+\."),
         latent_channels=len(weights["post_quant_conv.bias"]),
         scaling_factor=None,

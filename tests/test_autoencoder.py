@@ -271,8 +271,8 @@ def test_other_classes(tmp_path, save, channels, downsampling, side):
 
 
 class LdmFormat:
-    """Latent diffusion's autoencoder, f = 2, by its own names of weights: widths 32, 64, one block a level, attention in
-    the lower level and in the middle."""
+    """Latent diffusion's autoencoder by its own names of weights: widths 32 and 64, one block in each level, attention
+    in the lower one and in the middle."""
 
     def __init__(self):
         self.weights, self.made = {}, torch.Generator().manual_seed(0)
