@@ -5,8 +5,8 @@ Their weights are given the names of diffusers' AutoencoderKL, which is the same
 
 import re
 
+import safetensors.torch
 import torch
-
 from diffusers import AutoencoderKL
 
 NAMES = (  # applied in this order; blocks of a decoder are counted from the other end
@@ -33,12 +33,11 @@ def load_ldm(path: str) -> tuple[AutoencoderKL, dict]:
     Raises exceptions of several kinds on any other content.
     """
     weights = {name: value for name, value in read(path).items() if name.startswith(KEPT)}
-    ends = {int(found[1]) for name in weights if (found := re.match(r"encoder\.down\.(\d+)\.", name))}
-    levels = 1 + max(ends, default=-1)
 
     def count(pattern):
         return len({found[0] for name in weights if (found := re.match(pattern, name))})
 
+    levels = count(r"encoder\.down\.\d+\.")
     attention = ["Attn" if count(rf"encoder\.down\.{level}\.attn\.") else "" for level in range(levels)]
     model = AutoencoderKL(
         block_out_channels=[len(weights[f"encoder.down.{level}.block.0.conv1.bias"]) for level in range(levels)],
@@ -53,17 +52,15 @@ def load_ldm(path: str) -> tuple[AutoencoderKL, dict]:
         for pattern, replacement in NAMES:
             name = re.sub(pattern, replacement, name)
         name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up_blocks.{levels - 1 - int(found[1])}", name)
-        renamed[name] = (
-            value.reshape(own[name].shape) if name in own else value
-        )  # 1 x 1 convolutions became linear maps
+        if name in own:  # convolutions of 1 x 1 have become linear maps
+            value = value.reshape(own[name].shape)
+        renamed[name] = value
     model.load_state_dict(renamed)
     return model, {}
 
 
 def read(path):
     if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        return safetensors.torch.load_file(path)
     content = torch.load(path, map_location="cpu", weights_only=True)
     return content.get("state_dict", content)
