@@ -21,7 +21,7 @@ HUB_NAMES = {
     "taesd": "madebyollin/taesd",
 }
 UNDERSTOOD = dict(in_channels=3, out_channels=3, upsampling_scaling_factor=2)
-PROBED = 128  # pixels of the image that tells the shape of latents; the strongest known compression is 128
+PROBED = (32, 128)  # pixels of the image that tells the shape of latents; the second is for compression beyond 32
 # How some classes of diffusers differ from the others: they take videos, here of one frame; latents are normalised in
 # squares of 2 x 2, which become channels; they take images in [0, 1], and normalise latents by themselves.
 QUIRKS = {
@@ -79,20 +79,27 @@ class Latents(nn.Module):
         self.fingerprint = fingerprint(model, repr((kind, scale, shift)) + str(own))
         for key, value in (("shift", shift), ("scale", scale)):
             self.register_buffer(key, torch.tensor(value).view(-1, 1, 1), persistent=False)  # (C, 1, 1), or one for all
-        size = getattr(model, "decoder_image_size", PROBED)
-        try:
-            blank = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-            batch, channels, height, width = (moments := self._moments(blank)).shape
-            decoded = self.decode(moments[:, : channels // 2]).shape
-        except Exception as error:  # whatever such a class may raise
-            decoded = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
-        if decoded != blank.shape:
+        for size in (model.decoder_image_size,) if self.quirk == "unit" else PROBED:
+            problem = self._probe(size)
+            if not problem:
+                break
+        else:
             raise ValueError(
-                f"autoencoder {name!r}, of class {kind}, cannot encode and decode an image of {size} pixels: {decoded}"
+                f"autoencoder {name!r}, of class {kind}, cannot encode and decode an image of {size} pixels: {problem}"
             )
-        self.channels, self.downsampling = channels // 2, size // width
         if self.scale.numel() not in (1, self.channels):
             raise ValueError(f"autoencoder {name!r} has {self.scale.numel()} latents_std for {self.channels} channels")
+
+    def _probe(self, size):
+        """Sets channels and downsampling by an image of that size. Returns why it could not, "" if it could."""
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        try:
+            _, channels, _, width = (moments := self._moments(blank)).shape
+            self.channels, self.downsampling = channels // 2, size // width
+            decoded = self.decode(moments[:, : self.channels]).shape
+        except Exception as error:  # whatever such a class may raise
+            return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+        return "" if decoded == blank.shape else f"it becomes {tuple(decoded)}"
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
