@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import re
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import nn
 
 import config as configuration
 from models.sit import FREQUENCIES, MAX_PERIOD, SIT_MODELS, SiT
-from runtime import MetricsLog, Ranks, environment, lock_folder, read_json, replaced
+from runtime import MetricsLog, Ranks, environment, lock_folder, one_line, read_json, replaced
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 EXPORTED = ("config.json", "model.safetensors")  # what eval.export writes for us to read
@@ -173,9 +172,8 @@ def load_checkpoint(source: str | Path):
         try:
             path = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=EXPORTED))
         except Exception as error:  # the hub's client raises many kinds
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
             raise ValueError(
-                f"{str(source)!r} is neither a file nor a model on the hub that can be had ({reason})"
+                f"{str(source)!r} is neither a file nor a model on the hub that can be had ({one_line(error)})"
             ) from None
     if not path.is_dir():
         return load_file(path)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from enum import IntEnum
 from pathlib import Path
 
@@ -266,6 +267,11 @@ def replaced(path: Path):
         if causes & {errno.ENOSPC, errno.EDQUOT}:
             raise OSError(f"no space left for {path}; make room, and give the same command again") from None
         raise
+
+
+def one_line(error: Exception) -> str:
+    """Kind and text of an error, such as one of another library, to be quoted in a message of ours."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def table(head: list, rows: list[list]) -> str:

@@ -6,13 +6,12 @@ Shapes: B batch, C channels of what SiT sees, H, W pixels, h, w latent pixels (H
 """
 
 import os
-import textwrap
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runtime import fingerprint
+from runtime import fingerprint, one_line
 
 DECODED_AT_ONCE = 8  # images; so the memory of the decoder does not grow with the batch
 HUB_NAMES = {
@@ -98,7 +97,7 @@ class Latents(nn.Module):
             self.channels, self.downsampling = channels // 2, size // width
             decoded = self.decode(moments[:, : self.channels]).shape
         except Exception as error:  # whatever such a class may raise
-            return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+            return one_line(error)
         return "" if decoded == blank.shape else f"it becomes {tuple(decoded)}"
 
     @torch.no_grad()
@@ -225,6 +224,5 @@ def load_autoencoder(name: str, normalised: bool = True) -> Pixels | Latents:
                 f"save_pretrained; without network, run `hf download {source} --local-dir FOLDER` elsewhere and give "
                 "FOLDER; HF_HUB_OFFLINE=1 looks in the hub's cache alone"
             )
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise ValueError(f"autoencoder {name!r} could not be loaded ({reason}); {remedy}") from error
+        raise ValueError(f"autoencoder {name!r} could not be loaded ({one_line(error)}); {remedy}") from error
     return Latents(name, model, config if normalised else None)

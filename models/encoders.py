@@ -5,7 +5,6 @@ Shapes: B batch, T = grid * grid patch tokens.
 
 import contextlib
 import inspect
-import textwrap
 from pathlib import Path
 
 import timm
@@ -14,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
-from runtime import fingerprint
+from runtime import fingerprint, one_line
 
 # REPA's names (github.com/sihyun-yu/REPA) and their relatives, as timm calls them. In any case of letters.
 SHORT_NAMES = {
@@ -84,7 +83,7 @@ class FrozenEncoder(nn.Module):
 def reason_of(error: Exception) -> str:
     """What a user can make of an error of timm, transformers or the hub, in one line."""
     told = (told for word, told in NEVER_RUN.items() if word in str(error))
-    return next(told, textwrap.shorten(f"{type(error).__name__}: {error}", 300))
+    return next(told, one_line(error))
 
 
 @contextlib.contextmanager
@@ -158,8 +157,7 @@ def _load_transformers(name, grid, weights):
     try:
         tower = VisionTower(tower, grid * patch, grid * grid)
     except Exception as error:  # whatever such a model does with the image
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise ValueError(f"encoder {name!r} gives no {grid} x {grid} tokens ({reason})") from error
+        raise ValueError(f"encoder {name!r} gives no {grid} x {grid} tokens ({one_line(error)})") from error
     normalised = colours.do_normalize
     return tower, patch, colours.image_mean if normalised else [0.0] * 3, colours.image_std if normalised else [1.0] * 3
 
