@@ -175,8 +175,10 @@ def moments_of_sde(num_steps, path, **changes):
 
 
 @of_both_paths
-@pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_sde_approaches_the_target(path, shift):
+@pytest.mark.parametrize("options", [{}, {"time_shift": 2.0}, {"guide": True, "cfg_scale": 3.0}])
+def test_sde_approaches_the_target(path, options):
+    if "guide" in options:  # one that is the model itself: no guidance
+        options = options | {"guide": Gaussian(path)}
     # With infinitely many steps the state at 0.04 is exact, and only the last step is not: an affine map of it.
     alpha, _, _, _ = coefficients(LAST, path)
 
@@ -186,7 +188,7 @@ def test_sde_approaches_the_target(path, shift):
     mean = last_step(alpha * M)
     deviation = (last_step(alpha * M + 1) - mean) * math.sqrt(variance(LAST, path))
     assert (mean, deviation) == pytest.approx((M, S), abs=0.01)  # which is close to the data
-    found = [moments_of_sde(num_steps, path, time_shift=shift) for num_steps in (100, 200, 400)]
+    found = [moments_of_sde(num_steps, path, **options) for num_steps in (100, 200, 400)]
     errors = [[abs(got - limit) for got, limit in zip(moments, (mean, deviation))] for moments in found]
     for coarse, fine in zip(errors, errors[1:]):
         for a, b in zip(coarse, fine):
