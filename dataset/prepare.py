@@ -138,12 +138,17 @@ def prepare(options: Options, ranks: Ranks):
     with claim(stages, ranks):
         for stage in stages:
             stage.run()
-        if options.statistics and ranks.main and not (stages[1].folder / "autoencoder").exists():
+    if options.statistics and ranks.main:
+        with lock_folder(stages[1].folder):
             write_normalised(autoencoder, stages[1])
 
 
 def write_normalised(autoencoder, stage):
     """The autoencoder with mean and deviation of each channel of a stage's latents, as a folder of diffusers."""
+    out, unfinished = stage.folder / "autoencoder", stage.folder / "autoencoder.unfinished"
+    if out.exists():
+        print(f"{out}: already there")
+        return
     array, readable = np.load(stage.path, mmap_mode="r"), stage.images.readable
     first, second, count = 0, 0, 0  # sums of a posterior's first and second moments
     for rows in stage.parts:
@@ -154,7 +159,6 @@ def write_normalised(autoencoder, stage):
             count += mean.size // mean.shape[1]
     mean = first / count
     found = {"latents_mean": mean.tolist(), "latents_std": np.sqrt(second / count - mean**2).tolist()}
-    out, unfinished = stage.folder / "autoencoder", stage.folder / "autoencoder.unfinished"
     autoencoder.model.register_to_config(**found, scaling_factor=1.0, shift_factor=None)
     autoencoder.model.save_pretrained(unfinished)
     unfinished.rename(out)

@@ -130,8 +130,10 @@ class Settings:
 def main(argv: list | None = None):
     options = tyro.cli(Options, args=argv, prog="python -m eval.sample", description=__doc__)
     with plain_errors(ValueError, OSError, KeyboardInterrupt), Ranks() as ranks:
-        for each in (several := sets(options))[1:]:
-            load(each, ranks)  # so that a wrong one is not told only after hours of drawing
+        several = sets(options)
+        for each, before in zip(several[1:], several):
+            if each.average != before.average:  # so that a wrong one is not told only after hours of drawing
+                load(each, ranks)
         folders = [sample(each, ranks) for each in several]
         if ranks.main and len(folders) > 1:
             files = " ".join(str(folder / f"{folder.name}.npz") for folder in folders)
@@ -196,7 +198,7 @@ def load(options: Options, ranks: Ranks):
     """
     with ranks.one_first():  # the hub may be asked
         model, trained = load_trained(options.checkpoint, "".join(options.average), options.model)
-        guide, content_of_guide = load_guide(options, model, trained)
+        guide, known = load_trained(options.guide) if options.guide else (None, {})
     model.align_depth = ()  # nobody reads the projections here
     name = options.autoencoder or trained.get("autoencoder", "")
     if not name:
@@ -217,36 +219,33 @@ def load(options: Options, ranks: Ranks):
             f"autoencoder = {name!r} has {autoencoder.channels} channels and {options.checkpoint} has "
             f"{model.in_channels}; give the --autoencoder that it was trained with"
         )
-    settings = resolve(options, trained, model, autoencoder, ranks.device, content_of_guide)
+    settings = resolve(options, trained, model, autoencoder, ranks.device)
+    if guide:
+        check_guide(options.guide, guide, known, model, settings)
+        settings = dataclasses.replace(settings, guide=content_of(guide, known))
+        guide = guide.to(ranks.device)
     origin = {"checkpoint": str(options.checkpoint), "model": options.model or trained["model"], "autoencoder": name}
     origin |= {"guide": options.guide, **{key: trained.get(key) for key in ("step", "average")}}
     drawn = f"{len(settings.classes) or model.num_classes} of {model.num_classes} classes"
     origin["classes"] = drawn + ", those with training images" * (settings.classes != tuple(options.classes))
-    return model.to(ranks.device), guide and guide.to(ranks.device), autoencoder, settings, origin
+    return model.to(ranks.device), guide, autoencoder, settings, origin
 
 
-def load_guide(options: Options, model, trained: dict):
-    """The guide, on the CPU, and its fingerprint; (None, "") for none. Raises ValueError on one that does not fit."""
-    if not options.guide:
-        return None, ""
-    guide, known = load_trained(options.guide)
+def check_guide(name: str, guide, known: dict, model, settings: Settings):
+    """Raises ValueError where a guide and what is known of its run do not fit the model, as it is sampled."""
     guide.align_depth = ()
     facts = [(key, getattr(guide, key), getattr(model, key)) for key in ("in_channels", "input_size", "num_classes")]
-    facts += [(key, known[key], trained.get(key, known[key])) for key in ("path", "content of autoencoder")]
-    facts += [("few steps", bool(guide.step_times), False)]
+    facts += [("path", known.get("path"), settings.path), ("few steps", bool(guide.step_times), False)]
+    facts.append(("autoencoder", known.get("content of autoencoder"), settings.autoencoder))
     for key, has, needed in facts:
         if has != needed:
             raise ValueError(
-                f"guide = {options.guide!r} has {key} = {has!r}, and {options.checkpoint} {needed!r}; give a guide "
-                "that was trained on the same data, in the same way"
+                f"guide = {name!r} has {key} = {has!r}, and {needed!r} is needed; give one that was trained alike"
             )
-    return guide, content_of(guide, known)
 
 
-def resolve(options: Options, trained: dict, model, autoencoder, device: torch.device, guide: str = "") -> Settings:
-    """The Settings that the options mean for a model, as `load_trained` returns it, on a device.
-
-    guide: the fingerprint of what guides it, or "".
+def resolve(options: Options, trained: dict, model, autoencoder, device: torch.device) -> Settings:
+    """The Settings that the options mean for a model, as `load_trained` returns it, on a device. Without the guide.
 
     Raises ValueError on the first value that cannot be used.
     """
@@ -307,7 +306,7 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
         sampler=chosen["sampler"],
         steps=steps,
         cfg_scale=scale,
-        guide=guide,
+        guide="",
         guidance_interval=tuple(map(float, interval)),
         time_shift=float(options.time_shift),
         path=options.path or trained.get("path", "linear"),

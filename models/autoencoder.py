@@ -172,8 +172,8 @@ def normalisation(name: str, model: nn.Module, config: dict, quirk: str | None) 
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if not factor:
         raise ValueError(
-            f"autoencoder {name!r} has scaling_factor = {factor}; write into its config.json by what its latents are "
-            "to be multiplied, or see `dataset.prepare --statistics`"
+            f"autoencoder {name!r} has scaling_factor = {factor}; say in its config.json by what its latents are "
+            "to be multiplied, or let `dataset.prepare --statistics` measure it"
         )
     if mean is None and std is None:
         return float(shift), float(factor)
@@ -218,7 +218,11 @@ def load_autoencoder(name: str, normalised: bool = True) -> Pixels | Latents:
         model, config = load_ldm(source) if os.path.isfile(source) else load_of_diffusers(source)
     except Exception as error:  # diffusers and the hub raise many kinds
         remedy = "write it again with diffusers' save_pretrained; of a pipeline, give the folder `vae`"
-        if not os.path.isdir(source):
+        if source.endswith((".ckpt", ".pt", ".safetensors")):
+            remedy = (
+                "give a file with latent diffusion's weights encoder.*, decoder.*, quant_conv.* and post_quant_conv.*"
+            )
+        elif not os.path.isdir(source):
             remedy = (
                 f"choose one of {', '.join(['pixels', *HUB_NAMES])}, OWNER/NAME on the hub, or a folder of diffusers' "
                 f"save_pretrained; without network, run `hf download {source} --local-dir FOLDER` elsewhere and give "

@@ -38,6 +38,8 @@ def load_ldm(path: str) -> tuple[AutoencoderKL, dict]:
         return len({found[0] for name in weights if (found := re.match(pattern, name))})
 
     levels = count(r"encoder\.down\.\d+\.")
+    if not levels:
+        raise LookupError("it has no weights encoder.down.*")
     attention = ["Attn" if count(rf"encoder\.down\.{level}\.attn\.") else "" for level in range(levels)]
     model = AutoencoderKL(
         block_out_channels=[len(weights[f"encoder.down.{level}.block.0.conv1.bias"]) for level in range(levels)],

@@ -28,16 +28,25 @@ from models.streams import joined
 
 ROUTINGS = ("residual", "dar", "attnres")
 ADDED = ("image_router.", "text_router.", "projectors.")  # parameters that diffusers' model has not
+PLAIN = ("align_depth", "added")  # and what else says how it is joined
 
 
 class RoutedQwenImage(QwenImageTransformer2DModel):
-    """diffusers' QwenImageTransformer2DModel. As loaded it joins its sublayers by residual addition, to the bit."""
+    """diffusers' QwenImageTransformer2DModel. As loaded it is that model to the bit, but for its clipping in fp16.
+
+    Blocks are not called whole, so what diffusers hangs on their calls is refused: checkpointing, offloading, plans of
+    parallelism.
+    """
+
+    _supports_gradient_checkpointing = _supports_group_offloading = False
+    _no_split_modules = _repeated_blocks = _cp_plan = _tp_plan = None
 
     @functools.wraps(QwenImageTransformer2DModel.__init__)  # diffusers reads the options of a config off the signature
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.zero_cond_t:
-            raise ValueError("zero_cond_t = True: Qwen-Image-Edit's modulation by token is not supported")
+        for name in ("zero_cond_t", "use_additional_t_cond"):
+            if self.config[name]:
+                raise ValueError(f"{name} = True: that variant of Qwen-Image is not supported")
         self.image_router = self.text_router = None
         self.projectors, self.align_depth, self.added = nn.ModuleList(), (), {}
         self.gamma = 1.0  # how far routers have faded in (RetrofitStream)
@@ -50,7 +59,7 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
 
         The arguments are those of SiT. The head has an aggregator of its own. Raises ValueError on invalid ones.
         """
-        self.added = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        added = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         sublayers, width, blocks = 2 * len(self.transformer_blocks), self.inner_dim, len(self.transformer_blocks)
         if routing not in ROUTINGS:
             raise ValueError(f"routing {routing!r} is unknown; choose one of {', '.join(ROUTINGS)}")
@@ -63,12 +72,15 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
                 return AttnResRouter(count, width, size, route_backend)
             return DepthRouter(count, width, query, size, final, route_backend, chunk_summary)
 
+        image = text = None
         if routing != "residual":  # nobody reads the text after the last attention
-            self.image_router, self.text_router = router(sublayers, "dedicated"), router(sublayers - 1, "shared")
-        self.align_depth = tuple(align_depth) if align_dims else ()
-        pairs = [(k, dim) for k in self.align_depth for dim in align_dims]
-        self.projectors = nn.ModuleList(Projector(width, projector_dim, dim) for _, dim in pairs)
-        self.to(next(self.transformer_blocks.parameters()).device)
+            image, text = router(sublayers, "dedicated"), router(sublayers - 1, "shared")
+        align_depth = tuple(align_depth) if align_dims else ()
+        projectors = nn.ModuleList(Projector(width, projector_dim, dim) for _ in align_depth for dim in align_dims)
+        self.image_router, self.text_router, self.projectors = image, text, projectors
+        self.align_depth, self.added = align_depth, added
+        for part in filter(None, (image, text, projectors)):
+            part.to(self.proj_out.weight.device, self.proj_out.weight.dtype)
 
     def velocity(
         self, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes
@@ -117,31 +129,42 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
         self, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None, timestep=None,
         img_shapes=None, guidance=None, attention_kwargs=None, return_dict=True,
     ):  # fmt: skip
-        """What diffusers' pipelines call. Raises ValueError on guidance, for which this model has no embedding."""
-        if guidance is not None:
-            raise ValueError("guidance: this model has no embedding of it; leave guidance_scale out of the pipeline")
+        """What diffusers' pipelines call. Raises ValueError on guidance and attention_kwargs, which are not for it."""
+        if guidance is not None or attention_kwargs:
+            raise ValueError("guidance and attention_kwargs are not for this model; leave them out of the pipeline")
         output, _ = self.velocity(
             hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def save_added(self, path: str | Path):
-        """What `add_routing` has added, as safetensors: its arguments and the parameters."""
+        """What `add_routing` has added, as safetensors: its arguments, the parameters, and gamma."""
         added = {name: value.contiguous() for name, value in self.state_dict().items() if name.startswith(ADDED)}
-        save_file(added, path, metadata={"added": json.dumps(self.added)})
+        save_file(added, path, metadata={"added": json.dumps(self.added | {"gamma": self.gamma})})
+
+    def save_pretrained(self, *args, **kwargs):
+        """diffusers would drop what has been added when it loads this again. Raises ValueError then."""
+        if self.added:
+            raise ValueError("save_pretrained: the routing would be lost; use save_added, and the published weights")
+        super().save_pretrained(*args, **kwargs)
 
     def load_added(self, path: str | Path):
-        """Puts into the model what `save_added` has written. Raises ValueError where it does not fit."""
+        """Puts into the model what `save_added` wrote. Raises ValueError, and changes nothing, if it does not fit."""
         with safetensors.safe_open(path, "pt") as file:
             known = (file.metadata() or {}).get("added")
             if known is None:
                 raise ValueError(f"{str(path)!r} was not written by save_added")
-            self.add_routing(**json.loads(known))
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-        own = {name for name in self.state_dict() if name.startswith(ADDED)}
+            known, weights = json.loads(known), {name: file.get_tensor(name) for name in file.keys()}
+        before = {name: getattr(self, name) for name in ("image_router", "text_router", "projectors", *PLAIN)}
         try:
-            _, unknown = self.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
+            gamma = known.pop("gamma")
+            self.add_routing(**known)
+            own = {name for name in self.state_dict() if name.startswith(ADDED)}
+            if unfit := sorted(own.symmetric_difference(weights)):
+                raise ValueError(f"{len(unfit)} names differ, such as {unfit[0]}")
+            self.load_state_dict(weights, strict=False)
+            self.gamma = gamma
+        except (ValueError, RuntimeError) as error:
+            for name, value in before.items():
+                setattr(self, name, value)
             raise ValueError(f"{str(path)!r} does not fit this model: {error}") from None
-        if unfit := sorted(own.symmetric_difference(weights)):
-            raise ValueError(f"{str(path)!r} does not fit this model: {len(unfit)} names differ, such as {unfit[0]}")

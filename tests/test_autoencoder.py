@@ -336,7 +336,7 @@ def test_files_of_latent_diffusion(tmp_path, suffix):
     ldm, path, images = LdmFormat(), tmp_path / f"vavae{suffix}", photos(3, 16, 24)
     weights = {**ldm.weights, "loss.discriminator.weight": torch.zeros(3), "linear_proj.weight": torch.zeros(2, 2)}
     save_file(weights, path) if suffix == ".safetensors" else torch.save({"state_dict": weights}, path)
-    with pytest.raises(ValueError, match="scaling_factor = None; .* see `dataset.prepare --statistics`"):
+    with pytest.raises(ValueError, match="scaling_factor = None; .* let `dataset.prepare --statistics` measure it"):
         load_autoencoder(str(path))
     autoencoder = load_autoencoder(str(path), normalised=False)
     assert (autoencoder.channels, autoencoder.downsampling) == (4, 2)
@@ -347,8 +347,10 @@ def test_files_of_latent_diffusion(tmp_path, suffix):
     assert np.abs(autoencoder.decode(moments[:, :4]).numpy() - expected).max() <= 1 and expected.std() > 5
     del weights["decoder.up.0.block.1.conv2.bias"]
     torch.save(weights, tmp_path / "half.pt")
-    with pytest.raises(ValueError, match="half.pt' could not be loaded .*Missing key"):
-        load_autoencoder(str(tmp_path / "half.pt"))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    for name, why in (("half", "Missing key"), ("other", "it has no weights encoder.down"), ("none", "")):
+        with pytest.raises(ValueError, match=f"{name}.pt' could not be loaded .*{why}.*; give a file with latent"):
+            load_autoencoder(str(tmp_path / f"{name}.pt"))
 
 
 def test_what_cannot_encode_an_image(tmp_path):

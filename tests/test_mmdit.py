@@ -37,26 +37,36 @@ def inputs(rows=4, columns=6, masked=True, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     x, text = (torch.randn(2, *size, generator=generator).to(dtype) for size in ((rows * columns, 16), (5, 12)))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]) if masked else None
-    return x, text, mask, torch.tensor([0.3, 0.9], dtype=dtype), [[(1, rows, columns)]] * 2
+    t = torch.tensor([0.25, 0.875], dtype=dtype)  # numbers that bf16 has: diffusers embeds 1000 t
+    return x, text, mask, t, [[(1, rows, columns)]] * 2
 
 
 # ---- residual ----
 
 
-@pytest.mark.parametrize("rows, columns, masked", [(4, 6, True), (2, 2, False), (7, 3, True), (1, 9, False)])
-def test_residual_mode_is_diffusers_bit_for_bit_gradients_too(pair, rows, columns, masked):
-    theirs, ours = pair
+@pytest.mark.parametrize(
+    "rows, columns, masked, dtype",
+    [
+        (4, 6, True, torch.float32),
+        (2, 2, False, torch.float32),
+        (7, 3, True, torch.bfloat16),
+        (1, 9, False, torch.float32),
+    ],
+)
+def test_residual_mode_is_diffusers_bit_for_bit_gradients_too(pair, rows, columns, masked, dtype):
+    theirs, ours = (model.to(dtype) for model in pair)
     ours.add_routing(routing="residual", align_depth=(1, 3), align_dims=(5, 7), projector_dim=8)
-    outputs = [model(*inputs(rows, columns, masked)).sample for model in pair]
+    given = inputs(rows, columns, masked, dtype)
+    outputs = [model(*given).sample for model in pair]
     assert torch.equal(*outputs) and outputs[0].std() > 0.1
-    assert torch.equal(ours(*inputs(rows, columns, masked), return_dict=False)[0], outputs[0])
+    assert torch.equal(ours(*given, return_dict=False)[0], outputs[0])
     for output in outputs:
         output.square().mean().backward()
     of_ours = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         assert (parameter.grad is None) == (of_ours[name].grad is None), name
         assert parameter.grad is None or torch.equal(parameter.grad, of_ours[name].grad), name
-    projected = ours.velocity(*inputs(rows, columns, masked))[1]
+    projected = ours.velocity(*given)[1]
     assert [tuple(z.shape) for z in projected] == [(2, rows * columns, dim) for _ in (1, 3) for dim in (5, 7)]
 
 
@@ -140,6 +150,21 @@ def test_dar_against_its_definition_in_float64(pair):
     assert len(gradients) == 2 * (7 + 5) and all(grad.abs().max() > 0 for grad in choosing)
 
 
+@pytest.mark.parametrize("query", ["static", "timestep", "dynamic"])
+def test_in_bf16_it_is_what_it_is_in_float32(pair, query):
+    model = pair[1]
+    model.add_routing(query=query, chunk_size=2, align_depth=(2,), align_dims=(5,), projector_dim=8)
+    random_weights(model.image_router), random_weights(model.text_router, 1)
+    expected, (z,) = model.velocity(*inputs())
+    half = RoutedQwenImage(**SIZES).bfloat16()
+    half.add_routing(query=query, chunk_size=2, align_depth=(2,), align_dims=(5,), projector_dim=8)
+    half.load_state_dict(model.state_dict())
+    got, (z_half,) = half.velocity(*inputs(dtype=torch.bfloat16))
+    assert got.dtype == z_half.dtype == torch.bfloat16
+    for a, b in ((got, expected), (z_half, z)):
+        assert (a.float() - b).norm() < 0.1 * b.norm()
+
+
 # ---- keeping and using ----
 
 
@@ -147,9 +172,12 @@ def test_what_was_added_is_saved_and_put_back(pair, tmp_path):
     theirs, ours = pair
     ours.add_routing(query="dynamic", chunk_size=3, align_depth=(2,), align_dims=(5,), projector_dim=8)
     random_weights(ours.image_router), random_weights(ours.text_router, 1)
+    ours.gamma = 0.4
     theirs.save_pretrained(tmp_path / "published")
     ours.save_added(tmp_path / "dar.safetensors")
-    again = RoutedQwenImage.from_pretrained(tmp_path / "published", low_cpu_mem_usage=False)
+    with pytest.raises(ValueError, match="save_pretrained: the routing would be lost; use save_added"):
+        ours.save_pretrained(tmp_path / "ours")
+    again = RoutedQwenImage.from_pretrained(tmp_path / "published")
     again.load_added(tmp_path / "dar.safetensors")
     assert torch.equal(again(*inputs()).sample, ours(*inputs()).sample)
     assert (tmp_path / "dar.safetensors").stat().st_size < 0.3 * 4 * sum(p.numel() for p in ours.parameters())
@@ -159,8 +187,12 @@ def test_what_was_added_is_saved_and_put_back(pair, tmp_path):
     with pytest.raises(ValueError, match="dar.safetensors' does not fit this model"):
         wide.load_added(tmp_path / "dar.safetensors")
     deep = RoutedQwenImage(**{**SIZES, "num_layers": 4})
+    deep.add_routing(chunk_size=2)
+    before = {name: value.clone() for name, value in deep.state_dict().items()}
     with pytest.raises(ValueError, match="does not fit this model: .* names differ, such as image_router"):
         deep.load_added(tmp_path / "dar.safetensors")
+    assert deep.state_dict().keys() == before.keys() and deep.added["chunk_size"] == 2 and deep.gamma == 1
+    assert all(torch.equal(value, before[name]) for name, value in deep.state_dict().items())
 
 
 def test_a_pipeline_of_diffusers_draws_what_euler_steps_draw(pair, tmp_path):
@@ -194,7 +226,12 @@ def test_what_is_refused(pair):
     ):
         with pytest.raises(ValueError, match=message):
             model.add_routing(**options)
-    with pytest.raises(ValueError, match="guidance: this model has no embedding"):
-        model(*inputs(), guidance=torch.ones(2))
-    with pytest.raises(ValueError, match="zero_cond_t = True"):
-        RoutedQwenImage(**SIZES, zero_cond_t=True)
+    assert not model.added and model.image_router is None
+    for given in ({"guidance": torch.ones(2)}, {"attention_kwargs": {"scale": 0.5}}):
+        with pytest.raises(ValueError, match="are not for this model"):
+            model(*inputs(), **given)
+    for variant in ("zero_cond_t", "use_additional_t_cond"):
+        with pytest.raises(ValueError, match=f"{variant} = True"):
+            RoutedQwenImage(**SIZES, **{variant: True})
+    with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+        model.enable_gradient_checkpointing()
