@@ -232,8 +232,12 @@ def check_folder(folder: Path, record: str, settings: dict, within: str = "") ->
 
     Raises ValueError unless the folder is empty or made with these settings.
     """
-    # Listed once, as another run may be at it.
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {str(folder)} if folder.exists() else set()
+    try:
+        names = {path.name for path in folder.iterdir()}  # listed once, as another run may be at it
+    except FileNotFoundError:
+        return {}
+    except NotADirectoryError:
+        names = {folder.name}
     if record in names:
         content = read_json(folder / record)
         found, wanted = content.get(within, content), json.loads(json.dumps(settings))

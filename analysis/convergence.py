@@ -25,6 +25,9 @@ AXES = {
     "step": "training steps", "images": "images seen", "epoch": "epochs", "seconds": "seconds of training"
 }  # fmt: skip
 NAMES = {"dar": "DAR", "attnres": "AttnRes", "unet": "U-ViT skips"}  # of routings; others keep their own
+COLUMNS = {  # of the table of targets, for each axis
+    "step": ["steps", "speedup"], "epoch": ["epochs", "speedup in epochs"], "seconds": ["seconds", "speedup in time"]
+}  # fmt: skip
 TARGETS_AT = (0.25, 0.5, 0.75, 1.0)  # default targets: what the reference has reached at these shares of its run
 
 
@@ -158,7 +161,7 @@ def compare(arms: dict, options: Options) -> dict:
     for axis, run in ((axis, run) for axis in options.x for run in everything):
         if axis not in run.x:
             raise ValueError(f"x = {axis!r}: {run.folder} is of an older version, which did not log it")
-    axes = [axis for axis in ("step", "epoch", "seconds") if all(axis in run.x for run in everything)]
+    axes = [axis for axis in COLUMNS if all(axis in run.x for run in everything)]
     for target in options.targets or default_targets(arms[reference].values(), goal):
         for name, runs in arms.items():
             row = {"target": target, "arm": name}
@@ -242,7 +245,7 @@ def markdown(result: dict) -> str:
         f"\nSpeedups over **{result['reference']}** (above 1: sooner; mean [lowest, highest] over seeds; < and >: a "
         "bound for each seed, where an arm never gets there, or got there before its first point):\n\n"
     )
-    lines, axes = [], [axis for axis in ("step", "epoch", "seconds") if axis in result["targets"][0]]
+    lines, axes = [], [axis for axis in COLUMNS if axis in result["targets"][0]]
     for row in result["targets"]:
         line = [f"{row['target']:.4g}", row["arm"]]
         for axis in axes:
@@ -251,12 +254,7 @@ def markdown(result: dict) -> str:
             line.append(f"not reached by {missed} of {len(times)}" if missed else f"{average:.{int(average < 10)}f}")
             line.append("reference" if row["arm"] == result["reference"] else ratio_text(row[f"{axis}_speedup"]))
         lines.append(line)
-    heads = {
-        "step": ["steps", "speedup"],
-        "epoch": ["epochs", "speedup in epochs"],
-        "seconds": ["seconds", "speedup in time"],
-    }
-    text += table([f"`{metric}` reaches", "arm", *(head for axis in axes for head in heads[axis])], lines)
+    text += table([f"`{metric}` reaches", "arm", *(head for axis in axes for head in COLUMNS[axis])], lines)
     return text + provenance(list(result["arms"].values()), result["environments"])
 
 

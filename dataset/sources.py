@@ -217,7 +217,7 @@ def open_part(path):
 def open_shards(path, shards) -> Source:
     """What LightningDiT's extract_features.py writes: `latents` (N, C, h, w), each a draw from the posterior,
     `latents_flip` of the mirrored images, and `labels` (N), in files of safetensors."""
-    files = {}
+    files, labels_of = {}, {}
     for name in shards:
         try:
             files[name] = safe_open(os.path.join(path, name), "pt")
@@ -230,8 +230,9 @@ def open_shards(path, shards) -> Source:
             raise ValueError(
                 f"{os.path.join(path, name)} has labels {tuple(labels.shape)} for {count} latents, or below 0"
             )
-    labels = np.concatenate([file.get_tensor("labels").numpy() for file in files.values()])
-    rows = [(name, row) for name, file in files.items() for row in range(len(file.get_tensor("labels")))]
+        labels_of[name] = labels.numpy()
+    labels = np.concatenate([*labels_of.values()])
+    rows = [(name, row) for name in files for row in range(len(labels_of[name]))]
 
     def reader(key):
         def moments(i):

@@ -75,17 +75,18 @@ def export(options: Options):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out = {str(out)!r} is not an empty folder; give another one")
     model, trained = load_trained(options.checkpoint, options.average)  # refuses what is not ours: it has no name
-    metrics = "".join(reported(path, content_of(model, trained)) for path in options.metrics)
+    content = content_of(model, trained)
+    metrics = "".join(reported(path, content) for path in options.metrics)
     if trained["average"] == str(trained["ema_decays"][0]):  # which is evaluated in training
         metrics = while_training(options.checkpoint.parent, trained["step"]) + metrics
     apart, own = ("step", "average", "arguments"), ("out", "decoder")  # which make no difference to another user
     config = {key: shareable(value) for key, value in trained.items() if key not in (*apart, *own)}
-    content = {"format": FORMAT, **{key: trained[key] for key in apart}, "config": config}
+    known = {key: trained[key] for key in apart}
     out.mkdir(parents=True, exist_ok=True)
     with replaced(out / "model.safetensors") as file:
         weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
         file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
-    write_json(out / "config.json", content)
+    write_json(out / "config.json", {"format": FORMAT, **known, "config": config})
     defaults = plain(asdict((DistillConfig if "teacher" in config else Config)()))
     changed = {key: config[key] for key, value in defaults.items() if key in config and config[key] != value}
     card = CARD.format(
@@ -95,8 +96,8 @@ def export(options: Options):
         classes=model.num_classes,
         data=config["data"],
         autoencoder=config["autoencoder"],
-        step=content["step"],
-        average=content["average"],
+        step=known["step"],
+        average=known["average"],
         origin=origin_of(options.checkpoint.parent),
         settings=yaml.safe_dump(changed, sort_keys=False),
         metrics=metrics or "None.",

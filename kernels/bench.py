@@ -285,8 +285,8 @@ def steps_in_turns(options, device):
         rounds = [{name: cpu_time(call) for name, call in calls.items()} for _ in range(2 + CPU_ROUNDS)][2:]
         for name in calls:  # the machine's pace changes, so each step is compared with the one beside it
             times, ratios = [times[name] for times in rounds], [times[name] / times["residual"] for times in rounds]
-            quantiles = {"step": quantiles_of(times), "over residual": quantiles_of(ratios)}
-            yield {"depth": depth, "method": name} | quantiles
+            measured = {"step": quantiles_of(times), "over residual": quantiles_of(ratios)}
+            yield {"depth": depth, "method": name} | measured
 
 
 def time_step(arm, compiled, options, device):

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.dar import AttnResRouter, DepthRouter
-from models.projector import Projector
+from models.projector import Projector, project
 from models.streams import joined
 
 ROUTINGS = ("residual", "dar", "attnres")
@@ -103,7 +103,7 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
             i, u = block.img_mod(t).chunk(6, dim=-1), block.txt_mod(t).chunk(6, dim=-1)  # shift, scale, gate, twice
             x, z = image.read(*i[:2])
             y, _ = text.read(*u[:2])
-            projected += self.project(z, k)
+            projected += project(self.projectors, self.align_depth, z, k)
             x, y = block.attn(x, encoder_hidden_states=y, encoder_hidden_states_mask=mask, image_rotary_emb=rotary)
             image.write(i[2].unsqueeze(1) * x)
             text.write(u[2].unsqueeze(1) * y)
@@ -114,16 +114,8 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
                 text.write(u[5].unsqueeze(1) * block.txt_mlp(y))
         scale, shift = self.norm_out.linear(self.norm_out.silu(t)).chunk(2, dim=1)
         x, z = image.read(shift, scale)
-        projected += self.project(z, len(self.transformer_blocks))
+        projected += project(self.projectors, self.align_depth, z, len(self.transformer_blocks))
         return self.proj_out(x), projected
-
-    def project(self, z, k):
-        """The image state after block k as the encoders' tokens, one per encoder; [] where nothing is projected."""
-        if k not in self.align_depth:
-            return []
-        each = len(self.projectors) // len(self.align_depth)
-        first = self.align_depth.index(k) * each
-        return [projector(z) for projector in self.projectors[first : first + each]]
 
     def forward(
         self, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None, timestep=None,

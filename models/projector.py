@@ -9,6 +9,18 @@ from torch import nn
 PROJECTORS = ("mlp", "conv")
 
 
+def project(projectors: nn.ModuleList, align_depth: tuple, z: torch.Tensor, k: int) -> list:
+    """The state z after block k as the encoders' tokens, one per encoder; [] where nothing is projected.
+
+    projectors: by depth of align_depth, then by encoder. z: (B, T, width). Returns a list of (B, T, dim).
+    """
+    if k not in align_depth:
+        return []
+    encoders = len(projectors) // len(align_depth)
+    first = align_depth.index(k) * encoders
+    return [projector(z) for projector in projectors[first : first + encoders]]
+
+
 class Projector(nn.Sequential):
     """REPA (arXiv 2410.06940): Linear-SiLU-Linear-SiLU-Linear, (B, T, width) -> (B, T, dim), without normalisation."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.dar import AttnResRouter, DepthRouter
-from models.projector import PROJECTORS, ConvProjector, Projector
+from models.projector import PROJECTORS, ConvProjector, Projector, project
 from models.streams import ResidualStream, RoutedStream, SkipStream, joined, long_skips
 
 ROUTINGS = ("residual", "dar", "attnres", "unet")
@@ -91,7 +91,7 @@ class SiT(nn.Module):
                 raise ValueError(problem)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.checkpoint_activations, self.routing = num_classes, checkpoint_activations, routing
-        self.align_depth, self.num_encoders = align_depth if align_dims else (), len(align_dims)
+        self.align_depth = align_depth if align_dims else ()
         self.gamma = 1.0  # how far a router has faded in (RetrofitStream)
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -148,12 +148,12 @@ class SiT(nn.Module):
         for k, block in enumerate(self.blocks):
             (shift_1, scale_1, gate_1), (shift_2, scale_2, gate_2) = block.modulation(c)
             x, z = stream.read(shift_1, scale_1)  # z_k, the state after k blocks
-            projected += self.project(z, k)
+            projected += project(self.projectors, self.align_depth, z, k)
             stream.write(self.gated(gate_1, block.attn, x))
             x, _ = stream.read(shift_2, scale_2)
             stream.write(self.gated(gate_2, block.mlp, x))
         x, z = stream.read(*self.final_layer.modulation(c))
-        projected += self.project(z, len(self.blocks))
+        projected += project(self.projectors, self.align_depth, z, len(self.blocks))
         return self.unpatchify(self.final_layer.linear(x)), projected
 
     def stream(self, tokens: torch.Tensor, e: torch.Tensor) -> ResidualStream | RoutedStream:
@@ -172,13 +172,6 @@ class SiT(nn.Module):
             # There is no dropout, hence no random state to restore.
             return checkpoint(run, gate, x, use_reentrant=False, preserve_rng_state=False)
         return run(gate, x)
-
-    def project(self, z, k):
-        """The state after block k as the encoders' tokens, one per encoder; [] where nothing is projected."""
-        if k not in self.align_depth:
-            return []
-        first = self.align_depth.index(k) * self.num_encoders
-        return [projector(z) for projector in self.projectors[first : first + self.num_encoders]]
 
     def unpatchify(self, x):
         """(B, T, p * p * C) -> (B, C, H, W)."""

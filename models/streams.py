@@ -118,9 +118,9 @@ def joined(
     """The stream of a model with or without a router, faded in by gamma. tokens: (B, T, D); t_embedding: (B, D)."""
     if router is None:
         return ResidualStream(tokens)
-    return (
-        RoutedStream(router, tokens, t_embedding) if gamma == 1 else RetrofitStream(router, tokens, t_embedding, gamma)
-    )
+    if gamma < 1:
+        return RetrofitStream(router, tokens, t_embedding, gamma)
+    return RoutedStream(router, tokens, t_embedding)
 
 
 def long_skips(num_blocks: int, width: int) -> nn.ModuleList:
