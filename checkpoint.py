@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import config as configuration
-from models.sit import FREQUENCIES, MAX_PERIOD, SIT_MODELS, SiT
+from models.registry import constructor, takes_text
+from models.sit import FREQUENCIES, MAX_PERIOD
 from runtime import MetricsLog, Ranks, environment, lock_folder, one_line, read_json, replaced
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
@@ -195,8 +196,16 @@ def is_ours(checkpoint) -> bool:
     return isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT and "arguments" in checkpoint
 
 
-def load_weights(path: str | Path) -> dict:
-    """Model weights from one of our checkpoints, SiT's, REPA's, or a bare state dict: `ema` where there is one."""
+def load_weights(path: str | Path, name: str = "") -> dict:
+    """Model weights from one of our checkpoints, SiT's, REPA's, or a bare state dict: `ema` where there is one.
+
+    name: the model's. One of captions may also be a folder of diffusers, or a hub name.
+    """
+    if takes_text(name):
+        from models.mmdit import published_weights  # diffusers takes seconds
+
+        if weights := published_weights(path):
+            return weights
     content = load_checkpoint(path)
     content = content if isinstance(content, dict) else {}
     for key in ("ema", "model", "state_dict"):
@@ -217,7 +226,8 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
     To the options of the run are added its `step`, the resolved `average` and the model's `arguments`.
     Raises ValueError where there is no such checkpoint, average or model.
     """
-    checkpoint = load_checkpoint(path)
+    of_ours = not takes_text(name) or Path(path).is_file()
+    checkpoint = load_checkpoint(path) if of_ours else None
     if is_ours(checkpoint):
         known = {key: checkpoint[key] for key in ("step", "arguments")}
         options = {**checkpoint["config"], **known}
@@ -232,13 +242,14 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
     else:
         if average:
             raise ValueError(f"average = {average!r}: {path} is not of this trainer, and has no choice of averages")
-        weights, options = load_weights(path), {}
-    if name not in SIT_MODELS:
-        raise ValueError(f"model = {name!r}: say which model {path} is of, one of {', '.join(SIT_MODELS)}")
+        weights, options = load_weights(path, name), {}
+    if not name:
+        raise ValueError(f"model = '': say which model {path} is of, such as SiT-XL/2")
+    make = constructor(name)
     try:
         if not options:
             arguments = released_arguments(weights, name)
-        model = SIT_MODELS[name](**arguments, route_backend=route_backend)
+        model = make(**arguments, route_backend=route_backend)
         load_published(model, weights)
         model.gamma = configuration.retrofit_gamma(options, options["step"]) if options else 1.0
         model.step_times = tuple(options.get("step_times", ()))
@@ -250,6 +261,16 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
 def released_arguments(weights: dict, name: str) -> dict:
     """What the shapes of released weights say about the named model. Their projectors' depth is not told."""
     patch = int(name.rpartition("/")[2])
+    if takes_text(name):
+        width, channels = weights["img_in.weight"].shape
+        return {
+            "in_channels": channels // patch**2,
+            "hidden_size": width,
+            "num_heads": width // len(weights["transformer_blocks.0.attn.norm_q.weight"]),
+            "depth": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks.")),
+            "text_width": weights["txt_in.weight"].shape[1],
+            "align_dims": (),
+        }
     return {
         "input_size": math.isqrt(weights["pos_embed"].shape[1]) * patch,
         "in_channels": weights["x_embedder.proj.weight"].shape[1],
@@ -259,8 +280,8 @@ def released_arguments(weights: dict, name: str) -> dict:
     }
 
 
-def load_published(model: SiT, state_dict: dict, new_labels: bool = False) -> tuple[list, list]:
-    """Load SiT's or REPA's released weights, or our own, into a model of the same size.
+def load_published(model: nn.Module, state_dict: dict, new_labels: bool = False) -> tuple[list, list]:
+    """Load weights that SiT, REPA or Qwen-Image has released, or our own, into a model of the same size.
 
     Three things may differ and are converted. Released SiT models predict a variance beside the velocity, of which the
     velocity half is kept, which identifies them: their time runs from noise to data and is reversed.
@@ -272,23 +293,24 @@ def load_published(model: SiT, state_dict: dict, new_labels: bool = False) -> tu
     Raises ValueError that names the missing, unknown (such as routers, if the model has none) or differently shaped.
     """
     own, state_dict, table = model.state_dict(), dict(state_dict), "y_embedder.embedding_table.weight"
-    reverse = len(state_dict.get("final_layer.linear.bias", ())) == 2 * len(own["final_layer.linear.bias"])
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if name in state_dict and len(state_dict[name]) == 2 * len(own[name]):
-            both = state_dict[name].unflatten(0, (model.patch_size**2, 2, model.in_channels))
-            state_dict[name] = both[:, 0].flatten(0, 1)  # (p * p * C, ...)
-    same_width = table in state_dict and state_dict[table].shape[1:] == own[table].shape[1:]
+    both, head = own.keys() & state_dict.keys(), ("final_layer.linear.weight", "final_layer.linear.bias")
+    reverse = head[1] in both and len(state_dict[head[1]]) == 2 * len(own[head[1]])
+    for name in head:
+        if name in both and len(state_dict[name]) == 2 * len(own[name]):
+            halves = state_dict[name].unflatten(0, (model.patch_size**2, 2, model.in_channels))
+            state_dict[name] = halves[:, 0].flatten(0, 1)  # (p * p * C, ...)
+    same_width = table in both and state_dict[table].shape[1:] == own[table].shape[1:]
     if new_labels and same_width:
         state_dict[table] = torch.cat([own[table][:-1], state_dict[table][-1:].to(own[table])])
     missing = sorted(own.keys() - state_dict.keys())
     unused = sorted(state_dict.keys() - own.keys())
-    joined = any(name.startswith(("router.", "skips.")) for name in state_dict)
-    optional = ("projectors.",) if joined else ("projectors.", "router.", "skips.")
+    joins = ("router.", "text_router.", "skips.")
+    optional = ("projectors.", "null_text", *(() if any(name.startswith(joins) for name in state_dict) else joins))
     problems = [f"missing {name}" for name in missing if not name.startswith(optional)]
     problems += [f"unknown {name}" for name in unused if not name.startswith("projectors.")]
     problems += [
         f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state_dict.keys())
+        for name in sorted(both)
         if own[name].shape != state_dict[name].shape
     ]
     if problems:

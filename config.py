@@ -28,6 +28,7 @@ NOT_ROUTED = {"routing": ("residual", "unet")}
 NOT_DAR = {"routing": ("residual", "unet", "attnres")}
 NOT_ALIGNED = {"alignment": ("none",)}
 NOT_EVALUATED = {"eval_every": (0,)}
+NOT_SIT = {"model": ("MMDiT-B/1", "MMDiT-B/2", "MMDiT-B/4", "Qwen-Image/2")}
 
 
 def option(default: Any, least=None, above=None, idle_with=None, free=False, arm=True, model=False):
@@ -64,24 +65,26 @@ class Arm:
     """Decides initial weights, data order, times, noise and dropped labels, whatever the number of processes."""
     init_from: str = option("")
     """Weights to start from: ours, an exported folder or hub name, SiT's or REPA's (`ema` where the file has it)."""
-    new_labels: bool = option(False, idle_with={"init_from": ("",)})
+    new_labels: bool = option(False, idle_with=NOT_SIT | {"init_from": ("",)})
     """Start with a new label table, as other classes need, and take only the null class from `init_from`."""
     retrofit_steps: int = option(0, least=0, idle_with=NOT_ROUTED)
     """Steps in which the model goes over from residual addition to routing; for residual weights in `init_from`."""
 
     # ---- model ----
     model: str = option("SiT-B/2")
-    """SiT-{S,B,L,XL,Plus}/{1,2,4,8}: depth, width, heads, patch size. Passing --model discards the preset's sizes."""
+    """SiT-{S,B,L,XL,Plus}/PATCH, or for captions MMDiT-B/PATCH, Qwen-Image/2. --model discards the preset's sizes."""
+    text_encoder: str = option("")
+    """Whose tokens of the captions a model of captions reads from the data folder. Empty: the only ones there."""
     depth: int | None = option(None, least=1, model=True)
     """Blocks, instead of the named model's."""
     hidden_size: int | None = option(None, least=4, model=True)
     """Width, instead of the named model's."""
     num_heads: int | None = option(None, least=1, model=True)
     """Attention heads, instead of the named model's."""
-    qk_norm: bool = option(False, model=True)
+    qk_norm: bool = option(False, idle_with=NOT_SIT, model=True)
     """Normalise queries and keys of the self-attention."""
     class_dropout_prob: float = option(0.1, least=0, model=True)
-    """How often the label is dropped, for classifier-free guidance. Below 1."""
+    """How often the label or caption is dropped, for classifier-free guidance. Below 1."""
 
     # ---- routing ----
     routing: Literal["residual", "dar", "attnres", "unet"] = option("residual", model=True)
@@ -104,7 +107,7 @@ class Arm:
     """1-based blocks after which the tokens are aligned."""
     proj_coeff: float = option(0.5, least=0, idle_with=NOT_ALIGNED)
     """Weight of the alignment loss."""
-    projector: Literal["mlp", "conv"] = option("mlp", idle_with=NOT_ALIGNED, model=True)
+    projector: Literal["mlp", "conv"] = option("mlp", idle_with=NOT_SIT | NOT_ALIGNED, model=True)
     """Maps the model's tokens to the encoder's: REPA's three layers, or iREPA's 3 x 3 convolution."""
     projector_dim: int = option(2048, least=1, idle_with=NOT_ALIGNED | {"projector": ("conv",)}, model=True)
     """Hidden width of the mlp projectors."""
@@ -259,8 +262,9 @@ class Config(Common, Arm):  # fields of the last base come first
             _require(fine, name, getattr(self, name), rule)
 
     def model_arguments(self) -> dict:
-        """The arguments of SiT that are options, without those left to the named model."""
-        return {name: value for name in MODEL_ARGUMENTS if (value := getattr(self, name)) is not None}
+        """The arguments of the model that are options, without those left to the named one."""
+        read = [name for name in MODEL_ARGUMENTS if name not in idle(asdict(self))]
+        return {name: value for name in read if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)

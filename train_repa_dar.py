@@ -22,7 +22,7 @@ from eval.online import OnlineEvaluation
 from kernels import resolve_backend, why_not_fused
 from loss import Loss, interpolant
 from models.cost import flops_per_image, parameters_by_part
-from models.sit import SIT_MODELS
+from models.registry import constructor
 from models.streams import ResidualStream
 from runtime import Tally, Use, derive_seed
 from training import Run, launch
@@ -44,12 +44,8 @@ class Trainer(Run):
         self.loss = Loss(config.path, proj_coeff=config.proj_coeff, spatial_norm=config.spatial_norm, **times)
         last = min(config.align_steps or config.max_steps, config.max_steps)
         self.aligned_steps = last if self.inputs.encoders else 0
-        self.arguments = config.model_arguments() | {
-            "input_size": self.inputs.shape[1],
-            "in_channels": self.inputs.shape[0],
-            "num_classes": self.inputs.data.num_classes,
-            "align_dims": tuple(encoder.dim for encoder in self.inputs.encoders),
-        }
+        self.arguments = config.model_arguments() | self.inputs.model_arguments()
+        self.arguments["align_dims"] = tuple(encoder.dim for encoder in self.inputs.encoders)
         self.model = self.build_model().to(self.device)
         self.flops = 3 * flops_per_image(config.model, self.arguments)  # a backward pass is two forward passes
         self.wrapped = DistributedDataParallel(self.model) if ranks.world > 1 else self.model
@@ -65,15 +61,17 @@ class Trainer(Run):
     def build_model(self):
         config = self.config
         torch.manual_seed(derive_seed(config.seed, Use.WEIGHTS))
-        model = SIT_MODELS[config.model](
+        model = constructor(config.model)(
             **self.arguments,
             route_backend=config.route_backend,
             checkpoint_activations=config.checkpoint_activations,
         )
+        if self.inputs.text:
+            model.null_text.copy_(self.inputs.data.null_text)
         if config.init_from and not Path(config.out, "last.pt").is_file():
             try:
                 with self.ranks.one_first():  # the hub may be asked
-                    weights = load_weights(config.init_from)
+                    weights = load_weights(config.init_from, config.model)
                 missing, unused = load_published(model, weights, config.new_labels)
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
@@ -104,7 +102,7 @@ class Trainer(Run):
             x = self.inputs.clean(images, posterior[rows])
             with self.autocast():
                 tokens = self.inputs.tokens(images) if self.model.align_depth else None
-                total, parts = self.loss(self.wrapped, x, images["labels"], draws[rows], tokens)
+                total, parts = self.loss(self.wrapped, x, self.inputs.conditions(images), draws[rows], tokens)
             return total, *parts.values()
 
         losses = self.gradients(self.wrapped, losses_of)
@@ -145,6 +143,7 @@ class Trainer(Run):
         """Print what the run is and what it takes."""
         config, model, inputs = self.config, self.model, self.inputs
         parts = parameters_by_part(model)
+        tokens = (inputs.shape[1] // model.patch_size) ** 2
         total, states = sum(parts.values()), 3 + len(config.ema_decays)  # weights, two moments, averages
         routing = config.routing
         if model.router:
@@ -165,7 +164,7 @@ class Trainer(Run):
             f"data       {len(inputs.data)} images of {inputs.data.resolution} pixels, {inputs.data.num_classes} "
             f"classes, {len(inputs.data) / config.batch_size:.4g} steps in an epoch; trained on {config.autoencoder}, "
             f"{' x '.join(map(str, inputs.shape))}\n"
-            f"model      {config.model}, {len(model.blocks)} blocks, {model.x_embedder.num_patches} tokens, "
+            f"model      {config.model}, {len(model.blocks)} blocks, {tokens} tokens, "
             f"routing {routing}\n"
             f"alignment  {alignment}\n"
             f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
@@ -183,7 +182,7 @@ class Trainer(Run):
         self.fade_in()
         self.model.eval()
         with self.autocast():
-            inputs = x_t, draws.t, batch["labels"]
+            inputs = x_t, draws.t, self.inputs.conditions(batch)
             ours, residual = self.model(*inputs)[0], self.model(*inputs, make_stream=lambda v, e: ResidualStream(v))[0]
         self.model.train()
         return ((ours - residual).float().square().mean() / residual.float().square().mean()).sqrt().item()

@@ -65,6 +65,7 @@ class Run:
             "content of autoencoder": inputs.autoencoder.fingerprint,
             "content of judges": self.evaluate.fingerprints if self.evaluate else [],
             "classes with images": data.labels.unique().tolist(),
+            "content of text": inputs.text,
             **more,
         }
         self.folder = RunFolder(self.config, self.ranks)
@@ -235,7 +236,7 @@ class Run:
             inputs, config, step = self.inputs, self.inputs.config, self.progress["step"]
             diagnose(
                 self.ema.first,
-                PreparedImages(config.data, latents=inputs.autoencoder.content),
+                PreparedImages(config.data, latents=inputs.autoencoder.content, text=inputs.text),
                 inputs.autoencoder,
                 inputs.encoders[0] if inputs.encoders else None,
                 self.folder.path / "diagnosis" / f"{step:07d}",

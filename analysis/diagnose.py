@@ -187,15 +187,17 @@ class Sample:
 
     def __init__(self, model, data, autoencoder, num_images, batch_size, seed, path):
         describe = "{} channels of size {:g} and {} classes".format
+        classes = getattr(model, "num_classes", data.num_classes)  # a model of captions has none
         found = describe(autoencoder.channels, data.resolution / autoencoder.downsampling, data.num_classes)
-        needed = describe(model.in_channels, model.input_size, model.num_classes)
+        needed = describe(model.in_channels, model.input_size, classes)
         if found != needed:
             raise ValueError(f"{data.folder} with autoencoder {autoencoder.name!r} has {found}, the model {needed}")
         rng = np.random.default_rng(derive_seed(seed, Use.DIAGNOSIS))
         self.items = torch.from_numpy(rng.permutation(len(data))[:num_images])
         self.times = torch.from_numpy(rng.random(len(self.items)))
         self.data, self.labels, self.loss = data, data.labels[self.items], Loss(path)
-        self.batch_size, self.num_classes, self.like = batch_size, model.num_classes, model.pos_embed
+        self.batch_size, self.like = batch_size, next(model.parameters())
+        self.y, self.null = data.conditions(self.items), model.null(len(self.items)).cpu()
         x, noise, shape = [], [], (model.in_channels, model.input_size, model.input_size)
         for items in self.items.split(batch_size):
             draw = IndexedNoise([derive_seed(seed, Use.DIAGNOSIS, int(item)) for item in items], shape, "cpu")
@@ -208,8 +210,8 @@ class Sample:
     def batches(self, t: float | torch.Tensor, null_label: bool = False) -> Iterator:
         """What `Loss` takes after the model, for all images in their order. t: one number, or (N)."""
         times = torch.as_tensor(t, dtype=torch.float64).expand(len(self.x))
-        labels = torch.full_like(self.labels, self.num_classes) if null_label else self.labels
-        for parts in zip(*(part.split(self.batch_size) for part in (self.x, self.noise, times, labels))):
+        y = self.null if null_label else self.y
+        for parts in zip(*(part.split(self.batch_size) for part in (self.x, self.noise, times, y))):
             x, noise, t = (part.to(self.like) for part in parts[:3])
             yield x, parts[3].to(x.device), Draws(t, noise)
 

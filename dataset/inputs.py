@@ -10,7 +10,7 @@ import torch
 from dataset.prepared import PreparedImages, ShuffledBatches, load_batches
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
-from models.sit import SIT_MODELS
+from models.registry import constructor, takes_text
 from runtime import Ranks, Use, derive_seed
 
 
@@ -18,7 +18,7 @@ class Inputs:
     """Images, autoencoder and encoders of a run. Raises ValueError where they do not fit together.
 
     Attributes: shape (C, H, W) of x; encoders to align with; data, and plain_data for steps without alignment; held_out
-    images, or None.
+    images, or None; text, the ID of the stored captions, or "" for labels.
     """
 
     def __init__(self, config, ranks: Ranks):
@@ -40,8 +40,8 @@ class Inputs:
                 for name, file in zip(config.encoder if align else (), weights)
             ]
         # Only what is read is opened: pixels, or moments of latents, and the tokens of encoders if they are stored.
-        latents = self.autoencoder.content
-        read = functools.partial(PreparedImages, config.data, latents=latents, held_out=config.held_out)
+        latents, self.text = self.autoencoder.content, stored_text(config)
+        read = functools.partial(PreparedImages, config.data, latents=latents, text=self.text, held_out=config.held_out)
         self.held_out = read(images=not latents, training=False) if config.held_out else None
         read = functools.partial(read, mirror=config.mirror)
         stored = [encoder.fingerprint for encoder in self.encoders if config.encoder_features == "prepared"]
@@ -75,6 +75,18 @@ class Inputs:
             return self.autoencoder.sample(batch["moments"], posterior)
         return self.autoencoder.encode(batch["images"])
 
+    def conditions(self, batch: dict) -> torch.Tensor:
+        """What the model is told of each image: its caption (B, L, W + 1), or its label (B)."""
+        return batch["text" if self.text else "labels"]
+
+    def model_arguments(self) -> dict:
+        """The arguments of the model that follow from the data."""
+        known = {"input_size": self.shape[1], "in_channels": self.shape[0]}
+        if not self.text:
+            return known | {"num_classes": self.data.num_classes}
+        tokens, width = self.data.null_text.shape
+        return known | {"text_tokens": tokens, "text_width": width - 1}
+
     def tokens(self, batch: dict) -> list:
         """(B, T, dim) of each encoder: as they are stored, or computed."""
         stored = "tokens_0" in batch
@@ -83,6 +95,23 @@ class Inputs:
 
 def patch_size(model: str) -> int:
     """Patch size of a named model. Raises ValueError on an unknown name."""
-    if model not in SIT_MODELS:
-        raise ValueError(f"model = {model!r} is unknown; choose one of {', '.join(SIT_MODELS)}")
+    constructor(model)
     return int(model.rpartition("/")[2])
+
+
+def stored_text(config) -> str:
+    """The ID of the captions that a model of captions reads, "" for one of labels.
+
+    Raises ValueError where the data folder has none, or several and the option text_encoder does not say which.
+    """
+    if not takes_text(config.model):
+        return ""
+    found = text_encoders(config.data)
+    fitting = [key for key, encoder in found.items() if config.text_encoder in ("", encoder["name"])]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"text_encoder = {config.text_encoder!r}: {config.data} has captions by "
+            f"{', '.join(encoder['name'] for encoder in found.values()) or 'no encoder'}; name one of them, or run "
+            "`python -m dataset.prepare` with --text-encoder"
+        )
+    return fitting[0]

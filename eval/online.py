@@ -58,12 +58,11 @@ class OnlineEvaluation:
     def __init__(self, config, ranks: Ranks, inputs, autocast: Callable):
         self.config, self.ranks, self.inputs, self.autocast = config, ranks, inputs, autocast
         compared = config.eval_encoder != ("inception",) or not config.fid_reference
-        self.data = data = PreparedImages(config.data, images=compared)
-        # Labels as frequent as in the training set, in random order.
-        chosen = np.random.default_rng(derive_seed(config.seed, Use.LABELS)).integers(
+        self.data = data = PreparedImages(config.data, images=compared, text=inputs.text)
+        # Labels or captions as frequent as in the training set, in random order.
+        self.chosen = np.random.default_rng(derive_seed(config.seed, Use.LABELS)).integers(
             len(data), size=config.eval_samples
         )
-        self.labels = data.labels[chosen]
         self.judges, self.fingerprints = [], []
         for name in config.eval_encoder:
             with ranks.one_first():
@@ -105,7 +104,7 @@ class OnlineEvaluation:
                 distances[name] = frechet_distance(*so_far.mean_and_covariance(), *judge.reference)
         if self.inputs.held_out:
             distances["held_out_loss"] = self._held_out_loss(model)
-        return distances, grid_of(torch.cat(shown), self.labels) if shown else None
+        return distances, grid_of(torch.cat(shown), self.data.labels[self.chosen]) if shown else None
 
     def sample(self, model: Callable, indices: range) -> torch.Tensor:
         """The samples with these indices, uint8 (B, 3, H, W)."""
@@ -115,7 +114,7 @@ class OnlineEvaluation:
         options |= {"num_steps": config.sample_steps, "time_shift": config.sample_shift}
         if model.step_times:
             options = {"sampler": "few-step", "times": model.step_times}
-        y = self.labels[list(indices)].to(self.ranks.device)
+        y = self.data.conditions(self.chosen[indices]).to(self.ranks.device)
         with self.autocast():
             x = draw(model, seeds, self.inputs.shape, y, **options)
         return self.inputs.decoder.decode(x)
@@ -134,7 +133,7 @@ class OnlineEvaluation:
             x, t = inputs.clean(batch, noise()), torch.tensor([0.618033988749895 * (i + 1) % 1 for i in indices])
             x_t, target = interpolant(x, noise(), t.to(device), self.config.path)
             with self.autocast():
-                velocity, _ = model(x_t, t.to(device), batch["labels"])
+                velocity, _ = model(x_t, t.to(device), inputs.conditions(batch))
             total += len(indices) * denoising_loss(velocity, target).item()
         return self.ranks.sum(total.to(device)).item() / len(inputs.held_out)
 

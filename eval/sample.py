@@ -12,6 +12,7 @@ moves FID. It holds
 
     NAME.npz            arr_0, uint8 (N, H, W, 3), and arr_1, int64 (N), the labels
     grid.png            the first 64, by label
+    prompts.txt         of a model of captions: line k is what label k stands for
     settings.json       the settings, and where each start of the command ran
     samples/CHUNK.npy   64 images each; may be deleted once the npz is there
 
@@ -40,6 +41,7 @@ from checkpoint import SUFFIXES, load_trained
 from eval.online import grid_of
 from eval.samplers import draw
 from models.autoencoder import load_autoencoder
+from models.registry import takes_text
 from runtime import Ranks, Use, check_folder, derive_seed, environment, fingerprint, lock_folder, plain_errors
 from runtime import read_json, replaced, tf32, write_array, write_json
 
@@ -84,6 +86,8 @@ class Options:
     """Each class as often as the others, or every label on its own, as SiT and REPA draw them."""
     classes: tuple[int, ...] = ()
     """Draw these labels only, in random order. Empty: all that had training images."""
+    prompts: tuple[str, ...] = ()
+    """Captions to draw, of a model of captions, or a file with one in each line. Their numbers are the labels."""
     batch_size: int = CHUNK
     """Images that a process takes at a time, at most the 64 of a file."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
@@ -200,6 +204,13 @@ def load(options: Options, ranks: Ranks):
         model, trained = load_trained(options.checkpoint, "".join(options.average), options.model)
         guide, known = load_trained(options.guide) if options.guide else (None, {})
     model.align_depth = ()  # nobody reads the projections here
+    prompts = read_prompts(options)
+    if bool(prompts) != takes_text(trained.get("model", options.model)):
+        what = "needs some: captions, or a file of them" if not prompts else "has no effect on a model of labels"
+        raise ValueError(f"prompts = {options.prompts}: {what}; {options.checkpoint} is of {trained['model']}")
+    if prompts:
+        model = prompted(model, prompts, trained, ranks)
+        trained = {**trained, "classes with images": ()}
     name = options.autoencoder or trained.get("autoencoder", "")
     if not name:
         raise ValueError(
@@ -225,10 +236,33 @@ def load(options: Options, ranks: Ranks):
         settings = dataclasses.replace(settings, guide=content_of(guide, known))
         guide = guide.to(ranks.device)
     origin = {"checkpoint": str(options.checkpoint), "model": options.model or trained["model"], "autoencoder": name}
-    origin |= {"guide": options.guide, **{key: trained.get(key) for key in ("step", "average")}}
+    origin |= {"prompts": prompts, "guide": options.guide, **{key: trained.get(key) for key in ("step", "average")}}
     drawn = f"{len(settings.classes) or model.num_classes} of {model.num_classes} classes"
     origin["classes"] = drawn + ", those with training images" * (settings.classes != tuple(options.classes))
     return model.to(ranks.device), guide, autoencoder, settings, origin
+
+
+def read_prompts(options: Options) -> list[str]:
+    """The prompts, from a file where the only one is the name of a file."""
+    prompts = list(options.prompts)
+    if len(prompts) == 1 and Path(prompts[0]).is_file():
+        prompts = Path(prompts[0]).read_text().splitlines()
+    return prompts
+
+
+def prompted(model, prompts: list[str], trained: dict, ranks: Ranks):
+    """The model of captions as one of labels. Raises ValueError where its text encoder cannot be had."""
+    from models.mmdit import Prompted  # takes seconds
+    from models.text import load_text_encoder
+
+    known = trained["text encoder"]
+    with ranks.one_first():
+        encoder = load_text_encoder(known["name"], known["tokens"]).to(ranks.device)
+    if encoder.fingerprint != trained["content of text"]:
+        raise ValueError(f"the text encoder {known['name']!r} is not the one of the training; put that back")
+    parts = [encoder(prompts[first : first + CHUNK]) for first in range(0, len(prompts), CHUNK)]
+    # As they are stored for training.
+    return Prompted(model, torch.cat(parts).half().float().cpu())
 
 
 def check_guide(name: str, guide, known: dict, model, settings: Settings):
@@ -426,6 +460,8 @@ def record(options: Options, settings: Settings, origin: dict, folder: Path, sha
         "starts": [*made["starts"], {"batch_size": options.batch_size, **origin, **environment(ranks)}],
     }
     write_json(path, content)  # first, as it says whose the folder is
+    if origin["prompts"]:
+        (folder / "prompts.txt").write_text("\n".join(origin["prompts"]) + "\n")
     (folder / "samples").mkdir(exist_ok=True)
 
 

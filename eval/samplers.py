@@ -1,10 +1,10 @@
 """Samplers of SiT: from noise at t = 1 to data at t = 0, by ODE or SDE, with classifier-free guidance.
 
 Distilled models have a sampler of their own, of few steps.
-`model(x, t, y)` returns (velocity, anything) and has `num_classes`, the null label. The state of ODE and SDE is kept in
-float64 whatever the model computes in.
+`model(x, t, y)` returns (velocity, anything), and `model.null(B)` is y without a label. The state of ODE and SDE is
+kept in float64 whatever the model computes in.
 
-Shapes: B batch, C channels, H = W size.
+Shapes: B batch, C channels, H = W size. y: labels (B), or captions (B, L, W + 1).
 """
 
 from collections.abc import Callable, Iterable
@@ -167,7 +167,8 @@ def guided(
     if guide:
         v, v_0 = model(x, t, y)[0].double(), guide(x, t, y)[0].double()
     else:
-        both, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, model.num_classes)]))
+        null = model.null(len(y)).to(y)
+        both, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         v, v_0 = both.double().chunk(2)
     return v_0 + cfg_scale * (v - v_0)
 

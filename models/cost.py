@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.sit import SIT_MODELS, SiT
+from models.registry import constructor
 
 # Dense bf16 operations per second with float32 accumulation, from the data sheets, by CUDA's exact name.
 PEAK_FLOPS = {
@@ -20,13 +20,18 @@ PEAK_FLOPS = {
 }
 
 
-def parameters_by_part(model: SiT) -> dict:
-    """Trainable parameters by part, of those that a SiT has: embedders, blocks, head, router, projectors, skips."""
+# Of SiT and of MMDiT; other modules have the name of the part.
+PARTS = dict.fromkeys(("x_embedder", "t_embedder", "y_embedder", "img_in", "txt_in", "txt_norm"), "embedders")
+PARTS |= {"time_text_embed": "embedders", "transformer_blocks": "blocks", "text_router": "router"}
+PARTS |= dict.fromkeys(("final_layer", "norm_out", "proj_out"), "head")
+
+
+def parameters_by_part(model: torch.nn.Module) -> dict:
+    """Trainable parameters by part, of those that a model has: embedders, blocks, head, router, projectors, skips."""
     counts = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            module = name.partition(".")[0]
-            part = "embedders" if module.endswith("_embedder") else "head" if module == "final_layer" else module
+            part = PARTS.get(name.partition(".")[0], name.partition(".")[0])
             counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 
@@ -34,14 +39,14 @@ def parameters_by_part(model: SiT) -> dict:
 def flops_per_image(name: str, arguments: dict) -> int:
     """Floating-point operations of one forward pass for one image, two per multiply-add, as PyTorch counts them.
 
-    name: of SIT_MODELS; arguments: its own. No memory is taken and nothing is computed.
+    name: of the model; arguments: its own. No memory is taken and nothing is computed.
     Matrix products, convolutions and attention; elementwise work, and with it the softmax over depth, is left out. A
     training step takes about three times as many, or four with `checkpoint_activations`.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model = SIT_MODELS[name](**arguments).to("meta")
+        model = constructor(name)(**arguments).to("meta")
         x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
-        model(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        model(x, torch.zeros(1), model.null(1))
     return counter.get_total_flops()
 
 

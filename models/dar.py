@@ -55,6 +55,11 @@ def optimal_chunk_size(num_sublayers: int, alpha: float) -> float:
     return math.sqrt(num_sublayers * (1 - alpha) / (1 + alpha))
 
 
+def head_aggregator(choice: str, align_dims: tuple) -> str:
+    """The final aggregator that "auto" means: shared with alignment, dedicated without (Appendix C.3)."""
+    return choice if choice != "auto" else "shared" if align_dims else "dedicated"
+
+
 # Eq. 6 and "timestep injection"
 class Aggregator(nn.Module):
     """Query and norm weight of one aggregation over depth. Zero queries make it start as a plain mean.

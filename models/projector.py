@@ -40,3 +40,11 @@ class ConvProjector(nn.Conv2d):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, width, grid, grid)
         return super().forward(x).flatten(2).transpose(1, 2)  # (B, T, dim)
+
+
+def xavier(module: nn.Module):
+    """For `nn.Module.apply`: Xavier's uniform weights and zero biases in linear layers, as in DiT."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -16,8 +16,8 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.dar import AttnResRouter, DepthRouter
-from models.projector import PROJECTORS, ConvProjector, Projector, project
+from models.dar import AttnResRouter, DepthRouter, head_aggregator
+from models.projector import PROJECTORS, ConvProjector, Projector, project, xavier
 from models.streams import ResidualStream, RoutedStream, SkipStream, joined, long_skips
 
 ROUTINGS = ("residual", "dar", "attnres", "unet")
@@ -90,6 +90,7 @@ class SiT(nn.Module):
             if not fine:
                 raise ValueError(problem)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.hidden_size = hidden_size
         self.num_classes, self.checkpoint_activations, self.routing = num_classes, checkpoint_activations, routing
         self.align_depth = align_depth if align_dims else ()
         self.gamma = 1.0  # how far a router has faded in (RetrofitStream)
@@ -105,9 +106,7 @@ class SiT(nn.Module):
         # After the rest, so that for one seed every arm of a comparison starts from the same blocks.
         self.router = None
         if routing == "dar":
-            if final_aggregator == "auto":
-                final_aggregator = "shared" if align_dims else "dedicated"
-            rest = final_aggregator, route_backend, chunk_summary
+            rest = head_aggregator(final_aggregator, align_dims), route_backend, chunk_summary
             self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, *rest)
             if query == "timestep":  # so that the first aggregation is a plain mean
                 nn.init.zeros_(self.t_embedder.mlp[2].weight)
@@ -119,7 +118,7 @@ class SiT(nn.Module):
             for _ in align_depth
             for dim in align_dims
         )
-        self.projectors.apply(_xavier)
+        self.projectors.apply(xavier)
         self.skips = long_skips(depth if routing == "unet" else 0, hidden_size)
         self.step_times = ()  # where the steps of a distilled model start (distill.py)
 
@@ -156,6 +155,10 @@ class SiT(nn.Module):
         projected += project(self.projectors, self.align_depth, z, len(self.blocks))
         return self.unpatchify(self.final_layer.linear(x)), projected
 
+    def null(self, count: int) -> torch.Tensor:
+        """What stands for no label, so many times: (count)."""
+        return torch.full((count,), self.num_classes, device=self.pos_embed.device)
+
     def stream(self, tokens: torch.Tensor, e: torch.Tensor) -> ResidualStream | RoutedStream:
         """What joins the sublayers in one forward pass. tokens: (B, T, D); e: the timestep embedding (B, D)."""
         if self.routing == "unet":
@@ -180,7 +183,7 @@ class SiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, g * p, g * p)
 
     def initialize_weights(self):
-        self.apply(_xavier)
+        self.apply(xavier)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -260,13 +263,6 @@ def sincos_positions(width, grid):
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, width / 2)
     columns, rows = np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)
     return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float().unsqueeze(0)
-
-
-def _xavier(module):
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # Depth, width, heads. Plus is the control in DAR's Table 1: XL, widened to the parameters of XL with dynamic queries.

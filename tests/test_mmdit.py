@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from models.mmdit import RoutedQwenImage
+from checkpoint import load_trained
+from eval.samplers import sample_ode
+from models.mmdit import MMDIT_MODELS, MMDiT, Prompted, RoutedQwenImage
 
 import diffusers  # after models: see its docstring
 from torch.nn import functional as F
@@ -86,7 +88,7 @@ def test_dense_dar_with_zero_queries_is_the_residual_function(pair, query, chunk
 def test_while_it_fades_in_every_routing_starts_as_the_residual_function(pair, routing):
     theirs, ours = pair
     ours.add_routing(routing=routing, chunk_size=4)
-    random_weights(ours.image_router), random_weights(ours.text_router, 1)
+    random_weights(ours.router), random_weights(ours.text_router, 1)
     expected, routed = theirs(*inputs()).sample, ours(*inputs()).sample
     ours.gamma = 0.0
     assert (ours(*inputs()).sample - expected).square().mean().sqrt() < 1e-3 * expected.square().mean().sqrt()
@@ -105,7 +107,7 @@ def by_definition(model, x, text, mask, t, shapes, plans):
     e = model.time_text_embed(t, x)
     rotary = model.pos_embed(shapes, max_txt_seq_len=text.shape[1], device=x.device)
     v = [[model.img_in(x)], [model.txt_in(model.txt_norm(text))]]
-    routers = model.image_router, model.text_router
+    routers = model.router, model.text_router
 
     def read(stream, shift, scale):
         latest, router = len(v[stream]) - 1, routers[stream]
@@ -132,11 +134,11 @@ def test_dar_against_its_definition_in_float64(pair):
     """S = 2: c_0, c_1 = v_2 and c_2 = v_4 stand for chunks, by Eq. 7."""
     model = pair[1]
     model.add_routing(query="timestep", chunk_size=2)
-    random_weights(model.image_router), random_weights(model.text_router, 1)
+    random_weights(model.router), random_weights(model.text_router, 1)
     plans = [(0,), (0, 1), (0, 2), (0, 2, 3), (0, 2, 4), (0, 2, 4, 5), (0, 2, 4, 5, 6)]
     got = model(*inputs()).sample
     got.square().mean().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if name.startswith(("image_r", "text_r"))}
+    gradients = {name: p.grad for name, p in model.named_parameters() if name.startswith(("router", "text_r"))}
     model.double().zero_grad()
     x, text, mask, t, shapes = inputs(dtype=torch.float64)
     expected = by_definition(model, x, text, mask.bool(), t, shapes, plans)
@@ -154,7 +156,7 @@ def test_dar_against_its_definition_in_float64(pair):
 def test_in_bf16_it_is_what_it_is_in_float32(pair, query):
     model = pair[1]
     model.add_routing(query=query, chunk_size=2, align_depth=(2,), align_dims=(5,), projector_dim=8)
-    random_weights(model.image_router), random_weights(model.text_router, 1)
+    random_weights(model.router), random_weights(model.text_router, 1)
     expected, (z,) = model.velocity(*inputs())
     half = RoutedQwenImage(**SIZES).bfloat16()
     half.add_routing(query=query, chunk_size=2, align_depth=(2,), align_dims=(5,), projector_dim=8)
@@ -171,7 +173,7 @@ def test_in_bf16_it_is_what_it_is_in_float32(pair, query):
 def test_what_was_added_is_saved_and_put_back(pair, tmp_path):
     theirs, ours = pair
     ours.add_routing(query="dynamic", chunk_size=3, align_depth=(2,), align_dims=(5,), projector_dim=8)
-    random_weights(ours.image_router), random_weights(ours.text_router, 1)
+    random_weights(ours.router), random_weights(ours.text_router, 1)
     ours.gamma = 0.4
     theirs.save_pretrained(tmp_path / "published")
     ours.save_added(tmp_path / "dar.safetensors")
@@ -189,16 +191,20 @@ def test_what_was_added_is_saved_and_put_back(pair, tmp_path):
     deep = RoutedQwenImage(**{**SIZES, "num_layers": 4})
     deep.add_routing(chunk_size=2)
     before = {name: value.clone() for name, value in deep.state_dict().items()}
-    with pytest.raises(ValueError, match="does not fit this model: .* names differ, such as image_router"):
+    with pytest.raises(ValueError, match="does not fit this model: .* names differ, such as router"):
         deep.load_added(tmp_path / "dar.safetensors")
     assert deep.state_dict().keys() == before.keys() and deep.added["chunk_size"] == 2 and deep.gamma == 1
     assert all(torch.equal(value, before[name]) for name, value in deep.state_dict().items())
+    random_weights(ours, 2)
+    ours.save_added(tmp_path / "whole.safetensors", whole=True)
+    again.load_added(tmp_path / "whole.safetensors")
+    assert torch.equal(again(*inputs()).sample, ours(*inputs()).sample)
 
 
 def test_a_pipeline_of_diffusers_draws_what_euler_steps_draw(pair, tmp_path):
     model = pair[1].eval()
     model.add_routing(chunk_size=4)
-    random_weights(model.image_router), random_weights(model.text_router, 1)
+    random_weights(model.router), random_weights(model.text_router, 1)
     torch.manual_seed(0)
     sizes = dict(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
     vae = diffusers.AutoencoderKLQwenImage(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **sizes)
@@ -226,7 +232,7 @@ def test_what_is_refused(pair):
     ):
         with pytest.raises(ValueError, match=message):
             model.add_routing(**options)
-    assert not model.added and model.image_router is None
+    assert not model.added and model.router is None
     for given in ({"guidance": torch.ones(2)}, {"attention_kwargs": {"scale": 0.5}}):
         with pytest.raises(ValueError, match="are not for this model"):
             model(*inputs(), **given)
@@ -235,3 +241,101 @@ def test_what_is_refused(pair):
             RoutedQwenImage(**SIZES, **{variant: True})
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):
         model.enable_gradient_checkpointing()
+
+
+# ---- MMDiT: captions in the place of labels ----
+
+SMALL = dict(input_size=8, in_channels=4, hidden_size=32, depth=3, num_heads=2, text_tokens=5, text_width=12)
+
+
+def captions():
+    _, text, mask, _, _ = inputs()
+    return torch.cat([text, mask.unsqueeze(-1)], dim=-1)
+
+
+def small(theirs, **options):
+    model = MMDiT(**SMALL, **options).eval()
+    model.load_state_dict(theirs.state_dict(), strict=False)
+    model.null_text.copy_(captions()[0].flip(0))
+    return model
+
+
+def packed_velocity(theirs, x, y, t):
+    """diffusers' model on images, which its own pipeline cuts into patches and puts together."""
+    pipe, (batch, channels, height, width) = diffusers.QwenImagePipeline, x.shape
+    shapes = [[(1, height // 2, width // 2)]] * batch
+    tokens = theirs(pipe._pack_latents(x, batch, channels, height, width), y[..., :-1], y[..., -1], t, shapes).sample
+    return pipe._unpack_latents(tokens, height * 8, width * 8, 8)[:, :, 0]
+
+
+def test_an_mmdit_is_diffusers_model_on_patches(pair):
+    theirs, x, t = pair[0], torch.randn(2, 4, 8, 8), torch.tensor([0.25, 0.875])
+    model = small(theirs)
+    assert torch.equal(model(x, t, captions())[0], packed_velocity(theirs, x, captions(), t))
+    added = model.state_dict().keys() - theirs.state_dict().keys()
+    assert added == {"null_text"} and theirs.state_dict().keys() <= model.state_dict().keys()
+
+
+def test_captions_are_dropped_in_training_alone(pair):
+    model, x, t = small(pair[0], class_dropout_prob=0.3), torch.randn(2, 4, 8, 8), torch.tensor([0.25, 0.875])
+    y, draws = captions(), torch.tensor([0.29, 0.31])
+    dropped = torch.cat([model.null(1), y[1:]])
+    expected = packed_velocity(pair[0], x, dropped, t)
+    assert not torch.equal(expected, packed_velocity(pair[0], x, y, t))
+    assert torch.equal(model.train()(x, t, y, draws)[0], expected)
+    assert torch.equal(model.eval()(x, t, y, draws)[0], packed_velocity(pair[0], x, y, t))
+
+
+@pytest.mark.parametrize("routing", ["residual", "dar"])
+def test_an_mmdit_starts_at_zero_and_recomputes_activations_alike(routing):
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        options = dict(
+            routing=routing, align_depth=(2,), align_dims=(5,), projector_dim=8, checkpoint_activations=again
+        )
+        model, x, t = MMDiT(**SMALL, **options), torch.randn(2, 4, 8, 8), torch.tensor([0.25, 0.875])
+        assert model(x, t, captions())[0].abs().max() == 0  # adaLN-Zero
+        random_weights(model)
+        velocity, (z,) = model(x, t, captions(), torch.tensor([0.0, 1.0]))
+        (velocity.square().mean() + z.mean()).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert z.shape == (2, 16, 5) and sum(grad is not None for grad in gradients[0].values()) > 40
+    for name, grad in gradients[0].items():
+        assert grad is None and gradients[1][name] is None or torch.equal(grad, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("shard", ["10GB", "50KB"])
+def test_published_weights_come_from_a_folder_of_diffusers_whole_or_sharded(pair, tmp_path, shard):
+    theirs, x, t = pair[0], torch.randn(2, 4, 8, 8), torch.tensor([0.25, 0.875])
+    theirs.save_pretrained(tmp_path / "published" / "transformer", max_shard_size=shard)
+    assert (len(list(tmp_path.rglob("*.safetensors"))) > 1) == (shard == "50KB")
+    model, known = load_trained(tmp_path / "published", name="Qwen-Image/2")
+    model.input_size = 8
+    assert torch.equal(model(x, t, captions())[0], packed_velocity(theirs, x, captions(), t)) and not known
+    with pytest.raises(ValueError, match="nowhere"):
+        load_trained(tmp_path / "nowhere", name="Qwen-Image/2")
+
+
+def test_qwen_image_by_name_has_the_published_shapes():
+    with torch.device("meta"):
+        ours, theirs = MMDIT_MODELS["Qwen-Image/2"](), diffusers.QwenImageTransformer2DModel()
+    assert {name: weight.shape for name, weight in ours.named_parameters()} == {
+        name: weight.shape for name, weight in theirs.named_parameters()
+    }
+    assert ours.config.axes_dims_rope == theirs.config.axes_dims_rope
+
+
+def test_prompts_are_labels_whose_null_class_is_no_caption(pair):
+    model, x, t = small(pair[0]), torch.randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 0.9])
+    prompted = Prompted(model, captions())
+    y = torch.tensor([1, 0, prompted.num_classes])
+    expected = model(x, t, torch.cat([captions().flip(0), model.null(1)]))[0]
+    assert torch.equal(prompted(x, t, y)[0], expected) and prompted.null(2).tolist() == [2, 2]
+    guided = sample_ode(prompted, x[:2], y[:2], num_steps=3, cfg_scale=2.0)
+    text, null = captions().flip(0), model.null(2)
+    z = x[:2].double()
+    for now, after in ((1, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0)):
+        v, v_0 = (model(z.float(), torch.full((2,), now), given)[0].double() for given in (text, null))
+        z = z + (after - now) * (v_0 + 2 * (v - v_0))
+    torch.testing.assert_close(guided, z, rtol=1e-4, atol=1e-4)
