@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from dataset.prepared import PreparedImages, ShuffledBatches, load_batches
+from dataset.prepared import PreparedImages, ShuffledBatches, load_batches, text_encoders
 from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from models.registry import constructor, takes_text
@@ -107,11 +107,11 @@ def stored_text(config) -> str:
     if not takes_text(config.model):
         return ""
     found = text_encoders(config.data)
-    fitting = [key for key, encoder in found.items() if config.text_encoder in ("", encoder["name"])]
+    fitting = [key for key, name in found.items() if config.text_encoder in ("", name)]
     if len(fitting) != 1:
         raise ValueError(
             f"text_encoder = {config.text_encoder!r}: {config.data} has captions by "
-            f"{', '.join(encoder['name'] for encoder in found.values()) or 'no encoder'}; name one of them, or run "
+            f"{', '.join(found.values()) or 'no encoder'}; name one of them, or run "
             "`python -m dataset.prepare` with --text-encoder"
         )
     return fitting[0]

@@ -28,6 +28,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from sklearn.neighbors import KNeighborsClassifier
 from tqdm import tqdm
 
 import models  # noqa: F401 - before torch_fidelity, which imports torchvision: see its docstring
@@ -40,6 +41,7 @@ from runtime import Ranks, environment, plain_errors, replaced, table, tf32, wri
 
 IS_CHUNK = 5000  # the score is the mean over chunks of so many consecutive images
 NEIGHBOURS = 3  # of precision and recall
+CLASSIFYING = 5  # nearest neighbours that tell a sample's label
 REFERENCE_ROWS = 10_000  # images of the reference that precision and recall look at
 COMPARABLE = 50_000  # samples behind the published numbers
 DISTANCES = {"pool3": "fid", "spatial": "sfid", "dinov2": "fd_dinov2", "pooled": "frechet_distance"}
@@ -58,6 +60,9 @@ class Options:
     """Weights file of torch-fidelity's Inception v3; downloaded once if not given."""
     judge: str = "inception"
     """The network that judges: Inception, or another one, timm:NAME or a folder, as --eval-encoder of the training."""
+    label_accuracy: bool = False
+    """Also how many of the samples have the label that most of their nearest neighbours in the reference have, in the
+    judge's space. Both need labels of the same meaning: of classes, or of prompts that are in the order of classes."""
     fd_dinov2: bool = False
     """Also the Fréchet distance between class tokens of DINOv2."""
     dinov2: str = "dinov2-vit-l"
@@ -112,12 +117,15 @@ def run(options: Options, ranks: Ranks):
         problem = f"{str(options.reference)!r} has its own" if inception else "holds Inception's statistics"
         raise ValueError(f"save_reference = {kept!r}: {problem}")
     images = open_images(options.reference)
+    if options.label_accuracy and images.labels is None:
+        raise ValueError(f"label_accuracy = True: {str(options.reference)!r} has no labels; leave it out")
 
     def batches(source, what):
         return read(source, options.batch_size, ranks, options.num_workers, what)
 
     common = networks, ranks, options.batch_size
-    reference = reference_of(batches(images, "reference"), len(images), known, *common)
+    labels = images.labels if options.label_accuracy else None
+    reference = reference_of(batches(images, "reference"), len(images), known, *common, labels)
     if kept and ranks.main:
         save_reference(kept, reference, images, network)
         print(f"reference kept in {kept}")
@@ -136,6 +144,8 @@ def run(options: Options, ranks: Ranks):
     rows = []
     for path in options.samples:
         samples = open_images(path)  # one at a time, as an npz is held in memory
+        if labels is not None and samples.labels is None:
+            raise ValueError(f"label_accuracy = True: {str(path)!r} has no labels; leave it out")
         metrics, warnings = measure(batches(samples, str(path)), len(samples), reference, *common, samples.labels)
         if not ranks.main:
             continue
@@ -236,24 +246,28 @@ def collect(batches, count, networks, ranks, batch_size, statistics, rows, chose
 @dataclass(frozen=True)
 class Reference:
     """What samples are compared with: {features' name: (mean, covariance)}, and on the main process the first network's
-    features (n, D) of the images `chosen`."""
+    features (n, D) of the images `chosen`, and their labels (n) if the accuracy of the samples' labels is wanted."""
 
     statistics: dict
     rows: torch.Tensor
     chosen: np.ndarray
+    labels: np.ndarray | None = None
 
 
 def reference_of(
-    batches: Iterable, count: int, known: dict, networks: list, ranks: Ranks, batch_size: int
+    batches: Iterable, count: int, known: dict, networks: list, ranks: Ranks, batch_size: int, labels=None
 ) -> Reference:
-    """The reference of `count` images in `batches`, as for `collect`. known: statistics that need no computing."""
+    """The reference of `count` images in `batches`, as for `collect`. known: statistics that need no computing.
+
+    labels: (N), if the accuracy of the samples' labels is wanted.
+    """
     enough(count, "images of the reference")
     main = next(iter(networks[0].dims))
     names = {name for network in networks for name in network.dims} - {"logits"} - known.keys()
     # Spread at random, as a folder may be sorted by class; ADM's file has exactly so many.
     chosen = np.sort(np.random.default_rng(0).permutation(count)[:REFERENCE_ROWS])
     computed, rows = collect(batches, count, networks, ranks, batch_size, sorted(names), (main,), chosen)
-    return Reference(known | computed, rows[main], chosen)
+    return Reference(known | computed, rows[main], chosen, None if labels is None else labels[chosen])
 
 
 def measure(
@@ -261,7 +275,7 @@ def measure(
 ) -> tuple[dict, list]:
     """All metrics of the `count` images in `batches`, as for `collect`: (numbers, warnings); ({}, []) but on main.
 
-    labels: (N) classes asked for, where known; they only serve to find out whether IS can be trusted.
+    labels: (N) classes asked for, where known; the accuracy of labels needs them.
     Raises ValueError for fewer than 4 samples, or features that are not finite.
     """
     enough(count, "samples")
@@ -276,6 +290,9 @@ def measure(
         if name in found
     }
     metrics["precision"], metrics["recall"] = precision_and_recall(rows[main], reference.rows, ranks.device)
+    if reference.labels is not None:
+        classifier = KNeighborsClassifier(CLASSIFYING).fit(reference.rows.numpy(), reference.labels)
+        metrics["label_accuracy"] = float(classifier.score(rows[main].numpy(), labels))
     warnings, published = [], main == "pool3"
     if published:
         metrics["inception_score"], metrics["inception_score_std"] = inception_score(rows["logits"])

@@ -205,13 +205,13 @@ def save_images(path, images, **others):
     return path
 
 
-def reference_by(ranks, images, judges, batch_size=4):
+def reference_by(ranks, images, judges, batch_size=4, labels=None):
     """The reference of these images, and a function that shares out others."""
 
     def batches(images):
         return (images[list(part)] if part else None for part in metrics.shares(len(images), batch_size, ranks))
 
-    return reference_of(batches(images), len(images), {}, judges, ranks, batch_size), batches
+    return reference_of(batches(images), len(images), {}, judges, ranks, batch_size, labels), batches
 
 
 def narrow(world, samples, reference, labels=None, judges=None):
@@ -243,6 +243,22 @@ def test_measure_against_numpy():
         "the inception score is of one chunk of 30 samples instead of 5000",
         "precision and recall are against 25 images instead of 10000",
     ]
+
+
+def test_accuracy_of_labels_by_neighbours_in_the_reference():
+    """Images of three levels of grey, of which two in fifteen samples are asked for by a wrong label."""
+    levels = torch.tensor([20, 120, 220], dtype=torch.uint8)
+    of_reference, of_samples = torch.arange(24) % 3, torch.arange(15) % 3
+    reference, samples = (levels[of].view(-1, 1, 1, 1).expand(-1, 3, 6, 6) for of in (of_reference, of_samples))
+    asked = of_samples.clone()
+    asked[[3, 8]] = (asked[[3, 8]] + 1) % 3
+
+    def judge(ranks):
+        against, batches = reference_by(ranks, reference, [NarrowInception()], labels=of_reference.numpy())
+        return measure(batches(samples), 15, against, [NarrowInception()], ranks, 4, asked.numpy())
+
+    found, _ = Group(1).run(judge)[0]
+    assert found["label_accuracy"] == pytest.approx(13 / 15)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
