@@ -65,16 +65,18 @@ class PreparedImages:
     images:   serve the pixels.
     latents:  ID of the autoencoder whose stored moments are served; empty for none.
     features: IDs of the encoders whose stored tokens are served.
+    text:     ID of the text encoder whose stored tokens are served; empty for none.
     mirror:   the mirrored images follow the others as further items.
     held_out: so many images, spread evenly, are left out; they are the only ones unless `training`.
     Items are counted without the damaged files. Attributes: resolution, num_classes (classes without an image
-    included), labels (N), and content, a fingerprint of images and labels.
+    included), labels (N), and content, a fingerprint of images and labels. With text, captions is a list of N strings
+    and null_text the tokens of an empty one, float16 (L, W + 1); otherwise both are None.
     Raises ValueError where the folder is missing, unfinished, or lacks what is asked for.
     """
 
     def __init__(
-        self, folder: str | Path, images: bool = True, latents: str = "", features=(), mirror: bool = False,
-        held_out: int = 0, training: bool = True,
+        self, folder: str | Path, images: bool = True, latents: str = "", features=(), text: str = "",
+        mirror: bool = False, held_out: int = 0, training: bool = True,
     ):  # fmt: skip
         self.folder, self.mirror = Path(folder), mirror
         if not (self.folder / "meta.json").is_file():
@@ -91,6 +93,8 @@ class PreparedImages:
         for i, encoder in enumerate(features):
             otherwise = ", or use --encoder-features online"
             self.files[f"tokens_{i}"] = self._finished("features", encoder, "tokens.npy", "--encoder", otherwise)
+        if text:
+            self.files["text"] = self._finished("text", text, "tokens.npy", "--text-encoder")
         self.images = EncodedImages(self.folder) if images else None
         if images and not self.images.sizes.any():
             raise ValueError(
@@ -108,16 +112,23 @@ class PreparedImages:
         rows = np.delete(rows, others) if training else rows[others]
         self.labels = torch.from_numpy(labels[rows]).repeat(1 + mirror)
         self.rows = np.concatenate([rows, self.count + rows]) if mirror else rows
+        self.captions = self.null_text = None
+        if text:
+            folder = self.files["text"].parent
+            captions = json.loads((folder / "captions.json").read_text())
+            self.captions = [captions[row % self.count] for row in self.rows]
+            self.null_text = torch.from_numpy(np.load(folder / "null.npy"))
 
     def _finished(self, kind, name, file, option, otherwise=""):
         folder = self.folder / kind / name
         meta = json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").is_file() else None
-        if meta is None or self.mirror and not meta["mirror"]:
+        mirror = self.mirror and kind != "text"  # a mirrored image has the same caption
+        if meta is None or mirror and not meta["mirror"]:
             mirrored = "mirrored ones of " if meta else ""
             raise ValueError(
                 f"{self.folder} holds no finished {kind} {mirrored}{name}; run the "
                 f"`python -m dataset.prepare` command that made the folder again, with {option} "
-                f"{'and --mirror ' if self.mirror else ''}added{otherwise}"
+                f"{'and --mirror ' if mirror else ''}added{otherwise}"
             )
         return folder / file
 
@@ -134,15 +145,22 @@ class PreparedImages:
 
     def __getitems__(self, items) -> dict:
         """Returns a dict of what was asked for: "labels" (B), "images" uint8 (B, 3, H, W), "moments" float16
-        (B, 2C, h, w) and, for encoder i, "tokens_i" float16 (B, T, dim)."""
+        (B, 2C, h, w), "text" float16 (B, L, W + 1) and, for encoder i, "tokens_i" float16 (B, T, dim)."""
         items = np.asarray(items)
         rows = self.rows[items]
         batch = {"labels": self.labels[items]}
-        batch |= {name: torch.from_numpy(array[rows]) for name, array in self._maps.items()}
+        # Captions have no rows of their own for mirrored images: there, len(array) is self.count.
+        batch |= {name: torch.from_numpy(array[rows % len(array)]) for name, array in self._maps.items()}
         if self.images:
             found = [self.images[row % self.count] for row in rows]
             batch["images"] = torch.stack([x.flip(-1) if row >= self.count else x for x, row in zip(found, rows)])
         return batch
+
+    def conditions(self, items) -> torch.Tensor:
+        """What the model is told about these items: "text" float16 (B, L, W + 1) if it is served, else labels (B)."""
+        if "text" not in self.files:
+            return self.labels[items]
+        return torch.from_numpy(self._maps["text"][self.rows[np.asarray(items)] % self.count])
 
 
 class ShuffledBatches:

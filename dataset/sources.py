@@ -3,6 +3,7 @@ folders that REPA's tools have prepared, which hold latents too, or LightningDiT
 
 Class folders are read as torchvision's ImageFolder does: each subfolder is a class, and images may lie deeper in it.
 Hidden files and folders, and __MACOSX, are passed over. Whatever else is not read is named in Source.notes.
+Where captions are asked for, labels are not needed: all images may lie in one folder, or a table have no labels.
 """
 
 import glob
@@ -27,6 +28,8 @@ SPLITS = {
     "validation": {"validation", "valid", "dev", "val"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
+NUMERALS = "zero one two three four five six seven eight nine".split()
+WORDINGS = ("a handwritten {}", "the digit {}, written by hand", "a {} in grey ink")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Source:
     """Images that can be read one by one: `load(i)` returns a PIL image or raises; None: there are latents alone.
 
     notes: lines to tell the user. moments: where latents are there, `moments(i)` -> (2C, h, w), mean and standard
-    deviation, or raises. mirrored: the same of the mirrored image.
+    deviation, or raises. mirrored: the same of the mirrored image. captions: of each image, None where it has none, if
+    they are asked for and there are any.
     """
 
     names: list
@@ -44,6 +48,7 @@ class Source:
     notes: tuple = ()
     moments: Callable | None = None
     mirrored: Callable | None = None
+    captions: list | None = None
 
 
 def open_source(options) -> Source:
@@ -77,17 +82,21 @@ def open_source(options) -> Source:
         return open_repa(path)
     if (shards := [name for name in files if name.endswith(".safetensors")]) and not pictures:
         return open_shards(path, shards)
-    return embedded_digits() if path == "digits" else open_class_folder(path, files)
+    return embedded_digits() if path == "digits" else open_class_folder(path, files, options)
 
 
 def embedded_digits() -> Source:
-    """scikit-learn's 1797 handwritten digits: 8 x 8 grey levels 0..16, ten classes, no download."""
+    """scikit-learn's 1797 handwritten digits: 8 x 8 grey levels 0..16, ten classes, no download.
+
+    Their captions are made from the labels, in several wordings by turns.
+    """
     from sklearn.datasets import load_digits
 
     found = load_digits()
     images = [Image.fromarray(np.round(grey * (255 / 16)).astype(np.uint8)).convert("RGB") for grey in found.images]
     names = [f"digit {i}" for i in range(len(images))]
-    return Source(names, found.target, [str(k) for k in range(10)], images.__getitem__)
+    captions = [WORDINGS[i % len(WORDINGS)].format(NUMERALS[label]) for i, label in enumerate(found.target)]
+    return Source(names, found.target, [str(k) for k in range(10)], images.__getitem__, captions=captions)
 
 
 def files_below(root: str, inside: str = "", above: tuple = ()):
@@ -134,28 +143,77 @@ def shown(name):
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def open_class_folder(path, files) -> Source:
+def open_class_folder(path, files, options) -> Source:
+    """files: those below `path`, relative to it. Where captions are asked for, all images may lie in `path` itself."""
     classes = sorted(name for name in os.listdir(path) if not hidden(name) and os.path.isdir(os.path.join(path, name)))
+    pictures = [name for name in files if name.lower().endswith(SUFFIXES)]
+    chosen = [name for name in pictures if os.sep in name]
+    flat = bool(options.text_encoder and pictures and not chosen)
+    if flat:
+        classes, chosen = ["image"], pictures
     if not classes:
         raise ValueError(f"{path!r} has no subfolder per class, and no parquet files")
-    inside = [name for name in files if os.sep in name]
-    chosen = [name for name in inside if name.lower().endswith(SUFFIXES)]
     if not chosen:
         raise ValueError(f"{path!r} has no images in its {len(classes)} class folders")
     chosen.sort(key=lambda name: (name.partition(os.sep)[0], *os.path.split(name)))  # as ImageFolder does
-    found = [name.partition(os.sep)[0] for name in chosen]
+    found = ["image" if flat else name.partition(os.sep)[0] for name in chosen]
     if set(found) <= set.union(*SPLITS.values()):
         raise ValueError(f"{path!r} holds splits, not classes; name one as source: {', '.join(sorted(set(found)))}")
+    captions, read = None, set()
+    if options.text_encoder:
+        captions, read = captions_beside(path, files, chosen, options.caption_column or "text")
     number = {name: k for k, name in enumerate(classes)}
-    notes = left_out("in no class folder", [name for name in files if os.sep not in name])
-    other = [name for name in inside if not name.lower().endswith(SUFFIXES)]
+    others = [name for name in files if name not in read]
+    notes = left_out("in no class folder", [name for name in others if os.sep not in name and not flat])
+    other = [name for name in others if (os.sep in name or flat) and not name.lower().endswith(SUFFIXES)]
     notes += left_out(f"none of {' '.join(SUFFIXES)}", other)
 
     def load(i):
         return open_image(os.path.join(path, chosen[i]))
 
     labels = np.array([number[name] for name in found])
-    return Source([*map(shown, chosen)], labels, [*map(shown, classes)], load, notes)
+    return Source([*map(shown, chosen)], labels, [*map(shown, classes)], load, notes, captions=captions)
+
+
+def captions_beside(path, files, images, key):
+    """The caption of each image, or None, and the files that were read: metadata.jsonl with lines that have a
+    `file_name`, relative to it, and the caption as `key`, as the hub's image folders do; else NAME.txt beside NAME.png.
+
+    Raises ValueError that names a file which holds anything else.
+    """
+    present, listed = set(files), {}
+    tables = [name for name in files if os.path.basename(name) == "metadata.jsonl"]
+    for table in tables:
+        try:
+            for line in filter(str.strip, read_text(path, table).split("\n")):
+                entry = json.loads(line)
+                name = os.path.normpath(os.path.join(os.path.dirname(table), entry["file_name"]))
+                listed[name] = first_caption(entry.get(key))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{shown(os.path.join(path, table))} must have an object with file_name and {key} in each line "
+                f"({type(error).__name__}: {error})"
+            ) from None
+    beside = {name: f"{os.path.splitext(name)[0]}.txt" for name in images}
+    beside = {name: text for name, text in beside.items() if listed.get(name) is None and text in present}
+    captions = [read_text(path, beside[name]).strip() if name in beside else listed.get(name) for name in images]
+    return captions, {*tables, *beside.values()}
+
+
+def read_text(path, name):
+    """Raises ValueError that names a file which is no text."""
+    try:
+        with open(os.path.join(path, name), encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(os.path.join(path, name))} is no text in UTF-8 ({error})") from None
+
+
+def first_caption(value):
+    """A caption, or the first of several; None where there is none."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value if isinstance(value, str) else None
 
 
 def is_of_repa(path):
@@ -265,8 +323,12 @@ def open_table(options, files=None, notes=()) -> Source:
         what = "cannot be read as parquet" if files else "is no existing path, and no dataset that can be loaded"
         raise ValueError(f"{options.source!r} {what} ({type(error).__name__}: {error.__cause__ or error})") from None
     images = choose_column(table, "image", options.image_column, datasets.Image, ("image", "img"))
-    column = choose_column(table, "label", options.label_column, datasets.ClassLabel, ("label", "labels"))
-    values = list(table[column])
+    captions, needed = None, True
+    if options.text_encoder:
+        column = choose_column(table, "caption", options.caption_column, (), ("text", "caption", "captions", "prompt"))
+        captions, needed = [first_caption(value) for value in table[column]], False
+    column = choose_column(table, "label", options.label_column, datasets.ClassLabel, ("label", "labels"), needed)
+    values = list(table[column]) if column else ["image"] * len(table)
     unlabelled = [i for i, value in enumerate(values) if is_no_label(value)]
     if unlabelled:
         raise ValueError(
@@ -274,7 +336,7 @@ def open_table(options, files=None, notes=()) -> Source:
             f"{unlabelled[0]} with {values[unlabelled[0]]!r}; take them out, or give another --label-column"
         )
     class_names, labels = np.unique(np.array(values), return_inverse=True)
-    if isinstance(table.features[column], datasets.ClassLabel):
+    if column and isinstance(table.features[column], datasets.ClassLabel):
         class_names, labels = table.features[column].names, np.array(values)
     if isinstance(table.features[images], datasets.Image):
         table = table.cast_column(images, datasets.Image(decode=False))  # so that we see which is damaged
@@ -287,12 +349,16 @@ def open_table(options, files=None, notes=()) -> Source:
             raise ValueError("there is no image")
         return open_image(io.BytesIO(value) if isinstance(value, bytes) else value)
 
-    return Source([f"row {i}" for i in range(len(table))], labels, [str(name) for name in class_names], load, notes)
+    names = [f"row {i}" for i in range(len(table))]
+    return Source(names, labels, [str(name) for name in class_names], load, notes, captions=captions)
 
 
-def choose_column(table, role, wanted, kind, names):
+def choose_column(table, role, wanted, kind, names, needed=True):
+    """The column that is wanted, or the only one of that kind or of these names; None if there is none and no need."""
     fitting = [name for name, found in table.features.items() if isinstance(found, kind) or name in names]
     columns = [wanted] if wanted else fitting
+    if not columns and not needed:
+        return None
     if len(columns) != 1 or columns[0] not in table.features:
         raise ValueError(
             f"the {role} column must be named with --{role}-column: "
@@ -316,13 +382,31 @@ def limited(source: Source, limit: int | None) -> Source:
     if limit < 1:
         raise ValueError(f"limit = {limit}: must be at least 1")
     count = len(source.names)
-    rows = [i * count // min(limit, count) for i in range(min(limit, count))]
+    return taken(source, [i * count // min(limit, count) for i in range(min(limit, count))])
+
+
+def with_captions(source: Source, path: str) -> Source:
+    """The images that have a caption; an empty one is one. Raises ValueError where none has."""
+    rows = [i for i, caption in enumerate(source.captions or ()) if caption is not None]
+    if not rows:
+        raise ValueError(
+            f"source {path!r} has no captions for the --text-encoder; they may be in a column of a parquet file or hub "
+            "dataset (--caption-column), in NAME.txt beside NAME.png, or in a metadata.jsonl with file_name and text"
+        )
+    none = [name for name, caption in zip(source.names, source.captions) if caption is None]
+    return replace(taken(source, rows), notes=[*source.notes, *left_out("without a caption", none)])
+
+
+def taken(source: Source, rows: list) -> Source:
+    """These rows of a source."""
 
     def chosen(read):
         return read and (lambda k: read(rows[k]))
 
     readers = {name: chosen(getattr(source, name)) for name in ("load", "moments", "mirrored")}
-    return replace(source, names=[source.names[i] for i in rows], labels=source.labels[rows], **readers)
+    captions = source.captions and [source.captions[i] for i in rows]
+    names, labels = [source.names[i] for i in rows], source.labels[rows]
+    return replace(source, names=names, labels=labels, captions=captions, **readers)
 
 
 def with_latents(source: Source, shape: tuple) -> Source:

@@ -21,7 +21,7 @@ import models  # noqa: F401  (before timm: see its docstring)
 import timm
 from timm.models import save_for_hf
 
-from dataset import prepare
+from dataset import prepare, stages
 from dataset.prepared import PreparedImages
 from eval import features, online
 from models.autoencoder import Latents, load_autoencoder
@@ -38,7 +38,7 @@ SIZE, COUNT = 16, 22
 def small_files():
     """Four images to a file, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "IMAGES_PER_FILE", 4)
+        patch.setattr(stages, "IMAGES_PER_FILE", 4)
         yield
 
 
@@ -156,7 +156,7 @@ def test_networks_may_move_and_finished_work_is_not_done_again(
     def never(*arguments):
         raise AssertionError("an image was read or encoded again")
 
-    monkeypatch.setattr(prepare, "center_crop", never)
+    monkeypatch.setattr(stages, "center_crop", never)
     monkeypatch.setattr(FrozenEncoder, "forward", never)
     moved = autoencoder_folder.rename(autoencoder_folder.with_name("moved"))
     try:
@@ -337,7 +337,7 @@ def counted(patch, owner, name, at=None):
 # files put in place; a network's settings, array, six records and meta are 9. Networks take 3 images at a time, and
 # mirrored ones as often: 4 calls for each full file, 2 for the last one.
 STOPS = [
-    *((prepare, "center_crop", stops, left) for stops, left in (([0], 21), ([9], 14), ([20], 2), ([5, 6], 14))),
+    *((stages, "center_crop", stops, left) for stops, left in (([0], 21), ([9], 14), ([20], 2), ([5, 6], 14))),
     *((os, "replace", [call], None) for call in (0, 1, 2, 7, 13, 14, 15, 17, 24)),
     *((Latents, "moments", [call], left) for call, left in ((3, 22), (21, 2))),
     *((FrozenEncoder, "forward", [call], left) for call, left in ((20, 24), (25, 22))),
@@ -348,7 +348,7 @@ STOPS = [
 def test_stopped_anywhere_it_ends_up_the_same(
     prepared, plain, photos, arguments, tmp_path, monkeypatch, owner, name, stops, left
 ):
-    out, images_alone = tmp_path / "out", owner is prepare or owner is os and stops[0] < 16
+    out, images_alone = tmp_path / "out", owner is stages or owner is os and stops[0] < 16
     words, whole = (["--resolution", SIZE], plain) if images_alone else (arguments, prepared)
     for stop in stops:
         with monkeypatch.context() as patch:
