@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import config as configuration
 from checkpoint import RunFolder
-from dataset.prepared import PreparedImages
+from dataset.prepared import PreparedImages, text_encoders
 from kernels import resolve_backend
 from models.cost import peak_flops
 from runtime import Ranks, Stop, environment, plain_errors, tf32
@@ -66,6 +66,7 @@ class Run:
             "content of judges": self.evaluate.fingerprints if self.evaluate else [],
             "classes with images": data.labels.unique().tolist(),
             "content of text": inputs.text,
+            "text encoder": text_encoders(data.folder)[inputs.text] if inputs.text else "",
             **more,
         }
         self.folder = RunFolder(self.config, self.ranks)

@@ -163,6 +163,11 @@ class PreparedImages:
         return torch.from_numpy(self._maps["text"][self.rows[np.asarray(items)] % self.count])
 
 
+def text_encoders(folder: str | Path) -> dict:
+    """{ID: name} of the text encoders whose tokens a prepared folder holds."""
+    return {path.parent.name: json.loads(path.read_text())["name"] for path in Path(folder).glob("text/*/meta.json")}
+
+
 class ShuffledBatches:
     """Batch sampler: which items this process takes in each step from `start` to `stop`.
 

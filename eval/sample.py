@@ -255,11 +255,11 @@ def prompted(model, prompts: list[str], trained: dict, ranks: Ranks):
     from models.mmdit import Prompted  # takes seconds
     from models.text import load_text_encoder
 
-    known = trained["text encoder"]
+    name = trained["text encoder"]
     with ranks.one_first():
-        encoder = load_text_encoder(known["name"], known["tokens"]).to(ranks.device)
+        encoder = load_text_encoder(name, trained["arguments"]["text_tokens"]).to(ranks.device)
     if encoder.fingerprint != trained["content of text"]:
-        raise ValueError(f"the text encoder {known['name']!r} is not the one of the training; put that back")
+        raise ValueError(f"text encoder {name!r} is not what it was when {trained['data']} was prepared; put that back")
     parts = [encoder(prompts[first : first + CHUNK]) for first in range(0, len(prompts), CHUNK)]
     # As they are stored for training.
     return Prompted(model, torch.cat(parts).half().float().cpu())
