@@ -191,7 +191,7 @@ class MMDiT(RoutedQwenImage):
     """
 
     def __init__(
-        self, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=12, text_tokens=77,
+        self, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=24, text_tokens=77,
         text_width=768, class_dropout_prob=0.1, routing="residual", query="timestep", chunk_size=4,
         chunk_summary="last", final_aggregator="auto", route_backend="auto", align_depth=(8,), align_dims=(),
         projector_dim=2048, checkpoint_activations=False,
@@ -224,6 +224,9 @@ class MMDiT(RoutedQwenImage):
         )  # fmt: skip
         self.projectors.apply(xavier)
         self.checkpoint_activations = checkpoint_activations
+        last = self.blocks[-1]  # nobody reads the text after its attention, and DDP would wait for these gradients
+        for unused in (last.attn.to_add_out, last.txt_mlp):
+            unused.requires_grad_(False)
 
     def forward(self, x, t, y, label_draw=None, make_stream=None) -> tuple[torch.Tensor, list]:
         """As SiT's, but for y (B, L, W + 1): the text encoder's tokens, and in the last channel 1, or 0 for padding."""
@@ -290,7 +293,7 @@ def published_weights(source: str | Path) -> dict:
 
 
 # Depth, width, heads. B is REPA's, for MS-COCO.
-MMDIT_SIZES = {"B": (24, 768, 12)}
+MMDIT_SIZES = {"B": (24, 768, 24)}
 MMDIT_MODELS = {
     f"MMDiT-{name}/{patch}": functools.partial(MMDiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
     for name, (depth, width, heads) in MMDIT_SIZES.items()
