@@ -16,7 +16,7 @@ from torch import nn
 import config as configuration
 from models.registry import constructor, takes_text
 from models.sit import FREQUENCIES, MAX_PERIOD
-from runtime import MetricsLog, Ranks, environment, lock_folder, one_line, read_json, replaced
+from runtime import MetricsLog, Ranks, environment, fingerprint, lock_folder, one_line, read_json, replaced
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 EXPORTED = ("config.json", "model.safetensors")  # what eval.export writes for us to read
@@ -24,14 +24,20 @@ FORMAT = 2  # of last.pt; format 1 drew other random numbers, so its runs cannot
 
 
 class EMA:
-    """Exponential moving averages of the weights, one frozen copy of the model per decay; the first is evaluated."""
+    """Exponential moving averages of the weights, one frozen copy of the model per decay; the first is evaluated.
+
+    What is frozen in the model already is shared with it, as averages of a LoRA would else hold its backbone again.
+    """
 
     def __init__(self, model: nn.Module, decays: tuple):
-        self.models = {decay: copy.deepcopy(model).eval().requires_grad_(False) for decay in decays}
+        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+        self.models = {decay: copy.deepcopy(model, dict(frozen)) for decay in decays}
         self.first = next(iter(self.models.values()))
         # Listed once: walking through the modules takes longer than averaging a small model.
-        self.weights = list(model.parameters())
-        self.averages = {decay: list(average.parameters()) for decay, average in self.models.items()}
+        self.weights = trained_weights(model)
+        self.averages = {decay: trained_weights(average) for decay, average in self.models.items()}
+        for average in self.models.values():
+            average.eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self):
@@ -45,6 +51,10 @@ class EMA:
     def load_state_dict(self, state: dict):
         for decay, model in self.models.items():
             model.load_state_dict(state[str(decay)])
+
+
+def trained_weights(model: nn.Module) -> list:
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 # ---- the folder of a run ----
@@ -206,8 +216,8 @@ def load_weights(path: str | Path, name: str = "") -> dict:
 
         if weights := published_weights(path):
             return weights
-    content = load_checkpoint(path)
-    content = content if isinstance(content, dict) else {}
+    checkpoint = load_checkpoint(path)
+    content = checkpoint if isinstance(checkpoint, dict) else {}
     for key in ("ema", "model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -215,7 +225,7 @@ def load_weights(path: str | Path, name: str = "") -> dict:
     weights = {str(name).removeprefix("module."): value for name, value in content.items()}
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{str(path)!r} holds no state dict, neither bare nor under 'ema', 'model' or 'state_dict'")
-    return weights
+    return whole_weights(path, checkpoint["config"], weights) if is_ours(checkpoint) else weights
 
 
 def load_trained(path: str | Path, average: str = "", name: str = "", route_backend: str = "auto"):
@@ -238,7 +248,8 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
             raise ValueError(f"{path} has no average {average!r}; choose one of {', '.join(averages)}")
         if name not in ("", options["model"]):  # the number of heads would be another
             raise ValueError(f"model = {name!r}: {path} is of {options['model']}; leave it out")
-        name, weights, arguments = options["model"], averages[options["average"]], options["arguments"]
+        name, arguments = options["model"], options["arguments"]
+        weights = whole_weights(path, options, averages[options["average"]])
     else:
         if average:
             raise ValueError(f"average = {average!r}: {path} is not of this trainer, and has no choice of averages")
@@ -256,6 +267,45 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path} does not fit {name}: {error}") from None
     return model.eval().requires_grad_(False), options
+
+
+def load_teacher(path: str | Path, name: str = "", route_backend: str = "auto"):
+    """`load_trained` for distillation. Adds the model's arguments without projectors, and its fingerprint."""
+    teacher, trained = load_trained(path, name=name, route_backend=route_backend)
+    arguments = trained.get("arguments") or released_arguments(teacher.state_dict(), name)
+    final = arguments.get("final_aggregator", "auto")
+    if final == "auto" and arguments.get("routing") == "dar":  # what it was, whatever projectors come and go
+        final = "shared" if arguments["align_dims"] else "dedicated"
+    arguments = arguments | {"final_aggregator": final, "align_dims": ()}
+    return teacher, trained, arguments, fingerprint(teacher, json.dumps(arguments, sort_keys=True))
+
+
+def whole_weights(path: str | Path, options: dict, weights: dict) -> dict:
+    """A model's weights from its checkpoint; where these are a LoRA (distill.py), W + B A with its teacher's W.
+
+    Raises ValueError where the teacher is not at hand, or not what it was.
+    """
+    if not any(".lora_A." in name for name in weights):
+        return weights
+    found = options["teacher"]
+    try:
+        if Path(found).resolve() == Path(path).resolve():
+            raise ValueError("this path leads to the student itself")
+        teacher, _, _, content = load_teacher(found, options["model"])
+        if content != options["content of teacher"]:
+            raise ValueError("it is not the same model any more")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is a LoRA on teacher = {found!r}: {error}. Put the teacher back there, as seen from the working "
+            "folder; `python -m eval.export` then makes a student that needs none"
+        ) from None
+    whole = {name: value for name, value in teacher.state_dict().items() if not name.startswith("projectors.")}
+    whole |= {name: value for name, value in weights.items() if ".lora_" not in name}
+    for name, down in weights.items():
+        layer, is_lora, adapter = name.partition(".lora_A.")
+        if is_lora:  # scaled by alpha / rank = 1
+            whole[f"{layer}.weight"] += weights[f"{layer}.lora_B.{adapter}"] @ down
+    return whole
 
 
 def released_arguments(weights: dict, name: str) -> dict:

@@ -306,6 +306,8 @@ class DistillConfig(Common):
     """Updates of the critic before each one of the student."""
     critic_rank: int | None = option(None, least=1)
     """Train the critic as a LoRA of this rank on the teacher's blocks. None: as a copy of the teacher, whole."""
+    student_rank: int | None = option(None, least=1)
+    """The same for the student, with routers or skips. Its checkpoint holds no more, and needs the teacher's."""
     gan_weight: float = option(0.0, least=0)
     """Weight of a GAN between student and critic, which reads the images of `data`; 0: none."""
     critic_lr: float = option(1e-5, above=0)

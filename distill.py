@@ -9,20 +9,19 @@ same command again resumes the run, bit for bit on a CPU. The folder is that of 
 from its last.pt. The student may have another routing than its teacher: --routing dar --retrofit-steps 1000.
 """
 
-import json
 from dataclasses import replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import config as configuration
-from checkpoint import EMA, load_published, load_trained, released_arguments
+from checkpoint import EMA, load_published, load_teacher, trained_weights
 from dataset.inputs import Inputs
 from distribution_matching import critic_loss, draw_samples, step_times, student_loss, training_sample
 from eval.online import OnlineEvaluation
 from models.cost import flops_per_image, parameters_by_part
-from models.sit import SIT_MODELS
-from runtime import Tally, Use, derive_seed, fingerprint
+from models.registry import constructor
+from runtime import Tally, Use, derive_seed
 from training import Run, launch
 
 ROUTING = ("routing", "query", "chunk_size", "chunk_summary")  # arguments of SiT in which a student may differ
@@ -37,9 +36,8 @@ class Distiller(Run):
 
     def __init__(self, config, ranks):
         with ranks.one_first():  # the hub may be asked
-            self.teacher, trained = load_trained(config.teacher, name=config.model, route_backend=config.route_backend)
-        known = trained.get("arguments") or released_arguments(self.teacher.state_dict(), config.model)
-        self.teacher_arguments = without_projectors(known)
+            loaded = load_teacher(config.teacher, config.model, config.route_backend)
+        self.teacher, trained, self.teacher_arguments, self.content = loaded
         chosen = {name: value for name in ROUTING if (value := getattr(config, name))}
         self.arguments = self.teacher_arguments | chosen
         config = resolved(config, trained, self.arguments)
@@ -48,15 +46,21 @@ class Distiller(Run):
         same = {name: value for name, value in vars(config).items() if name in configuration.FIELDS}
         seen = {"encoder": tuple(trained.get("encoder", configuration.Config.encoder))}  # none of them may judge
         self.inputs = Inputs(configuration.Config(**same, **seen, decoder=trained.get("decoder", "")), ranks)
+        if (
+            self.inputs.text and not trained
+        ):  # released weights say neither the size of images nor the length of captions
+            self.teacher.input_size, self.teacher.null_text = self.inputs.shape[1], self.inputs.data.null_text.float()
+            self.teacher_arguments |= self.inputs.model_arguments()
+            self.arguments |= self.inputs.model_arguments()
         self.check_teacher(trained)
 
-        self.teacher.align_depth, self.times = (), step_times(config.student_steps, config.time_shift)
+        self.teacher.to(self.device).align_depth = ()
+        self.times = step_times(config.student_steps, config.time_shift)
         self.labels = self.inputs.data.labels.to(self.device)
-        self.model = self.copy_of_teacher(self.arguments)
+        self.model = self.copy_of_teacher(self.arguments, config.student_rank, ("router.", "skips."))
         self.model.step_times = self.times
-        self.content = fingerprint(self.teacher, json.dumps(self.teacher_arguments, sort_keys=True))
-        self.teacher_size = sum(weight.numel() for weight in self.teacher.parameters())
-        self.critic, self.critic_weights = self.make_critic()
+        self.critic = self.make_critic()
+        self.critic_weights = torch.nn.ParameterList(trained_weights(self.critic))
         self.flops = self.flops_of_step()
         ddp = DistributedDataParallel if ranks.world > 1 else lambda model: model
         self.wrapped = {"model": ddp(self.model), "critic": ddp(self.critic)}
@@ -73,42 +77,39 @@ class Distiller(Run):
 
     # ---- networks ----
 
-    def copy_of_teacher(self, arguments):
-        """A network with the teacher's weights, in eval mode: labels are never dropped here."""
+    def copy_of_teacher(self, arguments, rank, added):
+        """A network with the teacher's weights, in eval mode: labels are never dropped here.
+
+        rank: of its LoRA, or None. With one, the weights under it are frozen, and the teacher's own rather than copies.
+        added: how the names begin of what is trained beside the LoRA.
+        """
         torch.manual_seed(derive_seed(self.config.seed, Use.WEIGHTS))
         kept = {"route_backend": self.config.route_backend}
         kept["checkpoint_activations"] = self.config.checkpoint_activations
         try:
-            model = SIT_MODELS[self.config.model](**arguments, **kept)
+            model = constructor(self.config.model)(**arguments, **kept)
             weights = self.teacher.state_dict().items()  # projectors here are of a GAN
-            load_published(model, {name: value for name, value in weights if not name.startswith("projectors.")})
+            weights = {name: value for name, value in weights if not name.startswith("projectors.")}
+            load_published(model, weights)
         except ValueError as error:
             raise ValueError(
                 f"routing = {self.config.routing!r}: {self.config.teacher} has routing = {self.teacher.routing!r}, and "
                 f"does not fit such a student: {error}"
             ) from None
         model.gamma = self.teacher.gamma
+        if rank:
+            shared = {name: value for name, value in weights.items() if not name.startswith(added)}
+            model.load_state_dict(shared, strict=False, assign=True)
+            add_lora(model, rank, added)
         return model.eval().to(self.device)
 
     def make_critic(self):
-        """The critic, whose projector is the GAN's head, and what it trains of it. Moves the teacher to the device."""
+        """The critic, whose projector is the GAN's head."""
         config, arguments = self.config, self.teacher_arguments
         if config.gan_weight:
-            middle, width = len(self.teacher.blocks) // 2, self.teacher.pos_embed.shape[-1]
+            middle, width = len(self.teacher.blocks) // 2, self.teacher.hidden_size
             arguments = arguments | {"align_depth": max(1, middle), "align_dims": (1,), "projector_dim": width}
-        critic = self.copy_of_teacher(arguments)
-        if config.critic_rank:
-            from peft import LoraConfig, get_peft_model  # takes seconds
-
-            adapted = [name for name, part in critic.blocks.named_modules() if isinstance(part, torch.nn.Linear)]
-            adapted = [f"blocks.{name}" for name in adapted]
-            lora = LoraConfig(r=config.critic_rank, lora_alpha=config.critic_rank, target_modules=adapted)
-            critic = get_peft_model(critic, lora)
-            critic.projectors.requires_grad_(True)
-            self.teacher = WithoutLora(critic)
-        else:
-            self.teacher = self.teacher.to(self.device)
-        return critic, torch.nn.ParameterList(weight for weight in critic.parameters() if weight.requires_grad)
+        return self.copy_of_teacher(arguments, config.critic_rank, ("projectors.",))
 
     def check_teacher(self, trained):
         """Raises ValueError where the teacher cannot teach, or not on these data."""
@@ -122,8 +123,12 @@ class Distiller(Run):
                 f"was trained without a null class, which cfg_scale = {config.cfg_scale} needs; give 1",
             ),
             (
-                teacher.num_classes == data.num_classes,
-                f"has {teacher.num_classes} classes and {config.data} has {data.num_classes}; give the --data of the "
+                trained.get("content of text", self.inputs.text) == self.inputs.text,
+                f"was told captions by another text encoder than that of {config.data}",
+            ),
+            (
+                self.inputs.text or teacher.num_classes == data.num_classes,
+                f"has {self.teacher_arguments.get('num_classes')} classes and {config.data} has {data.num_classes}; give the --data of the "
                 "teacher",
             ),
             (size == wanted, f"takes {size} and {config.data} by {config.autoencoder} gives {wanted}"),
@@ -137,10 +142,11 @@ class Distiller(Run):
         student = flops_per_image(config.model, self.arguments)
         teacher = flops_per_image(config.model, self.teacher_arguments)
         sample, guided = student * (config.student_steps + 1) / 2, 2 if config.cfg_scale != 1 else 1
-        back = 1 if config.critic_rank else 2  # frozen weights need no gradients
+        # Frozen weights need no gradients.
+        back, student_back = (1 if rank else 2 for rank in (config.critic_rank, config.student_rank))
         gan = (1 + back / 2) * teacher * (config.gan_weight > 0)  # backwards from the middle alone
         critic = sample + (1 + back) * teacher + 2 * gan
-        return sample + 2 * student + (1 + guided) * teacher + gan + config.critic_steps * critic
+        return sample + student_back * student + (1 + guided) * teacher + gan + config.critic_steps * critic
 
     # ---- steps ----
 
@@ -150,8 +156,7 @@ class Distiller(Run):
     def train(self):
         if self.config.compile:
             self.critic.compile()
-            if not self.config.critic_rank:
-                self.teacher.compile()
+            self.teacher.compile()
         return super().train()
 
     def batches(self):
@@ -185,7 +190,12 @@ class Distiller(Run):
         """This process's share of the random numbers of an update, which follow from the seed for the global batch."""
         seed = derive_seed(self.config.seed, Use.STEP, step, number)
         shape = (self.config.batch_size, *self.inputs.shape)
-        return draw_samples(self.labels, shape, len(self.times), seed)[self.mine]
+        labels = self.captions if self.inputs.text else self.labels.__getitem__
+        return draw_samples(labels, len(self.labels), shape, len(self.times), seed, self.device)[self.mine]
+
+    def captions(self, images):
+        """Those of training images (B), as the networks take them."""
+        return self.inputs.data.conditions(images.cpu()).to(self.device)
 
     def critic_losses(self, draws):
         with self.autocast():
@@ -211,7 +221,7 @@ class Distiller(Run):
         """Print what the run is and what it takes."""
         config = self.config
         student, critic = (sum(parameters_by_part(network).values()) for network in (self.model, self.critic_weights))
-        teacher = self.teacher_size  # it has no gradients
+        teacher = sum(weight.numel() for weight in self.teacher.parameters())  # it has no gradients
         kept, averages = 3 * (student + critic), len(config.ema_decays) * student  # weights and two moments
         taught = self.teacher_arguments.get("routing", "residual")
         routing = config.routing + f", fading in for {config.retrofit_steps} steps" * bool(config.retrofit_steps)
@@ -221,7 +231,7 @@ class Distiller(Run):
             f"student update\n"
             f"teacher    {config.teacher}, {config.model}, routing {taught}{guided}\n"
             f"student    routing {routing}; steps from t = {', '.join(f'{t:.3g}' for t in self.times)}\n"
-            f"data       labels of {len(self.labels)} images in {config.data}"
+            f"data       {'captions' if self.inputs.text else 'labels'} of {len(self.inputs.data)} images in {config.data}"
             f"{', and these for the GAN' * (config.gan_weight > 0)}; {config.autoencoder}, "
             f"{' x '.join(map(str, self.inputs.shape))}\n"
             f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {teacher / 1e6:.2f} M teacher\n"
@@ -230,23 +240,29 @@ class Distiller(Run):
         )
 
 
-class WithoutLora:
-    """A network without what peft has put into it: called as it was before."""
+def add_lora(network, rank, added):
+    """Puts LoRA on the linear layers of a network's blocks, and freezes all else but names that start as in `added`.
 
-    def __init__(self, adapted):
-        self.adapted, self.num_classes = adapted, adapted.num_classes
+    From then on what is frozen is no part of its state_dict.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 
-    def __call__(self, *inputs):
-        with self.adapted.disable_adapter():
-            return self.adapted(*inputs)
+    inside = {id(part) for part in network.blocks.modules() if isinstance(part, torch.nn.Linear)}
+    linear = [name for name, part in network.named_modules() if id(part) in inside and part.weight.requires_grad]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), network)
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(weight.requires_grad or name.startswith(added))
+    frozen = {name for name, weight in network.named_parameters() if not weight.requires_grad}
 
+    def leave_out(module, state, prefix, metadata):
+        for name in frozen:
+            del state[prefix + name]
 
-def without_projectors(arguments):
-    """The arguments of the same SiT, of which nothing is aligned any more."""
-    final = arguments.get("final_aggregator", "auto")
-    if final == "auto" and arguments.get("routing") == "dar":  # what it was, whatever projectors come and go
-        final = "shared" if arguments["align_dims"] else "dedicated"
-    return arguments | {"final_aggregator": final, "align_dims": ()}
+    def not_missed(module, keys):
+        keys.missing_keys[:] = set(keys.missing_keys) - frozen
+
+    network.register_state_dict_post_hook(leave_out)
+    network.register_load_state_dict_post_hook(not_missed)
 
 
 def resolved(config, trained, arguments):

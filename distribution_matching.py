@@ -29,7 +29,7 @@ def step_times(count: int, time_shift: float = 1.0) -> tuple[float, ...]:
 class SampleDraws:
     """The random numbers of a batch of training samples.
 
-    images: (B) numbers of training images. labels: (B), theirs. noises: (B, C, H, W) for each step that is made, 1 to K
+    images: (B) numbers of training images. labels: theirs, (B), or captions (B, L, W + 1). noises: (B, C, H, W) for each step that is made, 1 to K
     of them. diffusion: what the finished samples are noised with.
     """
 
@@ -43,17 +43,19 @@ class SampleDraws:
         return SampleDraws(self.images[rows], self.labels[rows], noises, self.diffusion[rows])
 
 
-def draw_samples(labels: torch.Tensor, shape: tuple, count: int, seed: int) -> SampleDraws:
+def draw_samples(
+    labels: Callable, images: int, shape: tuple, count: int, seed: int, device: torch.device | str = "cpu"
+) -> SampleDraws:
     """Random numbers for samples of this shape (B, C, H, W), which follow from the seed alone.
 
-    labels: (N) of the training images, on the device where the numbers are wanted; count: K. How many of the K steps
-    are made is drawn once for all samples, uniformly from 1 to K.
+    labels: of training images by their numbers (B), of which there are `images`; count: K. How many of the K steps are
+    made is drawn once for all samples, uniformly from 1 to K.
     """
     steps = 1 + int(torch.randint(count, (), generator=torch.Generator().manual_seed(seed)))  # without a device sync
-    generator = torch.Generator(labels.device).manual_seed(seed)
-    chosen = torch.randint(len(labels), shape[:1], generator=generator, device=labels.device)
-    noises = (torch.randn(shape, generator=generator, device=labels.device) for _ in range(steps))
-    return SampleDraws(chosen, labels[chosen], tuple(noises), UNIFORM.draw(shape, generator))
+    generator = torch.Generator(device).manual_seed(seed)
+    chosen = torch.randint(images, shape[:1], generator=generator, device=device)
+    noises = (torch.randn(shape, generator=generator, device=device) for _ in range(steps))
+    return SampleDraws(chosen, labels(chosen), tuple(noises), UNIFORM.draw(shape, generator))
 
 
 def training_sample(student: Callable, last: Callable, times: tuple, draws: SampleDraws) -> torch.Tensor:
