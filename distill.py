@@ -128,8 +128,8 @@ class Distiller(Run):
             ),
             (
                 self.inputs.text or teacher.num_classes == data.num_classes,
-                f"has {self.teacher_arguments.get('num_classes')} classes and {config.data} has {data.num_classes}; give the --data of the "
-                "teacher",
+                f"has {self.teacher_arguments.get('num_classes')} classes and {config.data} has {data.num_classes}; "
+                "give the --data of the teacher",
             ),
             (size == wanted, f"takes {size} and {config.data} by {config.autoencoder} gives {wanted}"),
         ):
@@ -231,7 +231,7 @@ class Distiller(Run):
             f"student update\n"
             f"teacher    {config.teacher}, {config.model}, routing {taught}{guided}\n"
             f"student    routing {routing}; steps from t = {', '.join(f'{t:.3g}' for t in self.times)}\n"
-            f"data       {'captions' if self.inputs.text else 'labels'} of {len(self.inputs.data)} images in {config.data}"
+            f"data       {'captions' if self.inputs.text else 'labels'} of {len(self.labels)} images in {config.data}"
             f"{', and these for the GAN' * (config.gan_weight > 0)}; {config.autoencoder}, "
             f"{' x '.join(map(str, self.inputs.shape))}\n"
             f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {teacher / 1e6:.2f} M teacher\n"

@@ -29,8 +29,8 @@ def step_times(count: int, time_shift: float = 1.0) -> tuple[float, ...]:
 class SampleDraws:
     """The random numbers of a batch of training samples.
 
-    images: (B) numbers of training images. labels: theirs, (B), or captions (B, L, W + 1). noises: (B, C, H, W) for each step that is made, 1 to K
-    of them. diffusion: what the finished samples are noised with.
+    images: (B) numbers of training images. labels: theirs, (B), or captions (B, L, W + 1). noises: (B, C, H, W) for
+    each step that is made, 1 to K of them. diffusion: what the finished samples are noised with.
     """
 
     images: torch.Tensor

@@ -63,6 +63,7 @@ class OnlineEvaluation:
         self.chosen = np.random.default_rng(derive_seed(config.seed, Use.LABELS)).integers(
             len(data), size=config.eval_samples
         )
+        self.labels = data.labels[self.chosen]
         self.judges, self.fingerprints = [], []
         for name in config.eval_encoder:
             with ranks.one_first():
@@ -104,7 +105,7 @@ class OnlineEvaluation:
                 distances[name] = frechet_distance(*so_far.mean_and_covariance(), *judge.reference)
         if self.inputs.held_out:
             distances["held_out_loss"] = self._held_out_loss(model)
-        return distances, grid_of(torch.cat(shown), self.data.labels[self.chosen]) if shown else None
+        return distances, grid_of(torch.cat(shown), self.labels) if shown else None
 
     def sample(self, model: Callable, indices: range) -> torch.Tensor:
         """The samples with these indices, uint8 (B, 3, H, W)."""
