@@ -275,7 +275,7 @@ def test_each_image_is_served_with_its_caption(kind, limit, tmp_path, capsys):
     assert batch["text"].dtype == torch.float16 and torch.equal(batch["text"], encoder(data.captions).half())
     assert torch.equal(data.null_text, encoder([""])[0].half())
     names = ["image"] if labels is None else labels
-    assert data.num_classes == len(names) if kind != "metadata further down" else 1
+    assert data.num_classes == len(names)
     assert batch["labels"].tolist() == [0 if labels is None else int(i > 5) for i in rows]
 
 
