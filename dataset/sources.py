@@ -163,10 +163,10 @@ def open_class_folder(path, files, options) -> Source:
     if options.text_encoder:
         captions, read = captions_beside(path, files, chosen, options.caption_column or "text")
     number = {name: k for k, name in enumerate(classes)}
-    others = [name for name in files if name not in read]
-    notes = left_out("in no class folder", [name for name in others if os.sep not in name and not flat])
-    other = [name for name in others if (os.sep in name or flat) and not name.lower().endswith(SUFFIXES)]
-    notes += left_out(f"none of {' '.join(SUFFIXES)}", other)
+    others = sorted(set(files) - set(chosen) - read)
+    inside = [name for name in others if flat or os.sep in name]
+    notes = left_out("in no class folder", [name for name in others if not flat and os.sep not in name])
+    notes += left_out(f"none of {' '.join(SUFFIXES)}", inside)
 
     def load(i):
         return open_image(os.path.join(path, chosen[i]))

@@ -88,10 +88,8 @@ class TextTransformer(nn.Module):
         self.clip = kind.model_type.startswith("clip")
         pair = transformers.AutoModelForTextEncoding if kind.is_encoder_decoder else transformers.AutoModel
         self.model = pretrained(transformers.CLIPTextModel if self.clip else pair, source, dtype=torch.float32)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=False, padding_side="right"
-        )
-        self.identity = identity(self.model, self.tokenizer)
+        self.tokenizer, vocabulary = pretrained_tokenizer(source, padding_side="right")
+        self.identity = f"{type(self.model).__name__} {vocabulary}"
 
     def forward(self, captions, length):
         options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -122,10 +120,10 @@ class QwenImageText(nn.Module):
         self.model = pretrained(
             transformers.Qwen2_5_VLForConditionalGeneration, source, subfolder="text_encoder", dtype="auto"
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="tokenizer", trust_remote_code=False)
+        tokenizer, vocabulary = pretrained_tokenizer(source, subfolder="tokenizer")
         parts = dict(text_encoder=self.model, tokenizer=tokenizer)
         self.pipeline = diffusers.QwenImagePipeline(scheduler=None, vae=None, transformer=None, **parts)
-        self.identity = identity(self.model, tokenizer)
+        self.identity = f"QwenImagePipeline {vocabulary}"
 
     def forward(self, captions, length):
         tokens, mask = self.pipeline.encode_prompt(captions, self.model.device, max_sequence_length=length)
@@ -140,9 +138,15 @@ def pretrained(kind, source, **options):
     return model
 
 
-def identity(model, tokenizer):
-    """What decides the tokens besides the weights."""
-    return f"{type(model).__name__} {sorted(tokenizer.get_vocab().items())}"
+def pretrained_tokenizer(source, **options):
+    """A tokenizer and its sorted vocabulary. Raises LookupError where transformers makes one up for want of files."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary.keys() - tokenizer.all_special_tokens) < 2:  # that of T5 then has its mark of a space
+        raise LookupError("its tokenizer has no vocabulary; save it there too")
+    return tokenizer, sorted(vocabulary.items())
 
 
 def is_pipeline(source: str) -> bool:
