@@ -152,8 +152,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_trained(path, name="SiT-S/2")
     weights = released().state_dict()
     torch.save(weights, path)
-    for name in ("", "SiT-S/3", "DiT-S/2"):
-        with pytest.raises(ValueError, match=f"model = '{name}': say which model .* one of SiT-S/1"):
+    with pytest.raises(ValueError, match="model = '': say which model .*weights.pt is of"):
+        load_trained(path)
+    for name in ("SiT-S/3", "DiT-S/2"):
+        with pytest.raises(ValueError, match=f"model = '{name}' is unknown; choose one of SiT-S/1"):
             load_trained(path, name=name)
     with pytest.raises(ValueError, match="average = '0.9999': .* no choice of averages"):
         load_trained(path, "0.9999", "SiT-S/2")

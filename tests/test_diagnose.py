@@ -185,6 +185,9 @@ class FakeLatents:
         mean = torch.as_tensor(items, dtype=torch.float16).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
         return {"moments": torch.cat([mean, torch.full_like(mean, 0.25)], dim=1)}
 
+    def conditions(self, items):
+        return self.labels[items]
+
     def sample(self, moments, noise):
         mean, std = moments.float().chunk(2, dim=1)
         return mean + std * noise
