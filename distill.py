@@ -13,7 +13,6 @@ import json
 from dataclasses import replace
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import config as configuration
 from checkpoint import EMA, load_published, load_trained, released_arguments
@@ -54,16 +53,16 @@ class Distiller(Run):
         self.labels = self.inputs.data.labels.to(self.device)
         self.model = self.copy_of_teacher(self.arguments)
         self.model.step_times = self.times
+        self.ema = EMA(self.model, config.ema_decays)
+        self.place(self.model, *self.ema.models.values())
         self.content = fingerprint(self.teacher, json.dumps(self.teacher_arguments, sort_keys=True))
         self.teacher_size = sum(weight.numel() for weight in self.teacher.parameters())
         self.critic, self.critic_weights = self.make_critic()
         self.flops = self.flops_of_step()
-        ddp = DistributedDataParallel if ranks.world > 1 else lambda model: model
-        self.wrapped = {"model": ddp(self.model), "critic": ddp(self.critic)}
+        self.wrapped = {"model": self.parallel(self.model), "critic": self.parallel(self.critic)}
         common = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **common)
         self.critic_optimizer = torch.optim.AdamW(self.critic_weights, lr=config.critic_lr, **common)
-        self.ema = EMA(self.model, config.ema_decays)
         self.tally = Tally(self.device, ("loss", "critic_loss", "grad_norm", "critic_grad_norm"))
         self.parts = {"model": self.model, "emas": self.ema, "optimizer": self.optimizer}
         kept = self.critic_weights if config.critic_rank else self.critic
@@ -88,7 +87,7 @@ class Distiller(Run):
                 f"does not fit such a student: {error}"
             ) from None
         model.gamma = self.teacher.gamma
-        return model.eval().to(self.device)
+        return model.eval()
 
     def make_critic(self):
         """The critic, whose projector is the GAN's head, and what it trains of it. Moves the teacher to the device."""
@@ -107,7 +106,8 @@ class Distiller(Run):
             critic.projectors.requires_grad_(True)
             self.teacher = WithoutLora(critic)
         else:
-            self.teacher = self.teacher.to(self.device)
+            self.place(self.teacher)
+        self.place(critic)
         return critic, torch.nn.ParameterList(weight for weight in critic.parameters() if weight.requires_grad)
 
     def check_teacher(self, trained):
