@@ -150,7 +150,7 @@ class RunFolder:
 
 
 def whole(state, kept: bool):
-    """A state dict with whole tensors on the host in place of shards, which all processes gather; None unless `kept`."""
+    """A state dict with whole tensors in place of shards: all processes gather them, and those of `kept` get them."""
     if isinstance(state, dict):
         return {name: whole(value, kept) for name, value in state.items()}
     if isinstance(state, DTensor):
@@ -167,7 +167,9 @@ def in_parts(state: dict, part) -> dict:
 
     def divided(value, like):
         if isinstance(value, dict):
-            return {name: divided(each, like.get(name) if isinstance(like, dict) else like) for name, each in value.items()}
+            return {
+                name: divided(each, like.get(name) if isinstance(like, dict) else like) for name, each in value.items()
+            }
         if isinstance(like, DTensor) and value.shape == like.shape:
             return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
         return value
