@@ -53,7 +53,9 @@ class Run:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.share, self.micro = split_batch(config, ranks.world)
         bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
+        # Without the cache, as that is of whole weights, which shards are to do without.
+        options = {"enabled": bf16, "cache_enabled": not config.shard}
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, **options)
         resolve_backend(config.route_backend, self.device)  # refuses one that cannot run here
         if config.shard and ranks.host_group is None:
             raise ValueError("shard = True: there are no processes to share the model; start them with torchrun")
