@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import huggingface_hub
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import config as configuration
 from models.registry import constructor, takes_text
@@ -30,14 +32,25 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decays: tuple):
+        self.model, self.trained = model, {name for name, weight in model.named_parameters() if weight.requires_grad}
         frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-        self.models = {decay: copy.deepcopy(model, dict(frozen)) for decay in decays}
+        self.models = {decay: copy.deepcopy(model, dict(frozen)).eval() for decay in decays}
         self.first = next(iter(self.models.values()))
-        # Listed once: walking through the modules takes longer than averaging a small model.
-        self.weights = trained_weights(model)
-        self.averages = {decay: trained_weights(average) for decay, average in self.models.items()}
         for average in self.models.values():
-            average.eval().requires_grad_(False)
+            average.requires_grad_(False)
+
+    # Listed once: walking through the modules takes longer than averaging a small model. And not before the first step,
+    # as shards take the place of what they are made of.
+    @functools.cached_property
+    def weights(self) -> list:
+        return self._trained(self.model)
+
+    @functools.cached_property
+    def averages(self) -> dict:
+        return {decay: self._trained(average) for decay, average in self.models.items()}
+
+    def _trained(self, model):
+        return [weight for name, weight in model.named_parameters() if name in self.trained]
 
     @torch.no_grad()
     def update(self):
@@ -92,7 +105,7 @@ class RunFolder:
         )
         if checkpoint:
             for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
+                part.load_state_dict(in_parts(checkpoint[name], part))
             progress.update({key: checkpoint[key] for key in progress})
         self.ranks.barrier()  # nobody writes before all have read
 
@@ -134,8 +147,8 @@ class RunFolder:
 
     def save(self, parts: dict, progress: dict, arguments: dict, snapshot: bool = False):
         """Write last.pt, and before it step-STEP.pt with `snapshot`. arguments: of the named model's constructor."""
+        states = {name: whole(part.state_dict(), self.ranks.main) for name, part in parts.items()}
         if self.ranks.main:
-            states = {name: part.state_dict() for name, part in parts.items()}
             content = {"format": FORMAT, "config": self.identity, "arguments": arguments, **progress, **states}
             content["ema"] = next(iter(states["emas"].values()))  # where other programs look; it takes no more space
             names = [f"step-{progress['step']:07d}.pt"] if snapshot else []
@@ -148,6 +161,34 @@ class RunFolder:
         self.log.close()
         if self.lock:
             self.lock.close()
+
+
+def whole(state, kept: bool):
+    """A state dict with whole tensors in place of shards: all processes gather them, and those of `kept` get them."""
+    if isinstance(state, dict):
+        return {name: whole(value, kept) for name, value in state.items()}
+    if isinstance(state, DTensor):
+        tensor = state.full_tensor()
+        return tensor.cpu() if kept else None
+    return state
+
+
+def in_parts(state: dict, part) -> dict:
+    """The reverse: what a model, its averages or an optimiser holds of a `whole` state dict in this process."""
+    like = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer):  # moments, which it may not have yet, are shaped like its weights
+        like = {"state": dict(enumerate(weight for group in part.param_groups for weight in group["params"]))}
+
+    def divided(value, like):
+        if isinstance(value, dict):
+            return {
+                name: divided(each, like.get(name) if isinstance(like, dict) else like) for name, each in value.items()
+            }
+        if isinstance(like, DTensor) and value.shape == like.shape:
+            return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+        return value
+
+    return divided(state, like)
 
 
 # ---- files ----

@@ -164,6 +164,8 @@ class Common:
     """torch.compile the model."""
     checkpoint_activations: bool = option(False, free=True, arm=False)
     """Compute the insides of each sublayer again in the backward pass rather than keep them: less memory, more time."""
+    shard: bool = option(False, free=True, arm=False)
+    """Share out weights, gradients, moments and averages among torchrun's processes (FSDP2): for large models."""
     max_skipped_steps: int = option(20, least=1)
     """Consecutive non-finite steps that stop the run at its next log line; fewer are skipped and counted."""
 
@@ -218,6 +220,11 @@ class Common:
                 "waits for the end of retrofit_steps; leave it out",
             ),
             (self.eval_encoder, "eval_encoder", "needs a judge; --eval-every 0 switches the evaluation off"),
+            (
+                not (self.shard and self.diagnose_every),
+                "diagnose_every",
+                "with shard no process has the whole model; leave it out, and give last.pt to analysis.diagnose",
+            ),
         ):
             _require(fine, name, getattr(self, name), rule)
 

@@ -12,7 +12,6 @@ from its last.pt. The student may have another routing than its teacher: --routi
 from dataclasses import replace
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import config as configuration
 from checkpoint import EMA, load_published, load_teacher, trained_weights
@@ -46,28 +45,28 @@ class Distiller(Run):
         same = {name: value for name, value in vars(config).items() if name in configuration.FIELDS}
         seen = {"encoder": tuple(trained.get("encoder", configuration.Config.encoder))}  # none of them may judge
         self.inputs = Inputs(configuration.Config(**same, **seen, decoder=trained.get("decoder", "")), ranks)
-        if (
-            self.inputs.text and not trained
-        ):  # released weights say neither the size of images nor the length of captions
+        if self.inputs.text and not trained:  # released weights do not say how large images are, and how long captions
             self.teacher.input_size, self.teacher.null_text = self.inputs.shape[1], self.inputs.data.null_text.float()
             self.teacher_arguments |= self.inputs.model_arguments()
             self.arguments |= self.inputs.model_arguments()
         self.check_teacher(trained)
 
-        self.teacher.to(self.device).align_depth = ()
+        self.teacher.align_depth = ()
+        if not config.shard:  # before others share its weights
+            self.place(self.teacher)
         self.times = step_times(config.student_steps, config.time_shift)
         self.labels = self.inputs.data.labels.to(self.device)
         self.model = self.copy_of_teacher(self.arguments, config.student_rank, ("router.", "skips."))
         self.model.step_times = self.times
         self.critic = self.make_critic()
+        self.ema = EMA(self.model, config.ema_decays)
+        self.place(self.teacher, self.critic, self.model, *self.ema.models.values())
         self.critic_weights = torch.nn.ParameterList(trained_weights(self.critic))
         self.flops = self.flops_of_step()
-        ddp = DistributedDataParallel if ranks.world > 1 else lambda model: model
-        self.wrapped = {"model": ddp(self.model), "critic": ddp(self.critic)}
+        self.wrapped = {"model": self.parallel(self.model), "critic": self.parallel(self.critic)}
         common = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **common)
         self.critic_optimizer = torch.optim.AdamW(self.critic_weights, lr=config.critic_lr, **common)
-        self.ema = EMA(self.model, config.ema_decays)
         self.tally = Tally(self.device, ("loss", "critic_loss", "grad_norm", "critic_grad_norm"))
         self.parts = {"model": self.model, "emas": self.ema, "optimizer": self.optimizer}
         kept = self.critic_weights if config.critic_rank else self.critic
@@ -101,7 +100,7 @@ class Distiller(Run):
             shared = {name: value for name, value in weights.items() if not name.startswith(added)}
             model.load_state_dict(shared, strict=False, assign=True)
             add_lora(model, rank, added)
-        return model.eval().to(self.device)
+        return model.eval() if self.config.shard else model.eval().to(self.device)
 
     def make_critic(self):
         """The critic, whose projector is the GAN's head."""

@@ -13,7 +13,6 @@ import gc
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import config as configuration
 from checkpoint import EMA, load_published, load_weights
@@ -46,13 +45,14 @@ class Trainer(Run):
         self.aligned_steps = last if self.inputs.encoders else 0
         self.arguments = config.model_arguments() | self.inputs.model_arguments()
         self.arguments["align_dims"] = tuple(encoder.dim for encoder in self.inputs.encoders)
-        self.model = self.build_model().to(self.device)
+        self.model = self.build_model()
+        self.ema = EMA(self.model, config.ema_decays)
+        self.place(self.model, *self.ema.models.values())
         self.flops = 3 * flops_per_image(config.model, self.arguments)  # a backward pass is two forward passes
-        self.wrapped = DistributedDataParallel(self.model) if ranks.world > 1 else self.model
+        self.wrapped = self.parallel(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.ema = EMA(self.model, config.ema_decays)
         self.tally = Tally(self.device, ("loss", "denoising_loss", "alignment_loss", "grad_norm"))
         self.parts = {"model": self.model, "emas": self.ema, "optimizer": self.optimizer, "tally": self.tally}
         if config.eval_every:
@@ -134,10 +134,10 @@ class Trainer(Run):
         # Without a gradient, rather than with one of zero, which would let AdamW go on by its momentum.
         self.model.projectors.requires_grad_(False)
         self.flops = 3 * flops_per_image(self.config.model, self.arguments | {"align_dims": ()})
-        if self.ranks.world > 1:  # the old wrapper would wait for the projectors' gradients
+        if self.wrapped is not self.model:  # the old wrapper would wait for the projectors' gradients
             self.wrapped = None
             gc.collect()  # frees the old wrapper's buffers first
-            self.wrapped = DistributedDataParallel(self.model)
+            self.wrapped = self.parallel(self.model)
 
     def describe(self):
         """Print what the run is and what it takes."""

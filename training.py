@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import config as configuration
@@ -39,8 +43,8 @@ def launch(kind: type, config):
 class Run:
     """One run of an entry, whose class adds a constructor, `describe`, `batches` and `train_step`.
 
-    The constructor sets `inputs`, `model`, its constructor's `arguments`, `ema`, `tally`, `wrapped` (for DDP), `parts`
-    (see RunFolder), `flops` of a step for an image, and `evaluate` where there is to be an evaluation.
+    The constructor sets `inputs`, `model`, its constructor's `arguments`, `ema`, `tally`, `wrapped` (by `parallel`),
+    `parts` (see RunFolder), `flops` of a step for an image, and `evaluate` where there is to be an evaluation.
     """
 
     aligned_steps = 0  # the first of which also align
@@ -49,8 +53,12 @@ class Run:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.share, self.micro = split_batch(config, ranks.world)
         bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
+        # Without the cache, as that is of whole weights, which shards are to do without.
+        options = {"enabled": bf16, "cache_enabled": not config.shard}
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, **options)
         resolve_backend(config.route_backend, self.device)  # refuses one that cannot run here
+        if config.shard and ranks.host_group is None:
+            raise ValueError("shard = True: there are no processes to share the model; start them with torchrun")
         self.evaluate = None
         # Seconds are of training alone. Checkpoints hold what is due, so that interrupted work is repeated.
         self.progress = {"step": 0, "seconds": 0.0, "logged_step": 0, "logged_seconds": 0.0}
@@ -82,6 +90,21 @@ class Run:
     def __exit__(self, *exception):
         self.wrapped = None  # it must go before the process group, or gloo may wait for ever
         self.folder.close()
+
+    # ---- networks ----
+
+    def place(self, *models: torch.nn.Module):
+        """Moves models to the device: whole, or this process's shards."""
+        for model in models:
+            if self.config.shard:
+                shard(model, self.ranks)
+            else:
+                model.to(self.device)
+
+    def parallel(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What to call in place of a model so that its gradients are means over the processes."""
+        alone = self.ranks.world == 1 or self.config.shard  # shards see to it themselves
+        return model if alone else DistributedDataParallel(model)
 
     # ---- steps ----
 
@@ -140,7 +163,8 @@ class Run:
         """
         means, count = 0.0, self.share // self.micro
         for part in range(count):
-            accumulate = part < count - 1 and self.ranks.world > 1
+            # Shards are exchanged in each part: what waits would be whole gradients.
+            accumulate = part < count - 1 and isinstance(wrapped, DistributedDataParallel)
             with wrapped.no_sync() if accumulate else contextlib.nullcontext():
                 losses = list(losses_of(slice(part * self.micro, (part + 1) * self.micro)))
                 (losses[0] / count).backward()
@@ -153,6 +177,8 @@ class Run:
         Returns the norm of the gradients and whether the step was taken, both on the device.
         """
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, self.config.grad_clip)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         finite = losses.isfinite().all() & grad_norm.isfinite()
         # The fused optimiser leaves weights and moments alone where this is 1, without asking the host.
         optimizer.found_inf = (~finite).float()
@@ -250,11 +276,12 @@ class Run:
     def resources(self, kept: int, more: int) -> str:
         """Lines on batch, memory and device. kept: numbers in a checkpoint; more: those in memory beside them."""
         precision, gib = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32", 2**30 / 4  # float32
+        holders = self.ranks.world if self.config.shard else 1
         return (
             f"batch      {self.config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
             f"in {self.share // self.micro} accumulated parts of {self.micro}\n"
-            f"memory     {(kept + more) / gib:.3g} GiB for weights, gradients, moments and averages, "
-            f"activations excluded\n"
+            f"memory     {(kept + more) / holders / gib:.3g} GiB for weights, gradients, moments and averages"
+            f"{f', sharded over {holders} processes' * self.config.shard}, activations excluded\n"
             f"disk       {kept / gib:.3g} GiB for a checkpoint\n"
             f"device     {self.device}, {precision}, torch {torch.__version__}"
         )
@@ -262,6 +289,21 @@ class Run:
     def say(self, text):
         if self.ranks.main:
             print(text, flush=True)
+
+
+def shard(model: torch.nn.Module, ranks: Ranks):
+    """Leaves each process its part of every weight of a model, on its device (FSDP2), in place.
+
+    Blocks are not called whole, so it is their sublayers that are gathered when they are called; all other weights are
+    gathered for as long as the model computes.
+    """
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for block in model.blocks:
+        for sublayer in block.children():
+            if any(True for _ in sublayer.parameters()):
+                fully_shard(sublayer, mesh=mesh)
+    # By default these would stay whole until a backward pass, which averages do not have: theirs would not move on.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def split_batch(config, world):

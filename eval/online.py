@@ -88,9 +88,8 @@ class OnlineEvaluation:
         for indices in self._batches(self.config.eval_samples):
             if interrupted():
                 return None, None
-            if not indices:
-                continue
-            images = self.sample(model, indices)
+            # All processes call a sharded model equally often: one without a sample left makes one that does not count.
+            images = self.sample(model, indices or range(1))
             for judge, parts in zip(self.judges, sums):
                 found, first = judge.features(images), 0
                 for name, count in judge.counts.items():
@@ -128,14 +127,15 @@ class OnlineEvaluation:
         for any number of processes. Times are spread over [0, 1] by the golden ratio.
         """
         inputs, device, total = self.inputs, self.ranks.device, torch.zeros(1, dtype=torch.float64)
-        for indices in filter(None, self._batches(len(inputs.held_out))):
+        for counted in self._batches(len(inputs.held_out)):
+            indices = counted or range(1)  # as in __call__
             batch = {name: value.to(device) for name, value in inputs.held_out.__getitems__(indices).items()}
             noise = IndexedNoise([derive_seed(0, Use.HELD_OUT, i) for i in indices], inputs.shape, device)
             x, t = inputs.clean(batch, noise()), torch.tensor([0.618033988749895 * (i + 1) % 1 for i in indices])
             x_t, target = interpolant(x, noise(), t.to(device), self.config.path)
             with self.autocast():
                 velocity, _ = model(x_t, t.to(device), inputs.conditions(batch))
-            total += len(indices) * denoising_loss(velocity, target).item()
+            total += len(counted) * denoising_loss(velocity, target).item()
         return self.ranks.sum(total.to(device)).item() / len(inputs.held_out)
 
     # ---- judges ----

@@ -312,7 +312,7 @@ def test_saved_path_may_begin_with_a_dash(tmp_path):
 
 # Settings that may change when a run goes on: anything else would change more than rounding.
 FREE = "out max_steps micro_batch_size num_workers checkpoint_every snapshot_every tensorboard dry_run".split()
-FREE += ["checkpoint_activations", "diagnose_every", "diagnose_images"]
+FREE += ["checkpoint_activations", "shard", "diagnose_every", "diagnose_images"]
 
 
 def test_differences_are_reported_unless_free():
