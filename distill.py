@@ -18,11 +18,12 @@ from checkpoint import EMA, load_published, load_teacher, trained_weights
 from dataset.inputs import Inputs
 from distribution_matching import critic_loss, draw_samples, step_times, student_loss, training_sample
 from eval.online import OnlineEvaluation
-from models.cost import flops_per_image, parameters_by_part
+from models.cost import flops_per_image, held, trainable
 from models.registry import constructor
 from runtime import Tally, Use, derive_seed
 from training import Run, launch
 
+ADDED = ("router.", "text_router.", "skips.")  # parameters that a LoRA student has beside its LoRA
 ROUTING = ("routing", "query", "chunk_size", "chunk_summary")  # arguments of SiT in which a student may differ
 
 
@@ -56,7 +57,7 @@ class Distiller(Run):
             self.place(self.teacher)
         self.times = step_times(config.student_steps, config.time_shift)
         self.labels = self.inputs.data.labels.to(self.device)
-        self.model = self.copy_of_teacher(self.arguments, config.student_rank, ("router.", "skips."))
+        self.model = self.copy_of_teacher(self.arguments, config.student_rank, ADDED)
         self.model.step_times = self.times
         self.critic = self.make_critic()
         self.ema = EMA(self.model, config.ema_decays)
@@ -73,6 +74,24 @@ class Distiller(Run):
         self.parts |= {"critic": kept, "critic_optimizer": self.critic_optimizer, "tally": self.tally}
         if config.eval_every:
             self.evaluate = OnlineEvaluation(self.inputs.config, ranks, self.inputs, self.autocast)
+
+    @staticmethod
+    def outline(config) -> str:
+        """What a run takes, by its options alone: on the meta device, from a residual teacher."""
+        arguments = {name: value for name in ROUTING if (value := getattr(config, name))}
+        make = constructor(config.model)
+        with torch.device("meta"):
+            teacher, student, critic = make(align_dims=()), make(**arguments, align_dims=()), make(align_dims=())
+            for network, rank in ((student, config.student_rank), (critic, config.critic_rank)):
+                if rank:
+                    add_lora(network, rank, ADDED)
+        whole, averages = sum(weight.numel() for weight in teacher.parameters()), len(config.ema_decays)
+        shared = holders_of_backbone(config) - 1
+        student, critic = trainable(student), trainable(critic)
+        return (
+            f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {whole / 1e6:.2f} M teacher\n"
+            + held(3 * (student + critic) + averages * student, student + critic + whole, shared * whole, 8)
+        )
 
     # ---- networks ----
 
@@ -219,9 +238,10 @@ class Distiller(Run):
     def describe(self):
         """Print what the run is and what it takes."""
         config = self.config
-        student, critic = (sum(parameters_by_part(network).values()) for network in (self.model, self.critic_weights))
+        student, critic = trainable(self.model), trainable(self.critic_weights)
         teacher = sum(weight.numel() for weight in self.teacher.parameters())  # it has no gradients
         kept, averages = 3 * (student + critic), len(config.ema_decays) * student  # weights and two moments
+        shared = (holders_of_backbone(config) - 1) * teacher
         taught = self.teacher_arguments.get("routing", "residual")
         routing = config.routing + f", fading in for {config.retrofit_steps} steps" * bool(config.retrofit_steps)
         guided = "" if config.cfg_scale == 1 else f", guided by {config.cfg_scale:g}"
@@ -235,8 +255,13 @@ class Distiller(Run):
             f"{' x '.join(map(str, self.inputs.shape))}\n"
             f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {teacher / 1e6:.2f} M teacher\n"
             f"compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a step\n"
-            + self.resources(kept + averages, student + critic + teacher)
+            + self.resources(kept + averages, student + critic + teacher, shared)
         )
+
+
+def holders_of_backbone(config) -> int:
+    """Networks that have the teacher's frozen weights in common: one copy, but shards of their own."""
+    return 1 + (1 + len(config.ema_decays)) * bool(config.student_rank) + bool(config.critic_rank)
 
 
 def add_lora(network, rank, added):

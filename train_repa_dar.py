@@ -20,7 +20,7 @@ from dataset.inputs import Inputs
 from eval.online import OnlineEvaluation
 from kernels import resolve_backend, why_not_fused
 from loss import Loss, interpolant
-from models.cost import flops_per_image, parameters_by_part
+from models.cost import flops_per_image, held, parameters_by_part
 from models.registry import constructor
 from models.streams import ResidualStream
 from runtime import Tally, Use, derive_seed
@@ -57,6 +57,20 @@ class Trainer(Run):
         self.parts = {"model": self.model, "emas": self.ema, "optimizer": self.optimizer, "tally": self.tally}
         if config.eval_every:
             self.evaluate = OnlineEvaluation(config, ranks, self.inputs, self.autocast)
+
+    @staticmethod
+    def outline(config) -> str:
+        """What a run takes, by its options alone: on the meta device, with encoders of DINOv2's width (ViT-B)."""
+        arguments = config.model_arguments()
+        arguments["align_dims"] = (768,) * len(config.encoder) if config.alignment == "repa" else ()
+        with torch.device("meta"):
+            parts = parameters_by_part(constructor(config.model)(**arguments))
+        total = sum(parts.values())
+        return (
+            f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
+            f"compute    {3 * flops_per_image(config.model, arguments) / 1e9:.4g} GFLOP of matrix products for an image "
+            f"in a training step, encoders excluded\n{held(total * (3 + len(config.ema_decays)), total, processes=8)}"
+        )
 
     def build_model(self):
         config = self.config

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ import config as configuration
 from checkpoint import RunFolder
 from dataset.prepared import PreparedImages, text_encoders
 from kernels import resolve_backend
-from models.cost import peak_flops
+from models.cost import held, peak_flops
 from runtime import Ranks, Stop, environment, plain_errors, tf32
 
 
@@ -28,6 +29,11 @@ def launch(kind: type, config):
     """Start or resume the run of a `Run` class to its end. Exits with one line on a user's mistake or a full disk."""
     with Ranks() as ranks, tf32(config.tf32):
         with plain_errors(ValueError, OSError):
+            if config.dry_run and config.data and not Path(config.data).exists():
+                if ranks.main:
+                    print(f"data       {config.data} is not there; the shapes are those of {config.model} by default")
+                    print(kind.outline(config))
+                return
             run = kind(config, ranks)
             run.describe()
             if config.dry_run:
@@ -41,7 +47,7 @@ def launch(kind: type, config):
 
 
 class Run:
-    """One run of an entry, whose class adds a constructor, `describe`, `batches` and `train_step`.
+    """One run of an entry, whose class adds a constructor, `outline`, `describe`, `batches` and `train_step`.
 
     The constructor sets `inputs`, `model`, its constructor's `arguments`, `ema`, `tally`, `wrapped` (by `parallel`),
     `parts` (see RunFolder), `flops` of a step for an image, and `evaluate` where there is to be an evaluation.
@@ -273,16 +279,13 @@ class Run:
             )
         self.ranks.barrier()
 
-    def resources(self, kept: int, more: int) -> str:
-        """Lines on batch, memory and device. kept: numbers in a checkpoint; more: those in memory beside them."""
-        precision, gib = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32", 2**30 / 4  # float32
-        holders = self.ranks.world if self.config.shard else 1
+    def resources(self, kept: int, more: int, shared: int = 0) -> str:
+        """Lines on batch, memory and device; the arguments are those of `held`."""
+        precision = "bf16 autocast" if self.autocast.keywords["enabled"] else "fp32"
         return (
             f"batch      {self.config.batch_size} global = {self.ranks.world} processes x {self.share} local, "
             f"in {self.share // self.micro} accumulated parts of {self.micro}\n"
-            f"memory     {(kept + more) / holders / gib:.3g} GiB for weights, gradients, moments and averages"
-            f"{f', sharded over {holders} processes' * self.config.shard}, activations excluded\n"
-            f"disk       {kept / gib:.3g} GiB for a checkpoint\n"
+            f"{held(kept, more, shared, self.ranks.world if self.config.shard else 1)}\n"
             f"device     {self.device}, {precision}, torch {torch.__version__}"
         )
 

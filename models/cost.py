@@ -36,6 +36,25 @@ def parameters_by_part(model: torch.nn.Module) -> dict:
     return counts
 
 
+def trainable(model: torch.nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameters_by_part(model).values())
+
+
+def held(kept: int, more: int, shared: int = 0, processes: int = 1) -> str:
+    """Lines on memory and disk. kept: float32 numbers in a checkpoint; more: those in memory beside them.
+
+    shared: what several networks have in common, as often as all but one hold it where they are sharded.
+    """
+    gib = 2**30 / 4
+    shards = f"; {(kept + more + shared) / processes / gib:.3g} GiB each, sharded over {processes} processes"
+    return (
+        f"memory     {(kept + more) / gib:.3g} GiB for weights, gradients, moments and averages, activations excluded"
+        f"{shards * (processes > 1)}\n"
+        f"disk       {kept / gib:.3g} GiB for a checkpoint"
+    )
+
+
 def flops_per_image(name: str, arguments: dict) -> int:
     """Floating-point operations of one forward pass for one image, two per multiply-add, as PyTorch counts them.
 
