@@ -11,7 +11,7 @@ The folder, which all processes must see, is named after the checkpoint, the sam
 moves FID. It holds
 
     NAME.npz            arr_0, uint8 (N, H, W, 3), and arr_1, int64 (N), the labels
-    grid.png            the first 64, by label
+    grid.png            the first 64, by label, with their prompts
     prompts.txt         of a model of captions: line k is what label k stands for
     settings.json       the settings, and where each start of the command ran
     samples/CHUNK.npy   64 images each; may be deleted once the npz is there
@@ -22,9 +22,12 @@ Shapes: B batch, N all images, C channels of what SiT sees, S its size, H = W pi
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
+import math
 import shutil
+import textwrap
 import time
 import zipfile
 from dataclasses import dataclass
@@ -486,9 +489,13 @@ def finish(chunks: dict, npz: Path, shape: tuple, labels: torch.Tensor):
     grid, first = npz.with_name("grid.png"), next(iter(chunks))
     if not grid.is_file() and first.is_file():
         images = torch.from_numpy(read_chunk(first, (chunks[first], *shape[1:])))
-        picture = grid_of(images.permute(0, 3, 1, 2), labels)
+        prompts, images = npz.with_name("prompts.txt"), images.permute(0, 3, 1, 2)
+        if prompts.is_file():
+            picture = captioned_grid(images, labels, prompts.read_text().splitlines())
+        else:
+            picture = Image.fromarray(grid_of(images, labels).permute(1, 2, 0).numpy())
         with replaced(grid) as file:
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+            picture.save(file, "PNG")
     if not npz.is_file():
         with replaced(npz) as file, zipfile.ZipFile(file, "w") as archive:
             with member(archive, "arr_0.npy") as array:  # a chunk at a time, for the memory
@@ -498,6 +505,23 @@ def finish(chunks: dict, npz: Path, shape: tuple, labels: torch.Tensor):
             with member(archive, "arr_1.npy") as array:
                 np.lib.format.write_array(array, labels.numpy())
     print(f"{npz}: {shape[0]} images, complete", flush=True)
+
+
+def captioned_grid(images: torch.Tensor, labels: torch.Tensor, prompts: list[str]) -> Image.Image:
+    """uint8 (B, 3, H, W) in a square, by label, each below its prompt."""
+    from matplotlib.figure import Figure  # takes a second
+
+    columns = math.ceil(len(images) ** 0.5)
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(1.5 * columns, 1.8 * rows), layout="tight")
+    for place, row in enumerate(labels[: len(images)].argsort(stable=True).tolist()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.imshow(images[row].permute(1, 2, 0).numpy())
+        axes.set_axis_off()
+        axes.set_title(textwrap.fill(textwrap.shorten(prompts[labels[row]], 75), 25), fontsize=6)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer)
 
 
 def read_chunk(path: Path, shape: tuple) -> np.ndarray:
