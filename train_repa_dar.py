@@ -67,10 +67,11 @@ class Trainer(Run):
             parts = parameters_by_part(constructor(config.model)(**arguments))
         total = sum(parts.values())
         kept = (3 + len(config.ema_decays)) * total
+        flops = 3 * flops_per_image(config.model, arguments)
         return (
             f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
-            f"compute    {3 * flops_per_image(config.model, arguments) / 1e9:.4g} GFLOP of matrix products for an image "
-            f"in a training step, encoders excluded\n" + held(kept, total, processes=8)
+            f"compute    {flops / 1e9:.4g} GFLOP of matrix products for an image in a training step, encoders excluded\n"
+            + held(kept, total, processes=8)
         )
 
     def build_model(self):
