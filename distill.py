@@ -45,6 +45,7 @@ class Distiller(Run):
         # What inputs and evaluation need to know, in the words of the trainer.
         same = {name: value for name, value in vars(config).items() if name in configuration.FIELDS}
         seen = {"encoder": tuple(trained.get("encoder", configuration.Config.encoder))}  # none of them may judge
+        seen["text_encoder"] = trained.get("content of text", "")
         self.inputs = Inputs(configuration.Config(**same, **seen, decoder=trained.get("decoder", "")), ranks)
         if self.inputs.text and not trained:  # released weights do not say how large images are, and how long captions
             self.teacher.input_size, self.teacher.null_text = self.inputs.shape[1], self.inputs.data.null_text.float()
@@ -139,10 +140,6 @@ class Distiller(Run):
             (
                 config.cfg_scale == 1 or trained.get("class_dropout_prob", 1) > 0,
                 f"was trained without a null class, which cfg_scale = {config.cfg_scale} needs; give 1",
-            ),
-            (
-                trained.get("content of text", self.inputs.text) == self.inputs.text,
-                f"was told captions by another text encoder than that of {config.data}",
             ),
             (
                 self.inputs.text or teacher.num_classes == data.num_classes,

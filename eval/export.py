@@ -24,6 +24,7 @@ import yaml
 from checkpoint import FORMAT, load_trained
 from config import Config, DistillConfig, plain
 from eval.sample import content_of
+from models.registry import takes_text
 from runtime import parsed, plain_errors, read_json, replaced, table, write_json
 
 NO_METRICS = {"step", "images", "epoch", "seconds", "evaluation_seconds"}  # in a line of metrics.jsonl
@@ -34,7 +35,7 @@ tags: [diffusion, sit, {routing}]
 
 # {name}
 
-{model} with {routing} routing, {classes} classes of `{data}`, step {step}, moving average {average}; made for the
+{model} with {routing} routing, {told} of `{data}`, step {step}, moving average {average}; made for the
 autoencoder `{autoencoder}`. {origin}
 
     python -m eval.sample OWNER/{name}
@@ -93,7 +94,7 @@ def export(options: Options):
         name=out.resolve().name,
         model=config["model"],
         routing=model.routing,
-        classes=model.num_classes,
+        told="captions" if takes_text(config["model"]) else f"{model.num_classes} classes",
         data=config["data"],
         autoencoder=config["autoencoder"],
         step=known["step"],

@@ -26,6 +26,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
 import textwrap
 import time
@@ -207,12 +208,20 @@ def load(options: Options, ranks: Ranks):
         model, trained = load_trained(options.checkpoint, "".join(options.average), options.model)
         guide, known = load_trained(options.guide) if options.guide else (None, {})
     model.align_depth = ()  # nobody reads the projections here
+    if guide and known.get("content of text", "") != trained.get("content of text", ""):
+        raise ValueError(f"guide = {options.guide!r}: the text encoder is another one, or only one of both has any")
     prompts = read_prompts(options)
     if bool(prompts) != takes_text(trained.get("model", options.model)):
         what = "needs some: captions, or a file of them" if not prompts else "has no effect on a model of labels"
-        raise ValueError(f"prompts = {options.prompts}: {what}; {options.checkpoint} is of {trained['model']}")
+        name = trained.get("model", options.model)
+        raise ValueError(f"prompts = {options.prompts}: {what}; {options.checkpoint} is of {name}")
     if prompts:
-        model = prompted(model, prompts, trained, ranks)
+        if not trained:
+            raise ValueError(f"{options.checkpoint} is not of this trainer; draw from it by diffusers' pipeline")
+        from models.mmdit import Prompted  # takes seconds
+
+        tokens = encoded(prompts, trained, ranks)
+        model, guide = (network and Prompted(network, tokens) for network in (model, guide))
         trained = {**trained, "classes with images": ()}
     name = options.autoencoder or trained.get("autoencoder", "")
     if not name:
@@ -248,14 +257,13 @@ def load(options: Options, ranks: Ranks):
 def read_prompts(options: Options) -> list[str]:
     """The prompts, from a file where the only one is the name of a file."""
     prompts = list(options.prompts)
-    if len(prompts) == 1 and Path(prompts[0]).is_file():
+    if len(prompts) == 1 and os.path.isfile(prompts[0]):  # Path's would not have names that are too long
         prompts = Path(prompts[0]).read_text().splitlines()
     return prompts
 
 
-def prompted(model, prompts: list[str], trained: dict, ranks: Ranks):
-    """The model of captions as one of labels. Raises ValueError where its text encoder cannot be had."""
-    from models.mmdit import Prompted  # takes seconds
+def encoded(prompts: list[str], trained: dict, ranks: Ranks) -> torch.Tensor:
+    """(P, L, W + 1), as a run has read its captions. Raises ValueError where its text encoder cannot be had."""
     from models.text import load_text_encoder
 
     name = trained["text encoder"]
@@ -264,8 +272,7 @@ def prompted(model, prompts: list[str], trained: dict, ranks: Ranks):
     if encoder.fingerprint != trained["content of text"]:
         raise ValueError(f"text encoder {name!r} is not what it was when {trained['data']} was prepared; put that back")
     parts = [encoder(prompts[first : first + CHUNK]) for first in range(0, len(prompts), CHUNK)]
-    # As they are stored for training.
-    return Prompted(model, torch.cat(parts).half().float().cpu())
+    return torch.cat(parts).half().float().cpu()  # as they are stored for training
 
 
 def check_guide(name: str, guide, known: dict, model, settings: Settings):

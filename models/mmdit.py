@@ -33,6 +33,19 @@ ADDED = ("router.", "text_router.", "projectors.")  # parameters that diffusers'
 PLAIN = ("align_depth", "added")  # and what else says how it is joined
 
 
+def refuse_variants(config):
+    """Raises ValueError where the same weights would mean another function."""
+    for name in ("zero_cond_t", "use_additional_t_cond"):
+        if config[name]:
+            raise ValueError(f"{name} = True: that variant of Qwen-Image is not supported")
+
+
+def rotary_axes(head: int) -> tuple | None:
+    """Rotary dimensions of frames, rows and columns: an eighth for frames, as Qwen-Image's 16, 56, 56, and all even."""
+    frames = next((n for n in range(-(-head // 16) * 2, head, 2) if (head - n) % 4 == 0), None)
+    return frames and (frames, (head - frames) // 2, (head - frames) // 2)
+
+
 class RoutedQwenImage(QwenImageTransformer2DModel):
     """diffusers' QwenImageTransformer2DModel. As loaded it is that model to the bit, but for its clipping in fp16.
 
@@ -46,9 +59,7 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
     @functools.wraps(QwenImageTransformer2DModel.__init__)  # diffusers reads the options of a config off the signature
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for name in ("zero_cond_t", "use_additional_t_cond"):
-            if self.config[name]:
-                raise ValueError(f"{name} = True: that variant of Qwen-Image is not supported")
+        refuse_variants(self.config)
         self.router = self.text_router = None
         self.projectors, self.align_depth, self.added = nn.ModuleList(), (), {}
         self.checkpoint_activations = False  # recompute the sublayers in the backward pass, as in SiT
@@ -197,12 +208,11 @@ class MMDiT(RoutedQwenImage):
         projector_dim=2048, checkpoint_activations=False,
     ):  # fmt: skip
         head = hidden_size // num_heads
-        # Rotary dimensions of frames, rows and columns: an eighth for frames, as Qwen-Image's 16, 56, 56, and all even.
-        frames = next((n for n in range(-(-head // 16) * 2, head, 2) if (head - n) % 4 == 0), None)
+        axes = rotary_axes(head)
         for fine, problem in (
             (input_size % patch_size == 0, f"input_size = {input_size} is not a multiple of patch_size = {patch_size}"),
             (
-                hidden_size % num_heads == 0 and frames,
+                hidden_size % num_heads == 0 and axes,
                 f"hidden_size = {hidden_size} must be a multiple of num_heads = {num_heads}, with an even rest above 4",
             ),
             (0 <= class_dropout_prob < 1, f"class_dropout_prob = {class_dropout_prob} is not in [0, 1)"),
@@ -211,7 +221,7 @@ class MMDiT(RoutedQwenImage):
                 raise ValueError(problem)
         super().__init__(
             patch_size, in_channels * patch_size**2, in_channels, depth, head, num_heads, text_width,
-            axes_dims_rope=(frames, (head - frames) // 2, (head - frames) // 2),
+            axes_dims_rope=axes,
         )  # fmt: skip
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.class_dropout_prob, self.hidden_size, self.routing = class_dropout_prob, hidden_size, routing
@@ -225,7 +235,7 @@ class MMDiT(RoutedQwenImage):
         self.projectors.apply(xavier)
         self.checkpoint_activations = checkpoint_activations
         last = self.blocks[-1]  # nobody reads the text after its attention, and DDP would wait for these gradients
-        for unused in (last.attn.to_add_out, last.txt_mlp):
+        for unused in (last.attn.add_q_proj, last.attn.norm_added_q, last.attn.to_add_out, last.txt_mlp):
             unused.requires_grad_(False)
 
     def forward(self, x, t, y, label_draw=None, make_stream=None) -> tuple[torch.Tensor, list]:
@@ -283,12 +293,20 @@ class Prompted(nn.Module):
 
 
 def published_weights(source: str | Path) -> dict:
-    """The weights of Qwen-Image's transformer in a folder of diffusers or a hub name; {} where there is no such."""
+    """The weights of Qwen-Image's transformer in a folder of diffusers or a hub name; {} where there is no such.
+
+    Raises ValueError where an MMDiT with these weights would be another function.
+    """
     for subfolder in ("transformer", None):
         try:
-            return QwenImageTransformer2DModel.from_pretrained(source, subfolder=subfolder).state_dict()
+            model = QwenImageTransformer2DModel.from_pretrained(source, subfolder=subfolder)
         except (OSError, ValueError):  # what diffusers raises where it finds nothing, or finds something else
             continue
+        refuse_variants(model.config)
+        axes, expected = tuple(model.config.axes_dims_rope), rotary_axes(model.config.attention_head_dim)
+        if axes != expected:
+            raise ValueError(f"axes_dims_rope = {axes}: only {expected} is supported for heads of this width")
+        return model.state_dict()
     return {}
 
 
