@@ -17,15 +17,15 @@ from eval import export
 from eval import sample as sampling
 from models.mmdit import RoutedQwenImage
 from models.sit import SIT_MODELS
+from models.text import load_text_encoder
 from runtime import Use, derive_seed
 from tests.conftest import TINY, forked
 from tests.test_mmdit import random_weights
 from tests.test_sample import npz
-from tests.test_text import SIZES, word_tokenizer
+from tests.test_text import make_qwen
 from tests.test_trainer import assert_same_curves, assert_same_run, killed_at, records, run_killed
 
 import diffusers  # after models: see its docstring
-import transformers
 
 PROMPTS = ["a handwritten three", "the digit seven", "zero"]
 STEPS = 15
@@ -37,9 +37,10 @@ ARMS = {"residual": "", "dar": "--routing dar --chunk-size 3 --alignment repa --
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, encoder_folder):
-    """70 digits with captions by `words`."""
+    """70 digits with captions by `words`, in 8 and in 5 tokens."""
     folder = tmp_path_factory.mktemp("data") / "captioned"
-    prepare.main(f"digits --out {folder} --limit 70 --text-encoder words".split())
+    for tokens in (8, 5):
+        prepare.main(f"digits --out {folder} --limit 70 --text-encoder words --text-tokens {tokens}".split())
     return folder
 
 
@@ -49,9 +50,12 @@ def command(data, encoder_folder, judge_folder):
     judged = f"--eval-encoder={judge_folder} --eval-every 8 --eval-samples 5 --eval-batch-size 2 --sample-steps 2"
     steps = f"--max-steps {STEPS} --log-every 1 --checkpoint-every 4 --ema-decays 0.5 --mirror --held-out 5"
     aligned = f"--encoder={encoder_folder} --encoder-features online"
+    told = f"--text-encoder={load_text_encoder('words').fingerprint}"
 
     def build(out, *extra):
-        line = f"--config digits_text --data={data} --out={out} {TINY} {steps} {aligned} {judged} {' '.join(extra)}"
+        line = (
+            f"--config digits_text --data={data} --out={out} {TINY} {steps} {aligned} {told} {judged} {' '.join(extra)}"
+        )
         return line.split()
 
     return build
@@ -98,8 +102,8 @@ def test_a_run_learns_and_is_the_same_whatever_kills_or_shares_it(command, train
 
 
 def test_two_processes_with_half_the_model_each_follow_one(command, trained, tmp_path):
-    both(train_repa_dar.main, command(tmp_path / "run", ARMS["dar"], "--shard", "--max-steps=8"))
-    assert_begins_as(tmp_path / "run", trained("dar"), 9)  # with an evaluation
+    both(train_repa_dar.main, command(tmp_path / "run", ARMS["dar"], "--shard --max-steps=4 --eval-every=0"))
+    assert_begins_as(tmp_path / "run", trained("dar"), 4)
 
 
 def test_an_exported_run_draws_the_same(trained, tmp_path):
@@ -188,11 +192,7 @@ OF_FOLDER = "--depth 3 --hidden-size 32 --num-heads 2"
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """A published Qwen-Image, but for its size."""
-    torch.manual_seed(0)
-    vision = dict(hidden_size=16, intermediate_size=24, depth=1, num_heads=2, out_hidden_size=16)
-    rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)
-    text = SIZES | dict(num_key_value_heads=1, vocab_size=40, rope_parameters=rope)
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    text_encoder, tokenizer = make_qwen()
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
@@ -204,8 +204,8 @@ def qwen(tmp_path_factory):
     diffusers.QwenImagePipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
         diffusers.AutoencoderKLQwenImage(**sizes, **normal),
-        transformers.Qwen2_5_VLForConditionalGeneration(config).eval(),
-        word_tokenizer(end="", extra_special_tokens=["<|im_start|>", "<|im_end|>"]),
+        text_encoder,
+        tokenizer,
         transformer,
     ).save_pretrained(folder)
     return folder
@@ -277,7 +277,7 @@ LORA = "--student-rank 3 --critic-rank 2"
 
 
 @pytest.fixture(scope="module")
-def distilling(qwen, latents, trained):
+def distilling(qwen, latents, trained, judge_folder):
     """Arguments of distill.py, of the published teacher or of our own."""
 
     def build(teacher, out, *extra):
@@ -285,8 +285,9 @@ def distilling(qwen, latents, trained):
         if teacher == "published":
             of = f"--teacher={qwen} --model=Qwen-Image/2 --autoencoder={qwen / 'vae'} --data={latents}"
         rates = "--lr 1e-3 --critic-lr 1e-3 --critic-steps 1 --ema-decays 0.5 --batch-size 4 --student-steps 2"
-        steps = "--max-steps 20 --log-every 1 --checkpoint-every 6 --eval-every 0 --tensorboard False"
-        return f"{of} --out={out} {DAR} {LORA} {rates} {steps} {' '.join(extra)}".split()
+        steps = "--max-steps 20 --log-every 1 --checkpoint-every 6 --tensorboard False"
+        judged = f"--eval-encoder={judge_folder} --eval-every 16 --eval-samples 4 --eval-batch-size 2"
+        return f"{of} --out={out} {DAR} {LORA} {rates} {steps} {judged} {' '.join(extra)}".split()
 
     return build
 
@@ -322,8 +323,8 @@ def test_a_student_of_captions(distilling, tmp_path, teacher):
     assert saved["model"].keys() == learns | {"null_text"}
 
     if teacher == "published":
-        both(distill.main, distilling(teacher, tmp_path / "shards", "--shard", "--max-steps=4"))
-        assert_begins_as(tmp_path / "shards", tmp_path / "whole", 4)
+        both(distill.main, distilling(teacher, tmp_path / "shards", "--shard --max-steps=3 --eval-every=0"))
+        assert_begins_as(tmp_path / "shards", tmp_path / "whole", 3)
     else:
 
         class Killed(distill.Distiller):
@@ -348,3 +349,8 @@ def test_a_student_of_captions(distilling, tmp_path, teacher):
     x, t = torch.randn(3, *run.inputs.shape, generator=generator), torch.rand(3, generator=generator)
     run.fade_in()
     torch.testing.assert_close(model(x, t, y)[0], run.model(x, t, y)[0].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gan_on_captions(distilling, tmp_path):
+    distill.main(distilling("ours", tmp_path / "run", "--gan-weight=1 --cfg-scale=2 --max-steps=2"))
+    assert all(line["critic_loss"] > 0 for line in records(tmp_path / "run") if "critic_loss" in line)
