@@ -74,7 +74,7 @@ class Arm:
     model: str = option("SiT-B/2")
     """SiT-{S,B,L,XL,Plus}/PATCH, or for captions MMDiT-B/PATCH, Qwen-Image/2. --model discards the preset's sizes."""
     text_encoder: str = option("")
-    """Whose tokens of the captions a model of captions reads from the data folder. Empty: the only ones there."""
+    """Whose tokens of the captions a model of captions reads from the data folder: name or ID. Empty: the only ones."""
     depth: int | None = option(None, least=1, model=True)
     """Blocks, instead of the named model's."""
     hidden_size: int | None = option(None, least=4, model=True)

@@ -127,7 +127,7 @@ class Distiller(Run):
         config, arguments = self.config, self.teacher_arguments
         if config.gan_weight:
             middle, width = len(self.teacher.blocks) // 2, self.teacher.hidden_size
-            arguments = arguments | {"align_depth": max(1, middle), "align_dims": (1,), "projector_dim": width}
+            arguments = arguments | {"align_depth": (max(1, middle),), "align_dims": (1,), "projector_dim": width}
         return self.copy_of_teacher(arguments, config.critic_rank, ("projectors.",))
 
     def check_teacher(self, trained):

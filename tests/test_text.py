@@ -114,17 +114,21 @@ def test_tokens_are_those_of_transformers(kind, tmp_path):
     assert load_text_encoder(save(tmp_path / "other", kind, seed=1), length).fingerprint not in names
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """The folder of a pipeline that names a transformer and a VAE which are not there, and the same pipeline."""
-    folder = tmp_path_factory.mktemp("qwen")
+def make_qwen():
+    """Text encoder and tokenizer of a QwenImagePipeline."""
     torch.manual_seed(0)
     vision = dict(hidden_size=16, intermediate_size=24, depth=1, num_heads=2, out_hidden_size=16)
     rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)
     text = SIZES | dict(num_key_value_heads=1, vocab_size=40, rope_parameters=rope)
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
     tokenizer = word_tokenizer(end="", extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """The folder of a pipeline that names a transformer and a VAE which are not there, and the same pipeline."""
+    folder, (model, tokenizer) = tmp_path_factory.mktemp("qwen"), make_qwen()
     model.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     parts = {"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"]}
