@@ -16,12 +16,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import config as configuration
+from models.dar import head_aggregator
 from models.registry import constructor, takes_text
 from models.sit import FREQUENCIES, MAX_PERIOD
 from runtime import MetricsLog, Ranks, environment, fingerprint, lock_folder, one_line, read_json, replaced
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 EXPORTED = ("config.json", "model.safetensors")  # what eval.export writes for us to read
+JOINS = ("router.", "text_router.", "skips.")  # how the names begin of what joins sublayers
 FORMAT = 2  # of last.pt; format 1 drew other random numbers, so its runs cannot go on
 
 
@@ -252,11 +254,8 @@ def load_weights(path: str | Path, name: str = "") -> dict:
 
     name: the model's. One of captions may also be a folder of diffusers, or a hub name.
     """
-    if takes_text(name):
-        from models.mmdit import published_weights  # diffusers takes seconds
-
-        if weights := published_weights(path):
-            return weights
+    if weights := published_weights(path, name):
+        return weights
     checkpoint = load_checkpoint(path)
     content = checkpoint if isinstance(checkpoint, dict) else {}
     for key in ("ema", "model", "state_dict"):
@@ -269,6 +268,15 @@ def load_weights(path: str | Path, name: str = "") -> dict:
     return whole_weights(path, checkpoint["config"], weights) if is_ours(checkpoint) else weights
 
 
+def published_weights(source: str | Path, name: str) -> dict:
+    """Those of a folder of diffusers, or its hub name, for a model of captions; {} where it is none."""
+    if not takes_text(name) or Path(source).is_file():
+        return {}
+    from models.mmdit import weights_of_diffusers  # takes seconds
+
+    return weights_of_diffusers(source)
+
+
 def load_trained(path: str | Path, average: str = "", name: str = "", route_backend: str = "auto"):
     """The model of a checkpoint, in eval mode on the CPU, and what is known of its run ({} for released ones).
 
@@ -277,8 +285,9 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
     To the options of the run are added its `step`, the resolved `average` and the model's `arguments`.
     Raises ValueError where there is no such checkpoint, average or model.
     """
-    of_ours = not takes_text(name) or Path(path).is_file()
-    checkpoint = load_checkpoint(path) if of_ours else None
+    # Folders of diffusers are no checkpoints.
+    weights = published_weights(path, name)
+    checkpoint = {} if weights else load_checkpoint(path)
     if is_ours(checkpoint):
         known = {key: checkpoint[key] for key in ("step", "arguments")}
         options = {**checkpoint["config"], **known}
@@ -294,7 +303,7 @@ def load_trained(path: str | Path, average: str = "", name: str = "", route_back
     else:
         if average:
             raise ValueError(f"average = {average!r}: {path} is not of this trainer, and has no choice of averages")
-        weights, options = load_weights(path, name), {}
+        weights, options = weights or load_weights(path), {}
     if not name:
         raise ValueError(f"model = '': say which model {path} is of, such as SiT-XL/2")
     make = constructor(name)
@@ -315,8 +324,8 @@ def load_teacher(path: str | Path, name: str = "", route_backend: str = "auto"):
     teacher, trained = load_trained(path, name=name, route_backend=route_backend)
     arguments = trained.get("arguments") or released_arguments(teacher.state_dict(), name)
     final = arguments.get("final_aggregator", "auto")
-    if final == "auto" and arguments.get("routing") == "dar":  # what it was, whatever projectors come and go
-        final = "shared" if arguments["align_dims"] else "dedicated"
+    if arguments.get("routing") == "dar":  # what it was, whatever projectors come and go
+        final = head_aggregator(final, arguments["align_dims"])
     arguments = arguments | {"final_aggregator": final, "align_dims": ()}
     return teacher, trained, arguments, fingerprint(teacher, json.dumps(arguments, sort_keys=True))
 
@@ -395,8 +404,7 @@ def load_published(model: nn.Module, state_dict: dict, new_labels: bool = False)
         state_dict[table] = torch.cat([own[table][:-1], state_dict[table][-1:].to(own[table])])
     missing = sorted(own.keys() - state_dict.keys())
     unused = sorted(state_dict.keys() - own.keys())
-    joins = ("router.", "text_router.", "skips.")
-    optional = ("projectors.", "null_text", *(() if any(name.startswith(joins) for name in state_dict) else joins))
+    optional = ("projectors.", "null_text", *(() if any(name.startswith(JOINS) for name in state_dict) else JOINS))
     problems = [f"missing {name}" for name in missing if not name.startswith(optional)]
     problems += [f"unknown {name}" for name in unused if not name.startswith("projectors.")]
     problems += [

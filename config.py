@@ -64,7 +64,7 @@ class Arm:
     seed: int = option(0, least=0, arm=False)
     """Decides initial weights, data order, times, noise and dropped labels, whatever the number of processes."""
     init_from: str = option("")
-    """Weights to start from: ours, an exported folder or hub name, SiT's or REPA's (`ema` where the file has it)."""
+    """Weights to start from: ours, an exported folder or hub name, SiT's, REPA's (`ema` if there), or diffusers'."""
     new_labels: bool = option(False, idle_with=NOT_SIT | {"init_from": ("",)})
     """Start with a new label table, as other classes need, and take only the null class from `init_from`."""
     retrofit_steps: int = option(0, least=0, idle_with=NOT_ROUTED)
@@ -280,13 +280,15 @@ class DistillConfig(Common):
 
     # ---- distillation ----
     teacher: str = option("")
-    """Checkpoint to distil: ours (its first average is taken), an exported folder or hub name, or SiT's or REPA's."""
+    """To distil: our checkpoint (its first average), an exported folder or hub name, SiT's, REPA's, or diffusers'."""
     model: str = option("")
     """Name of a released teacher (SiT-XL/2). Empty: the one of our checkpoint."""
     autoencoder: str = option("")
     """What a released teacher was trained on: an autoencoder, or pixels. Empty: what our checkpoint says."""
     data: str = option("")
-    """Prepared folder with labels, and with the images of the evaluation. Empty: the teacher's own."""
+    """Prepared folder with labels or captions, and images for the evaluation. Empty: the teacher's own."""
+    text_encoder: str = option("")
+    """Whose tokens of the captions a released teacher reads, as in training."""
     out: str = option("", free=True, arm=False)
     """Run folder; must be given."""
     seed: int = option(0, least=0, arm=False)

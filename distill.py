@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 import config as configuration
-from checkpoint import EMA, load_published, load_teacher, trained_weights
+from checkpoint import EMA, JOINS, load_published, load_teacher, trained_weights
 from dataset.inputs import Inputs
 from distribution_matching import critic_loss, draw_samples, step_times, student_loss, training_sample
 from eval.online import OnlineEvaluation
@@ -23,8 +23,7 @@ from models.registry import constructor
 from runtime import Tally, Use, derive_seed
 from training import Run, launch
 
-ADDED = ("router.", "text_router.", "skips.")  # parameters that a LoRA student has beside its LoRA
-ROUTING = ("routing", "query", "chunk_size", "chunk_summary")  # arguments of SiT in which a student may differ
+ROUTING = ("routing", "query", "chunk_size", "chunk_summary")  # arguments of a model in which a student may differ
 
 
 def main(argv=None):
@@ -45,12 +44,13 @@ class Distiller(Run):
         # What inputs and evaluation need to know, in the words of the trainer.
         same = {name: value for name, value in vars(config).items() if name in configuration.FIELDS}
         seen = {"encoder": tuple(trained.get("encoder", configuration.Config.encoder))}  # none of them may judge
-        seen["text_encoder"] = trained.get("content of text", "")
-        self.inputs = Inputs(configuration.Config(**same, **seen, decoder=trained.get("decoder", "")), ranks)
+        seen["text_encoder"] = trained.get("content of text") or config.text_encoder
+        self.inputs = Inputs(configuration.Config(**same | seen, decoder=trained.get("decoder", "")), ranks)
         if self.inputs.text and not trained:  # released weights do not say how large images are, and how long captions
             self.teacher.input_size, self.teacher.null_text = self.inputs.shape[1], self.inputs.data.null_text.float()
-            self.teacher_arguments |= self.inputs.model_arguments()
-            self.arguments |= self.inputs.model_arguments()
+            known = self.inputs.model_arguments()
+            known = {name: known[name] for name in ("input_size", "text_tokens")}
+            self.teacher_arguments, self.arguments = self.teacher_arguments | known, self.arguments | known
         self.check_teacher(trained)
 
         self.teacher.align_depth = ()
@@ -58,7 +58,7 @@ class Distiller(Run):
             self.place(self.teacher)
         self.times = step_times(config.student_steps, config.time_shift)
         self.labels = self.inputs.data.labels.to(self.device)
-        self.model = self.copy_of_teacher(self.arguments, config.student_rank, ADDED)
+        self.model = self.copy_of_teacher(self.arguments, config.student_rank, JOINS)
         self.model.step_times = self.times
         self.critic = self.make_critic()
         self.ema = EMA(self.model, config.ema_decays)
@@ -85,7 +85,7 @@ class Distiller(Run):
             teacher, student, critic = make(align_dims=()), make(**arguments, align_dims=()), make(align_dims=())
             for network, rank in ((student, config.student_rank), (critic, config.critic_rank)):
                 if rank:
-                    add_lora(network, rank, ADDED)
+                    add_lora(network, rank, JOINS)
         whole, averages = sum(weight.numel() for weight in teacher.parameters()), len(config.ema_decays)
         shared = holders_of_backbone(config) - 1
         student, critic = trainable(student), trainable(critic)
@@ -140,6 +140,10 @@ class Distiller(Run):
             (
                 config.cfg_scale == 1 or trained.get("class_dropout_prob", 1) > 0,
                 f"was trained without a null class, which cfg_scale = {config.cfg_scale} needs; give 1",
+            ),
+            (
+                not self.inputs.text or self.teacher_arguments["text_width"] == data.null_text.shape[1] - 1,
+                f"takes other captions than those of {config.data}; prepare them with the text encoder of the teacher",
             ),
             (
                 self.inputs.text or teacher.num_classes == data.num_classes,

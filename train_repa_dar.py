@@ -1,4 +1,4 @@
-"""Trains SiT with residual, DAR or one of two baseline routings, with or without REPA.
+"""Trains a SiT or an MM-DiT with residual, DAR or one of two baseline routings, with or without REPA.
 
     python train_repa_dar.py --config digits --routing dar --alignment repa
     torchrun --nproc_per_node=8 train_repa_dar.py --config cifar10 --routing dar --alignment repa
@@ -88,6 +88,7 @@ class Trainer(Run):
             try:
                 with self.ranks.one_first():  # the hub may be asked
                     weights = load_weights(config.init_from, config.model)
+                weights.pop("null_text", None)  # the data's own is taken
                 missing, unused = load_published(model, weights, config.new_labels)
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None

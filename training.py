@@ -29,7 +29,7 @@ def launch(kind: type, config):
     """Start or resume the run of a `Run` class to its end. Exits with one line on a user's mistake or a full disk."""
     with Ranks() as ranks, tf32(config.tf32):
         with plain_errors(ValueError, OSError):
-            if config.dry_run and config.data and not Path(config.data).exists():
+            if config.dry_run and config.model and config.data and not Path(config.data).exists():
                 if ranks.main:
                     print(f"data       {config.data} is not there; the shapes are those of {config.model} by default")
                     print(kind.outline(config))
@@ -79,10 +79,12 @@ class Run:
             "content of autoencoder": inputs.autoencoder.fingerprint,
             "content of judges": self.evaluate.fingerprints if self.evaluate else [],
             "classes with images": data.labels.unique().tolist(),
-            "content of text": inputs.text,
-            "text encoder": text_encoders(data.folder)[inputs.text] if inputs.text else "",
             **more,
         }
+        if inputs.text:
+            encoder = text_encoders(data.folder)[inputs.text]
+            contents |= {"content of text": inputs.text, "text encoder": encoder["name"]}
+            contents["content of captions"] = encoder["captions"]
         self.folder = RunFolder(self.config, self.ranks)
         self.folder.resume(contents, self.parts, self.progress)
         if self.progress["step"]:

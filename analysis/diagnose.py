@@ -108,7 +108,7 @@ def diagnose_checkpoint(options: Options, ranks: Ranks):
         return value[0] if isinstance(value, (list, tuple)) else value
 
     autoencoder, encoder = load_autoencoder(setting("autoencoder")), None
-    data = PreparedImages(setting("data"), latents=autoencoder.content)
+    data = PreparedImages(setting("data"), latents=autoencoder.content, text=run.get("content of text", ""))
     if not options.figures or "alignment" in options.figures:
         of_run = () if options.encoder else run.get("encoder_weights", ())  # they do not fit another encoder
         weights = options.encoder_weights or "".join(of_run[:1])

@@ -106,12 +106,12 @@ def stored_text(config) -> str:
     """
     if not takes_text(config.model):
         return ""
-    found = text_encoders(config.data)
-    fitting = [key for key, name in found.items() if config.text_encoder in ("", name, key)]
+    names = {key: facts["name"] for key, facts in text_encoders(config.data).items()}
+    fitting = [key for key, name in names.items() if config.text_encoder in ("", name, key)]
     if len(fitting) != 1:
         raise ValueError(
             f"text_encoder = {config.text_encoder!r}: {config.data} has captions by "
-            f"{', '.join(f'{name} ({key})' for key, name in found.items()) or 'no encoder'}; name one of them, or run "
+            f"{', '.join(f'{name} ({key})' for key, name in names.items()) or 'no encoder'}; name one of them, or run "
             "`python -m dataset.prepare` with --text-encoder"
         )
     return fitting[0]

@@ -69,8 +69,8 @@ class PreparedImages:
     mirror:   the mirrored images follow the others as further items.
     held_out: so many images, spread evenly, are left out; they are the only ones unless `training`.
     Items are counted without the damaged files. Attributes: resolution, num_classes (classes without an image
-    included), labels (N), and content, a fingerprint of images and labels. With text, captions is a list of N strings
-    and null_text the tokens of an empty one, float16 (L, W + 1); otherwise both are None.
+    included), labels (N), and content, a fingerprint of images and labels. With text, null_text is
+    the tokens of an empty caption, float16 (L, W + 1); otherwise it is None.
     Raises ValueError where the folder is missing, unfinished, or lacks what is asked for.
     """
 
@@ -112,12 +112,7 @@ class PreparedImages:
         rows = np.delete(rows, others) if training else rows[others]
         self.labels = torch.from_numpy(labels[rows]).repeat(1 + mirror)
         self.rows = np.concatenate([rows, self.count + rows]) if mirror else rows
-        self.captions = self.null_text = None
-        if text:
-            folder = self.files["text"].parent
-            captions = json.loads((folder / "captions.json").read_text())
-            self.captions = [captions[row % self.count] for row in self.rows]
-            self.null_text = torch.from_numpy(np.load(folder / "null.npy"))
+        self.null_text = torch.from_numpy(np.load(self.files["text"].parent / "null.npy")) if text else None
 
     def _finished(self, kind, name, file, option, otherwise=""):
         folder = self.folder / kind / name
@@ -164,8 +159,8 @@ class PreparedImages:
 
 
 def text_encoders(folder: str | Path) -> dict:
-    """{ID: name} of the text encoders whose tokens a prepared folder holds."""
-    return {path.parent.name: json.loads(path.read_text())["name"] for path in Path(folder).glob("text/*/meta.json")}
+    """{ID: facts} of the text encoders whose tokens a prepared folder holds: `name`, and a hash of the `captions`."""
+    return {path.parent.name: json.loads(path.read_text()) for path in Path(folder).glob("text/*/meta.json")}
 
 
 class ShuffledBatches:

@@ -291,7 +291,9 @@ def measure(
     }
     metrics["precision"], metrics["recall"] = precision_and_recall(rows[main], reference.rows, ranks.device)
     if reference.labels is not None:
-        classifier = KNeighborsClassifier(CLASSIFYING).fit(reference.rows.numpy(), reference.labels)
+        classifier = KNeighborsClassifier(min(CLASSIFYING, len(reference.rows))).fit(
+            reference.rows.numpy(), reference.labels
+        )
         metrics["label_accuracy"] = float(classifier.score(rows[main].numpy(), labels))
     warnings, published = [], main == "pool3"
     if published:

@@ -207,7 +207,8 @@ def load(options: Options, ranks: Ranks):
     with ranks.one_first():  # the hub may be asked
         model, trained = load_trained(options.checkpoint, "".join(options.average), options.model)
         guide, known = load_trained(options.guide) if options.guide else (None, {})
-    model.align_depth = ()  # nobody reads the projections here
+    for network in filter(None, (model, guide)):
+        network.align_depth = ()  # nobody reads the projections here
     if guide and known.get("content of text", "") != trained.get("content of text", ""):
         raise ValueError(f"guide = {options.guide!r}: the text encoder is another one, or only one of both has any")
     prompts = read_prompts(options)
@@ -258,7 +259,9 @@ def read_prompts(options: Options) -> list[str]:
     """The prompts, from a file where the only one is the name of a file."""
     prompts = list(options.prompts)
     if len(prompts) == 1 and os.path.isfile(prompts[0]):  # Path's would not have names that are too long
-        prompts = Path(prompts[0]).read_text().splitlines()
+        prompts = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+    if several := [prompt for prompt in prompts if len(prompt.splitlines()) > 1]:
+        raise ValueError(f"prompts: {several[0]!r} has several lines; give it as one")
     return prompts
 
 
@@ -277,7 +280,6 @@ def encoded(prompts: list[str], trained: dict, ranks: Ranks) -> torch.Tensor:
 
 def check_guide(name: str, guide, known: dict, model, settings: Settings):
     """Raises ValueError where a guide and what is known of its run do not fit the model, as it is sampled."""
-    guide.align_depth = ()
     facts = [(key, getattr(guide, key), getattr(model, key)) for key in ("in_channels", "input_size", "num_classes")]
     facts += [("path", known.get("path"), settings.path), ("few steps", bool(guide.step_times), False)]
     facts.append(("autoencoder", known.get("content of autoencoder"), settings.autoencoder))
@@ -471,7 +473,7 @@ def record(options: Options, settings: Settings, origin: dict, folder: Path, sha
     }
     write_json(path, content)  # first, as it says whose the folder is
     if origin["prompts"]:
-        (folder / "prompts.txt").write_text("\n".join(origin["prompts"]) + "\n")
+        (folder / "prompts.txt").write_text("\n".join(origin["prompts"]) + "\n", encoding="utf-8")
     (folder / "samples").mkdir(exist_ok=True)
 
 
@@ -498,7 +500,7 @@ def finish(chunks: dict, npz: Path, shape: tuple, labels: torch.Tensor):
         images = torch.from_numpy(read_chunk(first, (chunks[first], *shape[1:])))
         prompts, images = npz.with_name("prompts.txt"), images.permute(0, 3, 1, 2)
         if prompts.is_file():
-            picture = captioned_grid(images, labels, prompts.read_text().splitlines())
+            picture = captioned_grid(images, labels, prompts.read_text(encoding="utf-8").splitlines())
         else:
             picture = Image.fromarray(grid_of(images, labels).permute(1, 2, 0).numpy())
         with replaced(grid) as file:

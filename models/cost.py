@@ -1,4 +1,4 @@
-"""What a SiT takes: parameters, floating-point operations, and what a GPU could do at most."""
+"""What a model takes: parameters, floating-point operations, and what a GPU could do at most."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,7 +47,7 @@ def held(kept: int, more: int, shared: int = 0, processes: int = 1) -> str:
     shared: what several networks have in common, as often as all but one hold it where they are sharded.
     """
     gib = 2**30 / 4
-    shards = f"; {(kept + more + shared) / processes / gib:.3g} GiB each, sharded over {processes} processes"
+    shards = f"; {(kept + more + shared) / processes / gib:.3g} GiB each, if sharded over {processes} processes"
     return (
         f"memory     {(kept + more) / gib:.3g} GiB for weights, gradients, moments and averages, activations excluded"
         f"{shards * (processes > 1)}\n"

@@ -30,7 +30,6 @@ from models.streams import joined
 
 ROUTINGS = ("residual", "dar", "attnres")
 ADDED = ("router.", "text_router.", "projectors.")  # parameters that diffusers' model has not
-PLAIN = ("align_depth", "added")  # and what else says how it is joined
 
 
 def refuse_variants(config):
@@ -78,8 +77,9 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
         sublayers, width, blocks = 2 * len(self.transformer_blocks), self.inner_dim, len(self.transformer_blocks)
         if routing not in ROUTINGS:
             raise ValueError(f"routing {routing!r} is unknown; choose one of {', '.join(ROUTINGS)}")
-        if align_dims and not (align_depth and all(1 <= k <= blocks for k in align_depth)):
-            raise ValueError(f"align_depth = {align_depth} must name blocks between 1 and {blocks}")
+        fitting = set(range(1, blocks + 1)) & set(align_depth)
+        if align_dims and not (fitting and len(fitting) == len(align_depth)):
+            raise ValueError(f"align_depth = {align_depth} must name different blocks between 1 and {blocks}")
 
         def router(count, final):
             size = count if chunk_size == sublayers else chunk_size  # one chunk of all, for the text too
@@ -122,10 +122,10 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
             attend = functools.partial(block.attn, encoder_hidden_states_mask=mask, image_rotary_emb=rotary)
             x, y = self.run(attend, x, y)
             image.write(i[2].unsqueeze(1) * x)
-            text.write(u[2].unsqueeze(1) * y)
             x, _ = image.read(*i[3:5])
             image.write(i[5].unsqueeze(1) * self.run(block.img_mlp, x))
             if k + 1 < len(self.transformer_blocks):  # nobody reads the text after the last attention
+                text.write(u[2].unsqueeze(1) * y)
                 y, _ = text.read(*u[3:5])
                 text.write(u[5].unsqueeze(1) * self.run(block.txt_mlp, y))
         scale, shift = self.norm_out.linear(self.norm_out.silu(t)).chunk(2, dim=1)
@@ -177,7 +177,7 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
             if known is None:
                 raise ValueError(f"{str(path)!r} was not written by save_added")
             known, weights = json.loads(known), {name: file.get_tensor(name) for name in file.keys()}
-        before = {name: getattr(self, name) for name in ("router", "text_router", "projectors", *PLAIN)}
+        before = {name: getattr(self, name) for name in ("router", "text_router", "projectors", "align_depth", "added")}
         try:
             gamma = known.pop("gamma")
             self.add_routing(**known)
@@ -213,7 +213,7 @@ class MMDiT(RoutedQwenImage):
             (input_size % patch_size == 0, f"input_size = {input_size} is not a multiple of patch_size = {patch_size}"),
             (
                 hidden_size % num_heads == 0 and axes,
-                f"hidden_size = {hidden_size} must be a multiple of num_heads = {num_heads}, with an even rest above 4",
+                f"hidden_size / num_heads = {hidden_size} / {num_heads} must be a whole even number above 4",
             ),
             (0 <= class_dropout_prob < 1, f"class_dropout_prob = {class_dropout_prob} is not in [0, 1)"),
         ):
@@ -292,16 +292,19 @@ class Prompted(nn.Module):
         return torch.full((count,), self.num_classes, device=self.prompts.device)
 
 
-def published_weights(source: str | Path) -> dict:
+def weights_of_diffusers(source: str | Path) -> dict:
     """The weights of Qwen-Image's transformer in a folder of diffusers or a hub name; {} where there is no such.
 
     Raises ValueError where an MMDiT with these weights would be another function.
     """
     for subfolder in ("transformer", None):
         try:
-            model = QwenImageTransformer2DModel.from_pretrained(source, subfolder=subfolder)
+            options = {"subfolder": subfolder, "output_loading_info": True}
+            model, found = QwenImageTransformer2DModel.from_pretrained(source, **options)
         except (OSError, ValueError):  # what diffusers raises where it finds nothing, or finds something else
             continue
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"{source}: {len(missing)} weights are not there, such as {missing[0]}")
         refuse_variants(model.config)
         axes, expected = tuple(model.config.axes_dims_rope), rotary_axes(model.config.attention_head_dim)
         if axes != expected:

@@ -1,4 +1,4 @@
-"""What joins the sublayers of a SiT: residual addition, depth routing, or long skips.
+"""What joins the sublayers of a model: residual addition, depth routing, or long skips.
 
 A stream holds the states of one forward pass. `read(shift, scale)` returns what the next sublayer takes, LayerNorm and
 adaLN of the state, and the state itself; `write(output)` takes what that sublayer gives, including its gate.

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import config as configuration
 from checkpoint import load_trained
 from eval.samplers import sample_ode
 from models.mmdit import MMDIT_MODELS, MMDiT, Prompted, RoutedQwenImage
@@ -228,7 +230,7 @@ def test_what_is_refused(pair):
     for options, message in (
         ({"routing": "unet"}, "routing 'unet' is unknown; choose one of residual, dar, attnres"),
         ({"chunk_size": 7}, "chunk_size = 7 is not between 1 and the 6 sublayers"),
-        ({"align_depth": (4,), "align_dims": (5,)}, r"align_depth = \(4,\) must name blocks between 1 and 3"),
+        ({"align_depth": (4,), "align_dims": (5,)}, r"align_depth = \(4,\) must name different blocks between 1 and 3"),
     ):
         with pytest.raises(ValueError, match=message):
             model.add_routing(**options)
@@ -315,6 +317,20 @@ def test_published_weights_come_from_a_folder_of_diffusers_whole_or_sharded(pair
     assert torch.equal(model(x, t, captions())[0], packed_velocity(theirs, x, captions(), t)) and not known
     with pytest.raises(ValueError, match="nowhere"):
         load_trained(tmp_path / "nowhere", name="Qwen-Image/2")
+
+
+def test_the_options_know_the_models_of_captions():
+    assert configuration.NOT_SIT["model"] == tuple(MMDIT_MODELS)
+
+
+def test_weights_that_are_not_whole_are_refused(pair, tmp_path):
+    pair[0].save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    del weights["proj_out.bias"]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="1 weights are not there, such as proj_out.bias"):
+        load_trained(tmp_path, name="Qwen-Image/2")
 
 
 def test_qwen_image_by_name_has_the_published_shapes():

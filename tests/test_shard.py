@@ -74,7 +74,7 @@ def test_two_processes_with_half_each_follow_one_with_all(command, whole, tmp_pa
     assert in_shards(words) == [None, None]
     assert_same_curves(tmp_path / "run", whole)
     assert_same_checkpoint(tmp_path / "run", whole)
-    memory = re.search(r"memory +(\S+) GiB .*; (\S+) GiB each, sharded over 2 processes", capfd.readouterr().out)
+    memory = re.search(r"memory +(\S+) GiB .*; (\S+) GiB each, if sharded over 2 processes", capfd.readouterr().out)
     assert float(memory[2]) == pytest.approx(float(memory[1]) / 2, rel=0.01)
     sampling.main([str(tmp_path / "run" / "last.pt"), "--out", str(tmp_path / "drawn"), "--num-samples=2", "--steps=2"])
     inputs = torch.randn(5, 3, 8, 8), torch.rand(5), torch.arange(5)
