@@ -70,7 +70,7 @@ class Trainer(Run):
         flops = 3 * flops_per_image(config.model, arguments)
         return (
             f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
-            f"compute    {flops / 1e9:.4g} GFLOP of matrix products for an image in a training step, encoders excluded\n"
+            f"compute    {flops / 1e9:.4g} GFLOP of matrix products for an image in a training step, without encoders\n"
             + held(kept, total, processes=8)
         )
 
