@@ -144,10 +144,11 @@ def test_prompts_are_what_is_drawn(trained, tmp_path):
     draw(last, tmp_path / "long", prompts=[" ".join(100 * PROMPTS)], count=1)  # longer than the name of a file can be
 
 
-def test_guidance_by_no_caption_or_a_weaker_run_and_two_processes(trained, tmp_path):
+def test_guidance_by_no_caption_or_a_weaker_run_and_two_processes(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK", 5)  # so that both have something to draw
     last, weak = (trained(arm) / "last.pt" for arm in ("dar", "residual"))
-    drawn = draw(last, tmp_path / "one", "--cfg-scale=2", count=70)["arr_0"].astype(int)
-    both(sampling.main, drawing(last, tmp_path / "two", "--cfg-scale=2", "--batch-size=9", count=70))
+    drawn = draw(last, tmp_path / "one", "--cfg-scale=2", count=9)["arr_0"].astype(int)
+    both(sampling.main, drawing(last, tmp_path / "two", "--cfg-scale=2", "--batch-size=2", count=9))
     assert abs(npz(tmp_path / "two")["arr_0"] - drawn).max() <= 1
     plain, guided = (
         draw(last, tmp_path / name, *words)["arr_0"]
