@@ -13,11 +13,12 @@ import numpy as np
 from analysis.convergence import Run, crossing, machines, networks, provenance, read_run, shown, written
 from config import plain
 from models.dar import optimal_chunk_size
-from models.sit import SIT_MODELS, SIT_SIZES
+from models.registry import constructor
 from runtime import command, table
 
 AXES = ("align_depth", "chunk_size")  # rows and columns
-REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8, "Plus": 8}  # for S and Plus as for B and XL, as in configs/
+# For S and Plus as for B and XL, as in configs/. Of other models REPA says nothing.
+REPA_DEPTH = {"SiT-S": 4, "SiT-B": 4, "SiT-L": 8, "SiT-XL": 8, "SiT-Plus": 8, "MMDiT-B": 8}
 ALPHAS = (0.6, 0.4)  # Prop. 1: the range of the paper; the first gives the smaller S*
 
 
@@ -89,7 +90,7 @@ def heat_map(rest: dict, members: list[tuple]) -> dict:
         "model": config.model,
         "blocks": blocks(config),
         "optimal_chunk_size": [optimal_chunk_size(2 * blocks(config), alpha) for alpha in ALPHAS],
-        "repa_depth": REPA_DEPTH[size_of(config.model)],
+        "repa_depth": REPA_DEPTH.get(config.model.partition("/")[0]),
         "align_depth": list(map(list, depths)),
         "chunk_size": chunks,
         **{
@@ -118,11 +119,11 @@ def over_seeds(records: dict, key: str) -> dict:
 # ---- what is shown ----
 
 
-def entry_text(entry: dict, spread: bool = True) -> str:
+def entry_text(entry: dict) -> str:
     """A place as text: the mean over seeds, or what there is of each."""
     if entry["mean"] is not None:
         low, high = number(entry["lowest"]), number(entry["highest"])
-        return number(entry["mean"]) + (f" [{low}, {high}]" if spread and len(entry["per_seed"]) > 1 else "")
+        return number(entry["mean"]) + (f" [{low}, {high}]" if len(entry["per_seed"]) > 1 else "")
     texts = [seed["bound"] + number(seed["value"]) for seed in entry["per_seed"].values()]
     return ", ".join([*texts, *(reason.split()[0] for reason in entry["missing"].values())]) or "none"
 
@@ -144,8 +145,8 @@ def caption(grid: dict) -> list[str]:
             f"S* of Prop. 1 for {2 * grid['blocks']} sublayers is {low:.1f} at alpha = {first} and {high:.1f} at "
             f"alpha = {last}."
         )
-    if grid["align_depth"] != [[]]:
-        size = SIT_SIZES[size_of(grid["model"])][0]
+    if grid["align_depth"] != [[]] and grid["repa_depth"]:
+        size = constructor(grid["model"]).keywords["depth"]
         words.append(f"REPA aligns {grid['model']}, of {size} blocks, after block {grid['repa_depth']}.")
     return words
 
@@ -217,7 +218,8 @@ def draw_map(panel, grid: dict, entries: list[list], values: np.ndarray, colours
     image = panel.imshow(np.ma.masked_invalid(values), cmap=colours, aspect="auto", origin="lower", **scale)
     for (row, column), value in np.ndenumerate(values):
         dark = np.isfinite(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
-        words = entry_text(entries[row][column], spread=False).replace(", ", "\n")
+        words = entry_text(entries[row][column])
+        words = words.replace(" [", "\n[") if np.isfinite(value) else words.replace(", ", "\n")
         panel.text(column, row, words, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     chunks, (low, high) = grid["chunk_size"], grid["optimal_chunk_size"]
     panel.set_xticks(range(len(chunks)), ["none" if chunk is None else chunk for chunk in chunks])
@@ -236,10 +238,4 @@ def draw_map(panel, grid: dict, entries: list[list], values: np.ndarray, colours
 
 
 def blocks(config) -> int:
-    if config.model not in SIT_MODELS:
-        raise ValueError(f"model = {config.model!r} is unknown; choose one of {', '.join(SIT_MODELS)}")
-    return config.depth or SIT_SIZES[size_of(config.model)][0]
-
-
-def size_of(model: str) -> str:
-    return model.removeprefix("SiT-").partition("/")[0]
+    return config.depth or constructor(config.model).keywords["depth"]

@@ -239,8 +239,8 @@ def test_label_names_what_differs_and_is_read(settings, name):
 
 def test_every_option_that_changes_what_is_learnt_or_measured_tells_arms_apart():
     """And no other; with everything switched on, so that each option is read."""
-    others = {"seed", "out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_activations", "dry_run", "shard"}
-    others |= {"log_every", "checkpoint_every", "snapshot_every", "tensorboard", "inception"}
+    others = {"seed", "out", "max_steps", "micro_batch_size", "num_workers", "checkpoint_activations", "dry_run"}
+    others |= {"shard", "log_every", "checkpoint_every", "snapshot_every", "tensorboard", "inception"}
     others |= {"diagnose_every", "diagnose_images"}
     on = {"seed": 0, "init_from": "a", "cfg_scale": 2.0, "diagnose_every": 1, "time_sampling": "lognormal"} | DAR | REPA
     for field in dataclasses.fields(Config):

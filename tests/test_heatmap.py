@@ -201,14 +201,18 @@ def test_the_picture_shows_means_in_one_scale_and_the_marks(tmp_path, monkeypatc
     values = [size * np.outer([2, 4], chunks) for size in sizes.values()]
     lasts = [(value + 1.5) * sign for value in values]
     times = [np.mean([50 + 50 * 29 / (99 - value - 3 * seed) for seed in (0, 1)], axis=0) for value in values]
+    marks = re.compile(r"\| [24] (?:\(REPA\) )?\| (.*) \|")
+    cells = [words.split(" | ") for words in marks.findall((tmp_path / "sweep.md").read_text())]
+    cells = iter([cells[2 * i : 2 * i + 2] for i in (0, 2, 1, 3)])  # in the order of the panels
     for panels, expected, name in ((metric, lasts, colours), (steps, times, "viridis")):
         for panel, means in zip(panels, expected):
+            rows = next(cells)
             (image,) = panel.images
             np.testing.assert_allclose(image.get_array(), means)
             assert image.get_clim() == pytest.approx((np.min(expected), np.max(expected)))
             assert image.get_cmap().name == name and image.origin == "lower"
             drawn = [(text.get_position(), text.get_text()) for text in panel.texts[:6]]
-            assert drawn == [((x, y), heatmap.number(means[y, x])) for y in (0, 1) for x in (0, 1, 2)]
+            assert drawn == [((x, y), rows[y][x].replace(" [", "\n[")) for y in (0, 1) for x in (0, 1, 2)]
             band, row = panel.patches
             left, right = np.log2(math.sqrt(24 * 0.4 / 1.6)), np.log2(math.sqrt(24 * 0.6 / 1.4))
             assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((left, right))
