@@ -46,7 +46,7 @@ digits: setup
 	$(RUN) -m dataset.prepare digits --out $(DIGITS) --encoder $(DIGITS)/encoder
 
 quickstart: digits
-	$(RUN) sweep.py --config digits --out $(RUNS) --routing residual dar --alignment none repa
+	$(RUN) sweep.py --config digits --eval-every 100 --out $(RUNS) --routing residual dar --alignment none repa
 	$(RUN) -m analysis.convergence $(RUNS)/*/ --reference residual --out $(RUNS)/convergence
 
 $(TEACHER): | digits

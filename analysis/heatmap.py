@@ -238,4 +238,5 @@ def draw_map(panel, grid: dict, entries: list[list], values: np.ndarray, colours
 
 
 def blocks(config) -> int:
-    return config.depth or constructor(config.model).keywords["depth"]
+    usual = constructor(config.model).keywords["depth"]  # refuses an unknown model, also where a depth is given
+    return config.depth or usual
