@@ -99,4 +99,4 @@ study-cpu: digits cifar10
 		--out $(STUDY)/cifar10-cpu
 
 test: setup
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile --durations 15 tests
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
