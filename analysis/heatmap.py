@@ -1,11 +1,14 @@
 """The result of a sweep: heat maps of alignment depth x chunk size, as picture, Markdown and JSON.
 
+    python -m analysis.heatmap sweeps/depth-chunk/sweep.json                # draws it again from its JSON
+
 `sweep.py` writes it whenever a cell is complete. A cell has the attributes name, folder (of its run), config, settings
 (the options that tell it from the others), state and reason (of one that is not "done").
 """
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from analysis.convergence import Run, crossing, machines, networks, provenance, 
 from config import plain
 from models.dar import optimal_chunk_size
 from models.registry import constructor
-from runtime import command, table
+from runtime import command, plain_errors, read_json, table
 
 AXES = ("align_depth", "chunk_size")  # rows and columns
 # For S and Plus as for B and XL, as in configs/. Of other models REPA says nothing.
@@ -240,3 +243,9 @@ def draw_map(panel, grid: dict, entries: list[list], values: np.ndarray, colours
 def blocks(config) -> int:
     usual = constructor(config.model).keywords["depth"]  # refuses an unknown model, also where a depth is given
     return config.depth or usual
+
+
+if __name__ == "__main__":
+    with plain_errors(ValueError, OSError):
+        for path in map(Path, sys.argv[1:]):
+            draw(result := read_json(path), path.with_suffix(""), markdown(result))
