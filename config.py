@@ -270,8 +270,9 @@ class Config(Common, Arm):  # fields of the last base come first
 
     def model_arguments(self) -> dict:
         """The arguments of the model that are options, without those left to the named one."""
-        read = [name for name in MODEL_ARGUMENTS if name not in idle(asdict(self))]
-        return {name: value for name in read if (value := getattr(self, name)) is not None}
+        unread = idle(asdict(self))
+        values = {name: getattr(self, name) for name in MODEL_ARGUMENTS if name not in unread}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

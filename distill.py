@@ -86,13 +86,8 @@ class Distiller(Run):
             for network, rank in ((student, config.student_rank), (critic, config.critic_rank)):
                 if rank:
                     add_lora(network, rank, JOINS)
-        whole, averages = sum(weight.numel() for weight in teacher.parameters()), len(config.ema_decays)
-        shared = holders_of_backbone(config) - 1
-        student, critic = trainable(student), trainable(critic)
-        return (
-            f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {whole / 1e6:.2f} M teacher\n"
-            + held(3 * (student + critic) + averages * student, student + critic + whole, shared * whole, 8)
-        )
+        line, numbers = sizes(config, student, critic, teacher)
+        return line + held(*numbers, processes=8)
 
     # ---- networks ----
 
@@ -239,10 +234,7 @@ class Distiller(Run):
     def describe(self):
         """Print what the run is and what it takes."""
         config = self.config
-        student, critic = trainable(self.model), trainable(self.critic_weights)
-        teacher = sum(weight.numel() for weight in self.teacher.parameters())  # it has no gradients
-        kept, averages = 3 * (student + critic), len(config.ema_decays) * student  # weights and two moments
-        shared = (holders_of_backbone(config) - 1) * teacher
+        line, numbers = sizes(config, self.model, self.critic, self.teacher)
         taught = self.teacher_arguments.get("routing", "residual")
         routing = config.routing + f", fading in for {config.retrofit_steps} steps" * bool(config.retrofit_steps)
         guided = "" if config.cfg_scale == 1 else f", guided by {config.cfg_scale:g}"
@@ -254,15 +246,20 @@ class Distiller(Run):
             f"data       {'captions' if self.inputs.text else 'labels'} of {len(self.labels)} images in {config.data}"
             f"{', and these for the GAN' * (config.gan_weight > 0)}; {config.autoencoder}, "
             f"{' x '.join(map(str, self.inputs.shape))}\n"
-            f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {teacher / 1e6:.2f} M teacher\n"
-            f"compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a step\n"
-            + self.resources(kept + averages, student + critic + teacher, shared)
+            f"{line}compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a step\n"
+            + self.resources(*numbers)
         )
 
 
-def holders_of_backbone(config) -> int:
-    """Networks that have the teacher's frozen weights in common: one copy, but shards of their own."""
-    return 1 + (1 + len(config.ema_decays)) * bool(config.student_rank) + bool(config.critic_rank)
+def sizes(config, student, critic, teacher) -> tuple:
+    """A line on the networks' parameters, and the numbers `kept`, `more` and `shared` that `held` takes."""
+    student, critic, averages = trainable(student), trainable(critic), len(config.ema_decays)
+    teacher = sum(weight.numel() for weight in teacher.parameters())  # it has no gradients
+    line = f"parameters {student / 1e6:.2f} M student, {critic / 1e6:.2f} M critic, {teacher / 1e6:.2f} M teacher\n"
+    kept = 3 * (student + critic) + averages * student  # weights and two moments
+    # LoRAs and their averages have the teacher's frozen weights in common: one copy, but shards of their own.
+    sharing = (1 + averages) * bool(config.student_rank) + bool(config.critic_rank)
+    return line, (kept, student + critic + teacher, sharing * teacher)
 
 
 def add_lora(network, rank, added):

@@ -68,11 +68,7 @@ class Trainer(Run):
         total = sum(parts.values())
         kept = (3 + len(config.ema_decays)) * total
         flops = 3 * flops_per_image(config.model, arguments)
-        return (
-            f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
-            f"compute    {flops / 1e9:.4g} GFLOP of matrix products for an image in a training step, without encoders\n"
-            + held(kept, total, processes=8)
-        )
+        return takes(parts, flops) + held(kept, total, processes=8)
 
     def build_model(self):
         config = self.config
@@ -183,10 +179,7 @@ class Trainer(Run):
             f"{' x '.join(map(str, inputs.shape))}\n"
             f"model      {config.model}, {len(model.blocks)} blocks, {tokens} tokens, "
             f"routing {routing}\n"
-            f"alignment  {alignment}\n"
-            f"parameters {total / 1e6:.2f} M: {', '.join(f'{name} {n / 1e6:.2f}' for name, n in parts.items())}\n"
-            f"compute    {self.flops / 1e9:.4g} GFLOP of matrix products for an image in a training step, "
-            f"encoders excluded\n" + self.resources(total * states, total)
+            f"alignment  {alignment}\n" + takes(parts, self.flops) + self.resources(total * states, total)
         )
 
     @torch.no_grad()
@@ -203,6 +196,15 @@ class Trainer(Run):
             ours, residual = self.model(*inputs)[0], self.model(*inputs, make_stream=lambda v, e: ResidualStream(v))[0]
         self.model.train()
         return ((ours - residual).float().square().mean() / residual.float().square().mean()).sqrt().item()
+
+
+def takes(parts: dict, flops: int) -> str:
+    """Lines on parameters, by part, and on compute."""
+    return (
+        f"parameters {sum(parts.values()) / 1e6:.2f} M: "
+        f"{', '.join(f'{name} {count / 1e6:.2f}' for name, count in parts.items())}\n"
+        f"compute    {flops / 1e9:.4g} GFLOP of matrix products for an image in a training step, encoders excluded\n"
+    )
 
 
 def abridged(names):

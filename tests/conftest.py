@@ -176,3 +176,20 @@ def small_data(tmp_path_factory, encoder_folder):
     folder = tmp_path_factory.mktemp("data") / "some-digits"
     prepare.main(["digits", "--out", str(folder), "--encoder", str(encoder_folder), "--limit", "70"])
     return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(small_data, encoder_folder, tmp_path_factory):
+    """Checkpoints of one step of the trainer, by the words that they were made with."""
+    import train_repa_dar  # and with it the kernels, before which tests/test_gpu.py has something to undo
+
+    folder = tmp_path_factory.mktemp("teachers")
+
+    @functools.cache
+    def made(words=""):
+        out = folder / str(len(list(folder.iterdir())))
+        line = f"--data {small_data} --out {out} --encoder {encoder_folder} {TINY} --max-steps 1 --eval-every 0"
+        train_repa_dar.main(f"{line} --lr 1e-2 --ema-decays 0 --alignment repa {words}".split())
+        return out / "last.pt"
+
+    return made

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config as configuration
 import distill
-import train_repa_dar
 from checkpoint import load_file, load_trained
 from dataset import prepare
 from dataset.prepared import PreparedImages
@@ -23,7 +22,7 @@ from eval.online import OnlineEvaluation
 from eval.samplers import draw
 from models.sit import SIT_MODELS, SiT
 from runtime import Ranks, derive_seed
-from tests.conftest import TINY, ending, forked, killed
+from tests.conftest import ending, forked, killed
 from tests.test_trainer import assert_same_curves, assert_same_run, records
 
 SHAPE = (1, 2, 2)
@@ -222,21 +221,6 @@ def test_few_step_samples_follow_the_definition_whatever_the_batch():
 
 
 # ---- distill.py ----
-
-
-@pytest.fixture(scope="module")
-def teacher(small_data, encoder_folder, tmp_path_factory):
-    """Checkpoints of one step of the trainer, by the words that they were made with."""
-    folder = tmp_path_factory.mktemp("teachers")
-
-    @functools.cache
-    def made(words=""):
-        out = folder / str(len(list(folder.iterdir())))
-        line = f"--data {small_data} --out {out} --encoder {encoder_folder} {TINY} --max-steps 1 --eval-every 0"
-        train_repa_dar.main(f"{line} --lr 1e-2 --ema-decays 0 --alignment repa {words}".split())
-        return out / "last.pt"
-
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from eval import sample as sampling
 from runtime import Ranks
 from tests import test_distill
 from tests.conftest import TINY, ending, forked
-from tests.test_distill import GAN, RETROFIT, teacher  # noqa: F401 - teacher is a fixture of `distillation`
+from tests.test_distill import GAN, RETROFIT
 from tests.test_trainer import QUIET, assert_same_curves, flat, killed_at, records
 
 STEPS = 20

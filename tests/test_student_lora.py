@@ -10,31 +10,15 @@ import torch
 
 import config as configuration
 import distill
-import train_repa_dar
 from checkpoint import load_file, load_trained, load_weights
 from eval import export
 from runtime import Ranks
-from tests.conftest import TINY, ending, forked, killed
+from tests.conftest import ending, forked, killed
 from tests.test_trainer import assert_same_curves, assert_same_run
 
 DAR = "--routing dar --chunk-size 3 --query dynamic"
 LORA = "--student-rank 3 --critic-rank 2"
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def teacher(small_data, encoder_folder, tmp_path_factory):
-    """Checkpoints of one step of the trainer, by the words that they were made with."""
-    folder = tmp_path_factory.mktemp("teachers")
-
-    @functools.cache
-    def made(words=""):
-        out = folder / str(len(list(folder.iterdir())))
-        line = f"--data {small_data} --out {out} --encoder {encoder_folder} {TINY} --max-steps 1 --eval-every 0"
-        train_repa_dar.main(f"{line} --lr 1e-2 --ema-decays 0 --alignment repa {words}".split())
-        return out / "last.pt"
-
-    return made
 
 
 @pytest.fixture(scope="module")
