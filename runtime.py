@@ -83,7 +83,7 @@ class Ranks:
                 )
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
-            # Its backward gives NaN for some lengths, 64 tokens among them, on Hopper (pytorch/pytorch#196678).
+            # The suspect of non-finite gradients that an H200 gave at 64 tokens; see pytorch/pytorch#196678.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.host_group = None
         if given:
