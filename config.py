@@ -483,11 +483,12 @@ def _check_key(key, kind, problem):
 def idle(settings: dict) -> set:
     """The options that nothing reads with these settings."""
     settings = DEFAULTS | settings
-    return {
-        name
-        for name, spec in FIELDS.items()
-        if any(settings[switch] in values for switch, values in spec.metadata["idle_with"].items())
-    }
+
+    def unread(name):
+        switches = FIELDS[name].metadata["idle_with"].items()
+        return any(settings[switch] in values and not unread(switch) for switch, values in switches)
+
+    return {name for name in FIELDS if unread(name)}
 
 
 def retrofit_gamma(settings: dict, step: int) -> float:

@@ -14,14 +14,15 @@ from dataclasses import replace
 import torch
 
 import config as configuration
-from checkpoint import EMA, JOINS, load_published, load_teacher, trained_weights
+from checkpoint import EMA
 from dataset.inputs import Inputs
 from distribution_matching import critic_loss, draw_samples, step_times, student_loss, training_sample
 from eval.online import OnlineEvaluation
 from models.cost import flops_per_image, held, trainable
 from models.registry import constructor
-from runtime import Tally, Use, derive_seed
-from training import Run, launch
+from runtime import Use, derive_seed
+from training import Run, Tally, launch
+from weights import JOINS, load_into, load_teacher
 
 ROUTING = ("routing", "query", "chunk_size", "chunk_summary")  # arguments of a model in which a student may differ
 
@@ -63,7 +64,7 @@ class Distiller(Run):
         self.critic = self.make_critic()
         self.ema = EMA(self.model, config.ema_decays)
         self.place(self.teacher, self.critic, self.model, *self.ema.models.values())
-        self.critic_weights = torch.nn.ParameterList(trained_weights(self.critic))
+        self.critic_weights = torch.nn.ParameterList(w for w in self.critic.parameters() if w.requires_grad)
         self.flops = self.flops_of_step()
         self.wrapped = {"model": self.parallel(self.model), "critic": self.parallel(self.critic)}
         common = {"betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
@@ -104,7 +105,7 @@ class Distiller(Run):
             model = constructor(self.config.model)(**arguments, **kept)
             weights = self.teacher.state_dict().items()  # projectors here are of a GAN
             weights = {name: value for name, value in weights if not name.startswith("projectors.")}
-            load_published(model, weights)
+            load_into(model, weights)
         except ValueError as error:
             raise ValueError(
                 f"routing = {self.config.routing!r}: {self.config.teacher} has routing = {self.teacher.routing!r}, and "

@@ -207,10 +207,14 @@ def fingerprint(module: torch.nn.Module, identity: str) -> str:
 # ---- files ----
 
 
+class InUse(ValueError):
+    """Another run has locked a folder."""
+
+
 def lock_folder(folder: Path):
     """Create a folder and keep other runs from writing into it, for as long as the returned file is open.
 
-    Raises ValueError where the folder cannot be made, or is in use.
+    Raises ValueError where the folder cannot be made, and InUse where another run has it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +225,7 @@ def lock_folder(folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise ValueError(f"{str(folder)!r} is in use by another run; wait for it, or give another --out") from None
+        raise InUse(f"{str(folder)!r} is in use by another run; wait for it, or give another --out") from None
     except OSError as error:  # some network file systems have no locks
         print(f"note: {folder} cannot be locked ({error}); see that no other run writes there", file=sys.stderr)
     return lock
@@ -382,41 +386,3 @@ def parsed(line: str, key: str = "step") -> dict:
     except ValueError:
         return {}
     return record if isinstance(record, dict) and key in record else {}
-
-
-class Tally:
-    """Means over the logged interval and counts of skipped steps, kept on the device until they are read."""
-
-    def __init__(self, device: torch.device, names: tuple):
-        self.names = names
-        self.state = {"sums": torch.zeros(len(names), dtype=torch.float64, device=device)}
-        for name in ("counted", "skipped", "in_row", "longest"):
-            self.state[name] = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, values: torch.Tensor, finite: torch.Tensor):
-        """values: as in `names`; finite: whether the step was taken. Both on the device."""
-        state = self.state
-        state["sums"] += torch.where(finite, values.double(), 0)
-        state["counted"] += finite
-        state["skipped"] += ~finite
-        state["in_row"] = torch.where(finite, 0, state["in_row"] + 1)
-        state["longest"] = torch.maximum(state["longest"], state["in_row"])
-
-    def read(self) -> tuple[dict, int, int]:
-        """Means over the interval ({} if every step was skipped), steps skipped in all, and the most of them in a row.
-
-        Starts a new interval.
-        """
-        count, skipped, longest = (int(self.state[name]) for name in ("counted", "skipped", "longest"))
-        means = dict(zip(self.names, (self.state["sums"] / count).tolist())) if count else {}
-        self.state["sums"].zero_()
-        self.state["counted"].zero_()
-        self.state["longest"].copy_(self.state["in_row"])
-        return means, skipped, longest
-
-    def state_dict(self) -> dict:
-        return self.state
-
-    def load_state_dict(self, state: dict):
-        for name, value in self.state.items():
-            value.copy_(state[name])

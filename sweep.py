@@ -37,10 +37,10 @@ from rich.table import Table
 import config as configuration
 from analysis.convergence import shown
 from analysis.heatmap import AXES, blocks, write_result
-from checkpoint import is_ours, load_file
 from dataset.prepared import PreparedImages
 from models.dar import source_plan
-from runtime import Stop, lock_folder, parsed, plain_errors
+from runtime import InUse, Stop, lock_folder, parsed, plain_errors
+from weights import is_ours, load_file
 
 TRAINER = Path(__file__).resolve().with_name("train_repa_dar.py")
 REQUEUES = 1000  # a run that needs many time slots is queued again for each
@@ -377,7 +377,7 @@ def take_up(cell: Cell, free: list[dict], options: Options):
             del free[0]
     except (ValueError, OSError, RuntimeError) as error:  # also no space left, or sbatch refuses
         cell.reason = one_line(error)
-        cell.state = "elsewhere" if "in use" in cell.reason else "failed"
+        cell.state = "elsewhere" if isinstance(error, InUse) else "failed"
 
 
 def finish(cell: Cell, stop: Stop):

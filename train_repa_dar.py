@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import config as configuration
-from checkpoint import EMA, load_published, load_weights
+from checkpoint import EMA
 from dataset.inputs import Inputs
 from eval.online import OnlineEvaluation
 from kernels import resolve_backend, why_not_fused
@@ -23,8 +23,9 @@ from loss import Loss, interpolant
 from models.cost import flops_per_image, held, parameters_by_part
 from models.registry import constructor
 from models.streams import ResidualStream
-from runtime import Tally, Use, derive_seed
-from training import Run, launch
+from runtime import Use, derive_seed
+from training import Run, Tally, launch
+from weights import load_into, load_weights
 
 KERNELS = {"torch": "plain PyTorch", "triton": "fused Triton kernels", "cpu": "fused C"}
 
@@ -83,9 +84,9 @@ class Trainer(Run):
         if config.init_from and not Path(config.out, "last.pt").is_file():
             try:
                 with self.ranks.one_first():  # the hub may be asked
-                    weights = load_weights(config.init_from, config.model)
+                    weights, _ = load_weights(config.init_from, config.model)
                 weights.pop("null_text", None)  # the data's own is taken
-                missing, unused = load_published(model, weights, config.new_labels)
+                missing, unused = load_into(model, weights, config.new_labels)
             except ValueError as error:
                 raise ValueError(f"init_from = {config.init_from!r}: {error}") from None
             absent = f"not in it: {abridged(missing)}; not used: {abridged(unused)}"

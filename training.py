@@ -59,7 +59,7 @@ class Run:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.share, self.micro = split_batch(config, ranks.world)
         bf16 = config.precision == "bf16" or config.precision == "auto" and self.device.type == "cuda"
-        # Without the cache, as that is of whole weights, which shards are to do without.
+        # Without autocast's cache where there are shards: it would keep whole weights.
         options = {"enabled": bf16, "cache_enabled": not config.shard}
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, **options)
         resolve_backend(config.route_backend, self.device)  # refuses one that cannot run here
@@ -321,3 +321,41 @@ def split_batch(config, world):
             f"micro_batch_size = {micro}"
         )
     return share, micro
+
+
+class Tally:
+    """Means over the logged interval and counts of skipped steps, kept on the device until they are read."""
+
+    def __init__(self, device: torch.device, names: tuple):
+        self.names = names
+        self.state = {"sums": torch.zeros(len(names), dtype=torch.float64, device=device)}
+        for name in ("counted", "skipped", "in_row", "longest"):
+            self.state[name] = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, values: torch.Tensor, finite: torch.Tensor):
+        """values: as in `names`; finite: whether the step was taken. Both on the device."""
+        state = self.state
+        state["sums"] += torch.where(finite, values.double(), 0)
+        state["counted"] += finite
+        state["skipped"] += ~finite
+        state["in_row"] = torch.where(finite, 0, state["in_row"] + 1)
+        state["longest"] = torch.maximum(state["longest"], state["in_row"])
+
+    def read(self) -> tuple[dict, int, int]:
+        """Means over the interval ({} if every step was skipped), steps skipped in all, and the most of them in a row.
+
+        Starts a new interval.
+        """
+        count, skipped, longest = (int(self.state[name]) for name in ("counted", "skipped", "longest"))
+        means = dict(zip(self.names, (self.state["sums"] / count).tolist())) if count else {}
+        self.state["sums"].zero_()
+        self.state["counted"].zero_()
+        self.state["longest"].copy_(self.state["in_row"])
+        return means, skipped, longest
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict):
+        for name, value in self.state.items():
+            value.copy_(state[name])

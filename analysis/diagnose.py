@@ -36,7 +36,6 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from analysis import figures as drawing
-from checkpoint import load_trained
 from dataset.prepared import PreparedImages
 from eval.samplers import IndexedNoise
 from kernels import route
@@ -46,6 +45,7 @@ from models.encoders import FrozenEncoder
 from models.sit import SiT
 from models.streams import ResidualStream
 from runtime import Ranks, Use, derive_seed, environment, plain_errors, replaced, tf32, write_json
+from weights import load_trained
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 NEIGHBOURS = 10  # k of CKNNA, as in REPA

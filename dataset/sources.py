@@ -232,7 +232,8 @@ def open_repa(path) -> Source:
         labels = dict(json.load(open_latents("dataset.json"))["labels"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}/vae-sd has no labels in dataset.json ({type(error).__name__}: {error})") from None
-    if wrong := [name for name, label in labels.items() if not isinstance(label, int) or label < 0] or not labels:
+    wrong = [name for name, label in labels.items() if not isinstance(label, int) or label < 0]
+    if wrong or not labels:
         raise ValueError(
             f"{path}/vae-sd/dataset.json must have a label from 0 for each of its files; see {wrong or 'it'}"
         )

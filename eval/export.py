@@ -21,11 +21,11 @@ import safetensors.torch
 import tyro
 import yaml
 
-from checkpoint import FORMAT, load_trained
 from config import Config, DistillConfig, plain
 from eval.sample import content_of
 from models.registry import takes_text
 from runtime import parsed, plain_errors, read_json, replaced, table, write_json
+from weights import FORMAT, load_trained
 
 NO_METRICS = {"step", "images", "epoch", "seconds", "evaluation_seconds"}  # in a line of metrics.jsonl
 CARD = """---
@@ -144,7 +144,8 @@ def reported(path: Path, content: str) -> str:
         raise ValueError(
             f"metrics = {str(path)!r} is not a report of eval.metrics on samples of this checkpoint and average"
         )
-    protocol = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("weights", "autoencoder"))
+    unsaid = ("weights", "autoencoder", "prompts")
+    protocol = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in unsaid)
     against = shareable(report["reference"]["path"])
     return figures(report["metrics"], f"Against {against}, with {protocol}:") + "".join(
         f"Warning: {warning}\n" for warning in report["warnings"]

@@ -23,9 +23,9 @@ import timm
 from timm.data import resolve_model_data_config
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from checkpoint import load_file
 from models.encoders import SHORT_NAMES, FrozenEncoder, reason_of
 from runtime import fingerprint, replaced, tf32
+from weights import load_file
 
 PUBLISHED = URL_INCEPTION_V3.rpartition("-")[2].removesuffix(".pth")  # how the file's SHA-256 begins
 SPATIAL_CHANNELS = 7

@@ -19,13 +19,13 @@ import torch
 import models  # noqa: F401 - before torchvision: see its docstring
 from torchvision.utils import make_grid
 
-from checkpoint import load_file
 from dataset.prepared import PreparedImages
 from eval import features
 from eval.metrics import FeatureStatistics, frechet_distance, npz_statistics
 from eval.samplers import IndexedNoise, draw
 from loss import denoising_loss, interpolant
 from runtime import Ranks, Use, derive_seed, replaced
+from weights import load_file
 
 REFERENCE_IMAGES = 50_000  # the distance is to at most so many training images
 GRID = 64  # samples shown

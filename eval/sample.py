@@ -22,15 +22,10 @@ Shapes: B batch, N all images, C channels of what SiT sees, S its size, H = W pi
 import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
-import math
 import os
-import shutil
-import textwrap
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,16 +33,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import SUFFIXES, load_trained
-from eval.online import grid_of
+from eval.sample_folder import Settings, claim, finish, folder_name, record, undone
 from eval.samplers import draw
 from models.autoencoder import load_autoencoder
 from models.registry import takes_text
-from runtime import Ranks, Use, check_folder, derive_seed, environment, fingerprint, lock_folder, plain_errors
-from runtime import read_json, replaced, tf32, write_array, write_json
+from runtime import Ranks, Use, derive_seed, fingerprint, plain_errors
+from runtime import read_json, tf32, write_array, write_json
+from weights import load_trained
 
 CHUNK = 64  # images in a file, whatever the batch and the processes; the grid shows the first file
 PRESETS = {
@@ -56,7 +50,6 @@ PRESETS = {
     "paper-cfg-1.5": {"sampler": "sde", "steps": 250, "cfg_scale": (1.5,)},
     "fast-ode-50": {"sampler": "euler", "steps": 50, "cfg_scale": (1.0,)},
 }
-CONVERSION = "round to nearest, (x + 1) * 127.5"
 
 
 @dataclass(frozen=True)
@@ -105,34 +98,6 @@ class Options:
     """Decodes the samples; must be given for released weights (`pixels` for none). Empty: the one of the run."""
     path: Literal["linear", "cosine"] | None = None
     """Interpolant that the model was trained with; if not given the run's, or linear for released weights."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that moves FID. `resolve` makes them; weights, guide and autoencoder are fingerprints, no classes all."""
-
-    weights: str
-    autoencoder: str
-    sampler: str
-    steps: int
-    cfg_scale: float
-    guide: str
-    guidance_interval: tuple[float, float]
-    time_shift: float
-    path: str
-    precision: str
-    num_samples: int
-    seed: int
-    labels: str
-    classes: tuple[int, ...]
-
-    def digits(self) -> str:
-        """Eight hexadecimal digits that change with any of them."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-
-    def evaluations(self) -> int:
-        """Evaluations of the velocity per image; a guided one takes the network twice."""
-        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
 
 
 def main(argv: list | None = None):
@@ -248,8 +213,9 @@ def load(options: Options, ranks: Ranks):
         check_guide(options.guide, guide, known, model, settings)
         settings = dataclasses.replace(settings, guide=content_of(guide, known))
         guide = guide.to(ranks.device)
+    settings = dataclasses.replace(settings, prompts=tuple(prompts))
     origin = {"checkpoint": str(options.checkpoint), "model": options.model or trained["model"], "autoencoder": name}
-    origin |= {"prompts": prompts, "guide": options.guide, **{key: trained.get(key) for key in ("step", "average")}}
+    origin |= {"guide": options.guide, **{key: trained.get(key) for key in ("step", "average")}}
     drawn = f"{len(settings.classes) or model.num_classes} of {model.num_classes} classes"
     origin["classes"] = drawn + ", those with training images" * (settings.classes != tuple(options.classes))
     return model.to(ranks.device), guide, autoencoder, settings, origin
@@ -291,7 +257,7 @@ def check_guide(name: str, guide, known: dict, model, settings: Settings):
 
 
 def resolve(options: Options, trained: dict, model, autoencoder, device: torch.device) -> Settings:
-    """The Settings that the options mean for a model, as `load_trained` returns it, on a device. Without the guide.
+    """The Settings that the options mean for a model of `load_trained` on a device. Without guide and prompts.
 
     Raises ValueError on the first value that cannot be used.
     """
@@ -361,14 +327,14 @@ def resolve(options: Options, trained: dict, model, autoencoder, device: torch.d
         seed=options.seed,
         labels=options.labels,
         classes=tuple(classes),
+        prompts=(),
     )
 
 
 def content_of(model, trained: dict) -> str:
     """A fingerprint of the weights, and of what these do not say: name, arguments, times of a distilled model."""
-    return fingerprint(
-        model, json.dumps([trained["model"], trained.get("arguments"), *model.step_times], sort_keys=True)
-    )
+    identity = json.dumps([trained["model"], trained.get("arguments"), *model.step_times], sort_keys=True)
+    return fingerprint(getattr(model, "model", model), identity)  # without the prompts of `Prompted`
 
 
 def labels_of(settings: Settings, indices, num_classes: int) -> torch.Tensor:
@@ -409,74 +375,6 @@ def sample_images(model, autoencoder, settings: Settings, indices, device: torch
         return autoencoder.decode(x)
 
 
-# ---- the folder ----
-
-
-def folder_name(options: Options, settings: Settings, origin: dict) -> str:
-    """Run, step and chosen average of the checkpoint, sampler, steps and guidance, and a hash of all that moves FID."""
-    path = options.checkpoint.resolve()
-    step = path.stem if origin["step"] is None else origin["step"]
-    guidance = "" if settings.cfg_scale == 1 else f"-cfg-{settings.cfg_scale:g}"
-    run = path.parent.name if path.suffix in SUFFIXES else path.name  # of what eval.export made
-    average = "".join(f"-ema-{decay}" for decay in options.average)
-    return f"{run}-{step}{average}-{settings.sampler}-{settings.steps}{guidance}-{settings.digits()}"
-
-
-def claim(folder: Path, settings: Settings):
-    """Lock the folder and return the lock. Raises ValueError where it is in use, foreign, or of other settings."""
-    expected = folder, "settings.json", dataclasses.asdict(settings), "settings"
-    check_folder(*expected)
-    lock = lock_folder(folder)
-    check_folder(*expected)  # another run may have come first
-    return lock
-
-
-def undone(npz: Path, chunks: dict) -> dict:
-    """The chunks {file name: indices} that are still to be drawn."""
-    # A listing, as network file systems remember for a while that a file was not there.
-    found = {path.name for path in (npz.parent / "samples").glob("*.npy")}
-    return {} if npz.is_file() else {name: indices for name, indices in chunks.items() if name not in found}
-
-
-def record(options: Options, settings: Settings, origin: dict, folder: Path, shape: tuple, left: int, ranks: Ranks):
-    """Print what is about to be done, and write settings.json with one entry more of where the command ran.
-
-    left: images still to draw. Raises ValueError where the disk is too small.
-    """
-    needed, free = shape[1] * shape[2] * 3 * (left + shape[0]), shutil.disk_usage(folder).free
-    if needed > free:
-        amounts = f"needs {needed / 2**30:.3g} GiB more, the disk has {free / 2**30:.3g}"
-        raise ValueError(f"{folder} {amounts}; give another --out, or a smaller --num-samples")
-    low, high = settings.guidance_interval
-    by = f" by {options.guide}" * bool(options.guide)
-    guidance = f"guidance {settings.cfg_scale:g}{by} between times {low:g} and {high:g}"
-    of = "" if origin["step"] is None else f", step {origin['step']}, average {origin['average']}"
-    print(
-        f"samples    {folder}: {left} of {shape[0]} images of {shape[1]} pixels left to draw\n"
-        f"model      {origin['model']} of {origin['checkpoint']}{of}; decoded by {origin['autoencoder']}\n"
-        f"sampler    {settings.sampler}, {settings.steps} steps = {settings.evaluations()} evaluations per image, "
-        f"{'no guidance' if settings.cfg_scale == 1 else guidance}, {settings.path} path, "
-        f"time shift {settings.time_shift:g}\n"
-        f"labels     {origin['classes']}, {settings.labels}\n"
-        f"device     {ranks.world} x {ranks.device.type}, {settings.precision}",
-        flush=True,
-    )
-    path = folder / "settings.json"
-    made = read_json(path) if path.is_file() else {"starts": []}
-    content = made | {
-        "settings": dataclasses.asdict(settings),
-        "hash": settings.digits(),
-        "preset": None if settings.sampler == "few-step" else options.preset,
-        "function_evaluations": settings.evaluations(),
-        "uint8": CONVERSION,
-        "starts": [*made["starts"], {"batch_size": options.batch_size, **origin, **environment(ranks)}],
-    }
-    write_json(path, content)  # first, as it says whose the folder is
-    if origin["prompts"]:
-        (folder / "prompts.txt").write_text("\n".join(origin["prompts"]) + "\n", encoding="utf-8")
-    (folder / "samples").mkdir(exist_ok=True)
-
-
 def write_chunks(
     folder: Path, chunks: dict, model, autoencoder, settings: Settings, batch_size: int, ranks: Ranks, guide
 ):
@@ -491,63 +389,6 @@ def write_chunks(
                 parts.append(images.permute(0, 2, 3, 1).cpu().numpy())  # (B, H, W, 3)
                 bar.update(len(part))
             write_array(folder / name, np.concatenate(parts))
-
-
-def finish(chunks: dict, npz: Path, shape: tuple, labels: torch.Tensor):
-    """The grid and the npz of all chunks, {file: images}, if they are not there yet."""
-    grid, first = npz.with_name("grid.png"), next(iter(chunks))
-    if not grid.is_file() and first.is_file():
-        images = torch.from_numpy(read_chunk(first, (chunks[first], *shape[1:])))
-        prompts, images = npz.with_name("prompts.txt"), images.permute(0, 3, 1, 2)
-        if prompts.is_file():
-            picture = captioned_grid(images, labels, prompts.read_text(encoding="utf-8").splitlines())
-        else:
-            picture = Image.fromarray(grid_of(images, labels).permute(1, 2, 0).numpy())
-        with replaced(grid) as file:
-            picture.save(file, "PNG")
-    if not npz.is_file():
-        with replaced(npz) as file, zipfile.ZipFile(file, "w") as archive:
-            with member(archive, "arr_0.npy") as array:  # a chunk at a time, for the memory
-                np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for path, count in chunks.items():
-                    array.write(read_chunk(path, (count, *shape[1:])).tobytes())
-            with member(archive, "arr_1.npy") as array:
-                np.lib.format.write_array(array, labels.numpy())
-    print(f"{npz}: {shape[0]} images, complete", flush=True)
-
-
-def captioned_grid(images: torch.Tensor, labels: torch.Tensor, prompts: list[str]) -> Image.Image:
-    """uint8 (B, 3, H, W) in a square, by label, each below its prompt."""
-    from matplotlib.figure import Figure  # takes a second
-
-    columns = math.ceil(len(images) ** 0.5)
-    rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.5 * columns, 1.8 * rows), layout="tight")
-    for place, row in enumerate(labels[: len(images)].argsort(stable=True).tolist()):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        axes.imshow(images[row].permute(1, 2, 0).numpy())
-        axes.set_axis_off()
-        axes.set_title(textwrap.fill(textwrap.shorten(prompts[labels[row]], 75), 25), fontsize=6)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer)
-
-
-def read_chunk(path: Path, shape: tuple) -> np.ndarray:
-    """Images (B, H, W, 3) of one file. Raises ValueError where it does not hold them."""
-    try:
-        images = np.load(path, allow_pickle=False)
-        found = f"{images.dtype} {images.shape}"
-    except Exception as error:  # damaged files raise many kinds
-        images, found = None, f"no array ({error})"
-    if found != f"uint8 {shape}":
-        raise ValueError(f"{path} holds {found} in place of uint8 {shape}; delete it and give the same command again")
-    return images
-
-
-def member(archive: zipfile.ZipFile, name: str):
-    """A file to write inside the archive; with one fixed date, so that equal images make equal bytes."""
-    return archive.open(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
 
 if __name__ == "__main__":

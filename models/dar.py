@@ -122,13 +122,17 @@ class DepthRouter(nn.Module):
         return self.plan[index], aggregator(v[-1], t_embedding), aggregator.norm_weight
 
 
-# AttnRes, its block variant
-class AttnResRouter(DepthRouter):
-    """All aggregators of Block Attention Residuals for L sublayers in chunks of S (their blocks).
+def make_router(
+    routing: str, num_sublayers: int, width: int, query: str, chunk_size: int, final_aggregator: str, backend: str,
+    chunk_summary: str,
+) -> DepthRouter | None:  # fmt: skip
+    """The router of a model with "dar" or "attnres" routing, None with others; the arguments are DepthRouter's.
 
-    Chunks are summed. Queries are static, the head has its own, and logits are w . k without 1 / sqrt(D).
+    Block Attention Residuals take of them only the chunk size (of their blocks) and the backend: chunks are summed,
+    queries are static, the head has its own, and logits are w . k without the 1 / sqrt(D) by which the kernels divide.
     """
-
-    def __init__(self, num_sublayers, width, chunk_size, backend="auto"):
-        scale = math.sqrt(width)  # by which the kernels divide
-        super().__init__(num_sublayers, width, "static", chunk_size, "dedicated", backend, "sum", scale)
+    if routing == "dar":
+        return DepthRouter(num_sublayers, width, query, chunk_size, final_aggregator, backend, chunk_summary)
+    if routing == "attnres":
+        return DepthRouter(num_sublayers, width, "static", chunk_size, "dedicated", backend, "sum", math.sqrt(width))
+    return None

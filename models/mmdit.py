@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.dar import AttnResRouter, DepthRouter, head_aggregator
+from models.dar import head_aggregator, make_router
 from models.projector import Projector, project, xavier
 from models.streams import joined
 
@@ -46,7 +46,7 @@ def rotary_axes(head: int) -> tuple | None:
 
 
 class RoutedQwenImage(QwenImageTransformer2DModel):
-    """diffusers' QwenImageTransformer2DModel. As loaded it is that model to the bit, but for its clipping in fp16.
+    """diffusers' QwenImageTransformer2DModel. Freshly loaded it computes the same bits, but does not clip in fp16.
 
     Blocks are not called whole, so what diffusers hangs on their calls is refused: checkpointing, offloading, plans of
     parallelism.
@@ -83,13 +83,10 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
 
         def router(count, final):
             size = count if chunk_size == sublayers else chunk_size  # one chunk of all, for the text too
-            if routing == "attnres":
-                return AttnResRouter(count, width, size, route_backend)
-            return DepthRouter(count, width, query, size, final, route_backend, chunk_summary)
+            return make_router(routing, count, width, query, size, final, route_backend, chunk_summary)
 
-        image = text = None
-        if routing != "residual":  # nobody reads the text after the last attention
-            image, text = router(sublayers, final_aggregator), router(sublayers - 1, "shared")
+        # Nobody reads the text after the last attention.
+        image, text = router(sublayers, final_aggregator), router(sublayers - 1, "shared")
         align_depth = tuple(align_depth) if align_dims else ()
         projectors = nn.ModuleList(Projector(width, projector_dim, dim) for _ in align_depth for dim in align_dims)
         self.router, self.text_router, self.projectors = image, text, projectors

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.dar import AttnResRouter, DepthRouter, head_aggregator
+from models.dar import head_aggregator, make_router
 from models.projector import PROJECTORS, ConvProjector, Projector, project, xavier
 from models.streams import ResidualStream, RoutedStream, SkipStream, joined, long_skips
 
@@ -32,7 +32,7 @@ class SiT(nn.Module):
     hidden_size D, depth (blocks), num_heads, mlp_ratio, qk_norm: the transformer.
     num_classes: labels are 0 .. num_classes - 1; the null class of classifier-free guidance is num_classes.
     class_dropout_prob: how often training replaces the label by the null class.
-    routing: "residual", "dar" (models/dar.py), or a baseline: "attnres" (`AttnResRouter`), "unet" (`SkipStream`).
+    routing: "residual", "dar" (models/dar.py), or a baseline: "attnres" (`make_router`), "unet" (`SkipStream`).
     query, chunk_summary and final_aggregator belong to "dar", chunk_size and route_backend to "dar" and "attnres".
     final_aggregator: "auto" is "shared" with alignment and "dedicated" without (DAR, Appendix C.3).
     route_backend: "auto", "torch", "triton" or "cpu" (`kernels.route`).
@@ -104,15 +104,13 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.initialize_weights()
         # After the rest, so that for one seed every arm of a comparison starts from the same blocks.
-        self.router = None
-        if routing == "dar":
-            rest = head_aggregator(final_aggregator, align_dims), route_backend, chunk_summary
-            self.router = DepthRouter(2 * depth, hidden_size, query, chunk_size, *rest)
-            if query == "timestep":  # so that the first aggregation is a plain mean
-                nn.init.zeros_(self.t_embedder.mlp[2].weight)
-                nn.init.zeros_(self.t_embedder.mlp[2].bias)
-        elif routing == "attnres":
-            self.router = AttnResRouter(2 * depth, hidden_size, chunk_size, route_backend)
+        final = head_aggregator(final_aggregator, align_dims)
+        self.router = make_router(
+            routing, 2 * depth, hidden_size, query, chunk_size, final, route_backend, chunk_summary
+        )
+        if routing == "dar" and query == "timestep":  # so that the first aggregation is a plain mean
+            nn.init.zeros_(self.t_embedder.mlp[2].weight)
+            nn.init.zeros_(self.t_embedder.mlp[2].bias)
         self.projectors = nn.ModuleList(
             ConvProjector(hidden_size, grid, dim) if projector == "conv" else Projector(hidden_size, projector_dim, dim)
             for _ in align_depth

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import train_repa_dar
-from checkpoint import load_file, load_trained
 from models.sit import SIT_MODELS
 from tests.conftest import TINY
+from weights import load_file, load_trained
 
 
 @pytest.fixture(scope="module")

@@ -357,6 +357,7 @@ def test_another_batch_than_the_presets_is_pointed_out(capsys, monkeypatch):
         ("--routing attnres --query static", "query", "routing = attnres"),
         ("--routing unet --chunk_size=2", "chunk_size", "routing = unet"),
         ("--alignment repa --projector conv --projector-dim 8", "projector_dim", "projector = conv"),
+        ("--model MMDiT-B/2 --alignment repa --projector conv --projector-dim 8", "projector", "model = MMDiT-B/2"),
         ("--eval-every 0 --sampler sde --cfg-scale 2", "cfg_scale sampler", "eval_every = 0"),
         ("--guidance-interval 0 0.5", "guidance_interval", "cfg_scale = 1.0"),
         ("--new-labels --diagnose-images 30", "diagnose_images new_labels", ""),

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config as configuration
 import distill
-from checkpoint import load_file, load_trained
 from dataset import prepare
 from dataset.prepared import PreparedImages
 from distribution_matching import critic_loss, draw_samples, step_times, student_loss, training_sample
@@ -24,6 +23,7 @@ from models.sit import SIT_MODELS, SiT
 from runtime import Ranks, derive_seed
 from tests.conftest import ending, forked, killed
 from tests.test_trainer import assert_same_curves, assert_same_run, records
+from weights import load_file, load_trained
 
 SHAPE = (1, 2, 2)
 STEPS = 12

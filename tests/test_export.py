@@ -12,9 +12,9 @@ import yaml
 
 import distill
 import train_repa_dar
-from checkpoint import load_checkpoint, load_file, load_trained
 from eval import export, sample
 from tests.conftest import TINY
+from weights import load_checkpoint, load_file, load_trained
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from checkpoint import load_file
 from tests.conftest import ROOT, read_lines
+from weights import load_file
 
 # In this process conftest hides the GPU from torch, and has Triton interpreted.
 HIDING = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import config as configuration
-from checkpoint import load_trained
 from eval.samplers import sample_ode
 from models.mmdit import MMDIT_MODELS, MMDiT, Prompted, RoutedQwenImage
+from weights import load_trained
 
 import diffusers  # after models: see its docstring
 from torch.nn import functional as F

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import load_file, load_published, load_weights
 from models.cost import flops_per_image, parameters_by_part, peak_flops
 from models.sit import SIT_MODELS
 from tests.test_model import SMALL, batch, build, reference
 from tests.test_routing import assert_near
+from weights import load_file, load_into, load_weights
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "Plus": (28, 1216, 16)}
 TABLE = "y_embedder.embedding_table.weight"
@@ -189,7 +189,7 @@ def test_files_of_weights_load(tmp_path, name):
     source, raw, target = (build(seed=seed, routing="dar", query="dynamic") for seed in (3, 4, 5))
     save = save_file if name.endswith("safetensors") else torch.save
     save(FILES[name](source.state_dict(), raw.state_dict()), tmp_path / name)
-    assert load_published(target, load_weights(str(tmp_path / name))) == ([], [])
+    assert load_into(target, load_weights(str(tmp_path / name))[0]) == ([], [])
     assert_loaded(target, source.state_dict())
     assert torch.equal(target(*batch())[0], source(*batch())[0])
 
@@ -258,7 +258,7 @@ def test_learn_sigma_checkpoint_keeps_the_velocity_half():
     both, _, _ = reference(source, x, 1 - t, y, SMALL)
     assert both.shape == (3, 6, 8, 8)
     before = {name: value.clone() for name, value in source.items()}
-    assert load_published(target, source) == ([], [])
+    assert load_into(target, source) == ([], [])
     assert_near(target(x, t, y)[0], -both[:, :3], "velocity half", 1e-9)
     assert source.keys() == before.keys()
     assert all(torch.equal(source[name], before[name]) for name in before)  # the caller's weights stay
@@ -286,7 +286,7 @@ def test_parts_of_one_side_only_are_reported_and_left_alone(theirs, ours, unload
     initial = {name: value.clone() for name, value in target.state_dict().items()}
     kept = {name: value for name, value in initial.items() if name.startswith(tuple(unloaded))}
     dropped = {name for name in source if name.startswith(tuple(unused))}
-    assert load_published(target, source) == (sorted(kept), sorted(dropped))
+    assert load_into(target, source) == (sorted(kept), sorted(dropped))
     assert bool(kept) == bool(unloaded) and bool(dropped) == bool(unused)
     assert_loaded(target, {**{name: value for name, value in source.items() if name not in dropped}, **kept})
     assert target.t_embedder.mlp[2].weight.any()  # trained, also where DAR had zeroed it
@@ -299,13 +299,13 @@ def test_new_labels_start_the_label_table_anew_but_for_the_null_class():
         initial = target.state_dict()[TABLE].clone()
         if num_classes != 7:
             with pytest.raises(ValueError, match=r"\(8, 24\), the model's is \(5, 24\); --new-labels starts"):
-                load_published(target, source)
+                load_into(target, source)
             assert torch.equal(target.state_dict()[TABLE], initial)
-        load_published(target, source, new_labels=True)
+        load_into(target, source, new_labels=True)
         null_class = source[TABLE][7:]
         assert_loaded(target, {**source, TABLE: torch.cat([initial[:num_classes], null_class])})
     with pytest.raises(ValueError, match=r"embedding_table.weight is \(8, 12\)"):  # of another width
-        load_published(target, {**source, TABLE: torch.zeros(8, 12)}, new_labels=True)
+        load_into(target, {**source, TABLE: torch.zeros(8, 12)}, new_labels=True)
 
 
 def drop(*names):
@@ -346,5 +346,5 @@ def test_weights_that_do_not_fit_are_named_and_not_loaded(theirs, ours, change, 
     target = build(seed=3, **ours)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        load_published(target, change(build(seed=4, **theirs).state_dict()))
+        load_into(target, change(build(seed=4, **theirs).state_dict()))
     assert_loaded(target, before)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import runtime
-from runtime import MetricsLog, Ranks, Stop, Tally, Use, derive_seed, lock_folder, replaced
+from runtime import MetricsLog, Ranks, Stop, Use, derive_seed, lock_folder, replaced
+from training import Tally
 from tests.conftest import ROOT
 
 # ---- seeds ----

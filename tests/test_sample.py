@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import train_repa_dar
-from checkpoint import load_file, load_trained
 from eval import sample as sampling
+from eval import sample_folder
 from eval.online import grid_of
 from eval.samplers import draw
 from models.autoencoder import Pixels
@@ -24,6 +24,7 @@ from models.sit import SIT_MODELS
 from runtime import Ranks, Use, derive_seed, lock_folder
 from tests.conftest import TINY, ending, forked, killed
 from tests.test_autoencoder import save_kl
+from weights import load_file, load_trained
 
 COUNT = 150  # two whole chunks, and part of a third
 FEW = ["--sampler", "sde", "--steps", "4", "--cfg-scale", "1.5"]
@@ -68,7 +69,7 @@ def interrupted(*arguments):
 def settings(**changes):
     values = {"weights": "w", "autoencoder": "pixels", "sampler": "euler", "steps": 3, "cfg_scale": 1.0, "seed": 5}
     values |= {"guide": "", "guidance_interval": (0.0, 1.0), "time_shift": 1.0, "path": "linear", "precision": "fp32"}
-    values |= {"num_samples": 20, "labels": "balanced", "classes": ()}
+    values |= {"num_samples": 20, "labels": "balanced", "classes": (), "prompts": ()}
     return sampling.Settings(**{**values, **changes})
 
 
@@ -113,7 +114,7 @@ def test_killed_and_restarted_is_the_same_file(checkpoint, whole, tmp_path):
         [
             (sampling, "sample_images", in_second_chunk),
             (os, "replace", lambda source, target: target.name == "00002.npy"),
-            (sampling, "member", lambda archive, name: name == "arr_1.npy"),
+            (sample_folder, "member", lambda archive, name: name == "arr_1.npy"),
         ],
         start=1,
     ):
@@ -246,7 +247,8 @@ def test_every_setting_changes_the_hash_and_nothing_else():
     digits.append(resolved(**base).digits())
     weight[0] = kept
     assert len(set(digits)) == len(digits)
-    assert len({settings(**change).digits() for change in ({}, {"autoencoder": "other"}, {"guide": "other"})}) == 3
+    others = ({}, {"autoencoder": "other"}, {"guide": "other"}, {"prompts": ("a two",)})
+    assert len({settings(**change).digits() for change in others}) == 4
     for same in ({"batch_size": 3}, {"out": "x"}, {"checkpoint": Path("y.pt")}, {"steps": 250}):
         assert resolved(**base, **same).digits() == digits[0]
     assert resolved(cfg_scale=2).digits() == resolved(cfg_scale=2.0).digits()
@@ -471,7 +473,7 @@ def test_a_full_disk_is_named_and_the_next_try_works(checkpoint, whole, tmp_path
     """/dev/full is one."""
     folder = tmp_path / whole.name
     with monkeypatch.context() as patch:
-        patch.setattr(sampling.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
+        patch.setattr(sample_folder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
         with pytest.raises(SystemExit, match="error: .*needs .* GiB more, the disk has .*--num-samples"):
             sampling.main(arguments(checkpoint, folder))
     for name, missing in (

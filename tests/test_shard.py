@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor
 import distill
 import loss
 import train_repa_dar
-from checkpoint import load_file, load_trained
 from eval import sample as sampling
 from runtime import Ranks
 from tests import test_distill
 from tests.conftest import TINY, ending, forked
 from tests.test_distill import GAN, RETROFIT
 from tests.test_trainer import QUIET, assert_same_curves, flat, killed_at, records
+from weights import load_file, load_trained
 
 STEPS = 20
 distillation = test_distill.command

@@ -9,12 +9,12 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
-from checkpoint import load_published
 from loss import alignment_loss, denoising_loss
-from models.dar import AttnResRouter
+from models.dar import make_router
 from models.streams import RoutedStream
 from tests.test_model import batch, build, recorded
 from tests.test_routing import LEARNABLE, aggregate, assert_near, source_set
+from weights import load_into
 
 ROUTINGS = ("residual", "dar", "attnres", "unet")
 needs_triton = pytest.mark.skipif(kernels.route_triton is None, reason="triton is not installed")
@@ -73,7 +73,7 @@ def test_routing_fades_into_residual_weights(changes):
     """First the residual model's function; then Eq. 5 and the mean of all outputs, mixed; last, routing to the bit."""
     residual = build(align_dims=(), routing="residual")
     model = build(align_dims=(), seed=7, **changes)
-    load_published(model, residual.state_dict())
+    load_into(model, residual.state_dict())
     expected = residual(*batch())[0]
     plain = model(*batch())[0]
     assert (plain - expected).norm() > 0.01 * expected.norm()
@@ -138,7 +138,7 @@ def test_long_skips_start_as_the_residual_model(depth, half):
     residual = build(depth=depth, align_depth=depth)
     model = build(depth=depth, align_depth=depth, routing="unet", randomized=False)
     assert len(model.skips) == depth // 2 and not any(p.any() for p in model.skips.parameters())
-    load_published(model, residual.state_dict())
+    load_into(model, residual.state_dict())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         (velocity, aligned), (expected, aligned_expected) = model(*batch()), residual(*batch())
     assert velocity.std() > 0.1 and torch.equal(velocity, expected)
@@ -165,7 +165,9 @@ def test_options_of_other_routings_are_idle():
 def test_sources_have_one_dtype_under_autocast(backend, dtype):
     """Cast once: a cast in each of the aggregators that read a source would be kept by autograd."""
     with torch.autocast("cpu", torch.bfloat16):
-        stream = RoutedStream(AttnResRouter(6, 24, 3, backend), torch.full((2, 4, 24), 5.0), torch.zeros(2, 24))
+        stream = RoutedStream(
+            make_router("attnres", 6, 24, "", 3, "", backend, ""), torch.full((2, 4, 24), 5.0), torch.zeros(2, 24)
+        )
         for _ in range(4):  # v_2 and v_3 are sums, v_4 begins a chunk
             stream.write(torch.ones(2, 4, 24, dtype=torch.bfloat16))
     assert [kernels.value_of(v).dtype for v in stream.v] == [dtype] * 5

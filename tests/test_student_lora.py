@@ -10,11 +10,11 @@ import torch
 
 import config as configuration
 import distill
-from checkpoint import load_file, load_trained, load_weights
 from eval import export
 from runtime import Ranks
 from tests.conftest import ending, forked, killed
 from tests.test_trainer import assert_same_curves, assert_same_run
+from weights import load_file, load_trained, load_weights
 
 DAR = "--routing dar --chunk-size 3 --query dynamic"
 LORA = "--student-rank 3 --critic-rank 2"
@@ -141,7 +141,7 @@ def test_the_saved_student_is_the_one_in_memory(command, whole, tmp_path):
     assert (run.ema.first(*inputs())[0] - run.teacher(*inputs())[0]).abs().max() > 1e-3
     loaded = load_trained(path)[0].state_dict()
     export.main([str(path), "--out", str(tmp_path / "exported")])
-    for found in (load_weights(path), load_trained(tmp_path / "exported")[0].state_dict()):
+    for found in (load_weights(path)[0], load_trained(tmp_path / "exported")[0].state_dict()):
         assert found.keys() == loaded.keys() and all(torch.equal(found[name], loaded[name]) for name in found)
 
 

@@ -24,10 +24,10 @@ from submitit.slurm.test_slurm import mocked_slurm
 import config
 import sweep
 import train_repa_dar
-from checkpoint import FORMAT, load_file
 from runtime import lock_folder
 from tests.conftest import read_lines
 from tests.test_trainer import wait_for
+from weights import FORMAT, load_file
 
 STEPS = 60
 GRID = ("--routing", "dar", "--alignment", "repa", "--align-depth", 1, 2, "--chunk-size", 1, 4)

@@ -11,7 +11,6 @@ import torch
 
 import distill
 import train_repa_dar
-from checkpoint import load_file, load_trained
 from dataset import prepare
 from eval import export
 from eval import sample as sampling
@@ -24,6 +23,7 @@ from tests.test_mmdit import random_weights
 from tests.test_sample import npz
 from tests.test_text import make_qwen
 from tests.test_trainer import assert_same_curves, assert_same_run, killed_at, records, run_killed
+from weights import load_file, load_trained
 
 import diffusers  # after models: see its docstring
 
@@ -129,7 +129,8 @@ def test_prompts_are_what_is_drawn(trained, tmp_path):
     drawn = draw(last, tmp_path / "texts")
     assert (tmp_path / "texts" / "prompts.txt").read_text().splitlines() == PROMPTS
     made = json.loads((tmp_path / "texts" / "settings.json").read_text())
-    assert made["starts"][0]["prompts"] == PROMPTS and made["settings"]["classes"] == []
+    assert made["settings"]["prompts"] == PROMPTS and made["settings"]["classes"] == []
+    assert made["settings"]["weights"] == sampling.content_of(*load_trained(last))  # as eval.export --metrics expects
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     of_file = draw(last, tmp_path / "file", prompts=[str(tmp_path / "prompts.txt")])
     assert all(np.array_equal(of_file[name], drawn[name]) for name in drawn)

@@ -18,10 +18,10 @@ from PIL import Image
 import loss
 import runtime
 import train_repa_dar
-from checkpoint import load_file, load_trained
 from dataset import inputs, prepare
 from eval.online import OnlineEvaluation
 from tests.conftest import ROOT, TINY, ending, forked, killed, read_lines
+from weights import load_file, load_trained
 
 TIMING = {"seconds", "samples_per_second", "evaluation_seconds"}  # all that may differ between repeats
 STEPS = 33
