@@ -266,7 +266,7 @@ def sizes(config, student, critic, teacher) -> tuple:
 def add_lora(network, rank, added):
     """Puts LoRA on the linear layers of a network's blocks, and freezes all else but names that start as in `added`.
 
-    From then on what is frozen is no part of its state_dict.
+    Afterwards its state_dict holds only what is trained.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 

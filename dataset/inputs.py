@@ -1,4 +1,4 @@
-"""What a training step reads: prepared images and the frozen networks that make of them what the loss takes.
+"""What a training step reads: prepared images, and the frozen networks that turn them into latents and target tokens.
 
 Shapes: B batch, C channels, H = W size, T tokens.
 """

@@ -119,9 +119,9 @@ class PreparedImages:
         meta = json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").is_file() else None
         mirror = self.mirror and kind != "text"  # a mirrored image has the same caption
         if meta is None or mirror and not meta["mirror"]:
-            mirrored = "mirrored ones of " if meta else ""
+            what = f"mirrored {kind}" if meta else kind
             raise ValueError(
-                f"{self.folder} holds no finished {kind} {mirrored}{name}; run the "
+                f"{self.folder} holds no finished {what} {name}; run the "
                 f"`python -m dataset.prepare` command that made the folder again, with {option} "
                 f"{'and --mirror ' if mirror else ''}added{otherwise}"
             )

@@ -84,12 +84,12 @@ class Images(Stage):
 
     @functools.cached_property
     def encoded(self):
-        """They, once all are written."""
+        """The stored images, once all are written."""
         return EncodedImages(self.folder)
 
     @functools.cached_property
     def readable(self):
-        """Which are not damaged, once all are written: (N)."""
+        """(N) bool: the images that could be read, once all are written."""
         return np.load(self.folder / "labels.npy") >= 0
 
     def probe(self):

@@ -88,7 +88,7 @@ class OnlineEvaluation:
         for indices in self._batches(self.config.eval_samples):
             if interrupted():
                 return None, None
-            # All processes call a sharded model equally often: one without a sample left makes one that does not count.
+            # All processes must call a sharded model equally often. One without a sample left draws one for nothing.
             images = self.sample(model, indices or range(1))
             for judge, parts in zip(self.judges, sums):
                 found, first = judge.features(images), 0

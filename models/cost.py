@@ -44,7 +44,7 @@ def trainable(model: torch.nn.Module) -> int:
 def held(kept: int, more: int, shared: int = 0, processes: int = 1) -> str:
     """Lines on memory and disk. kept: float32 numbers in a checkpoint; more: those in memory beside them.
 
-    shared: what several networks have in common, as often as all but one hold it where they are sharded.
+    shared: numbers that networks share while they are whole, times the further copies that shards make of them.
     """
     gib = 2**30 / 4
     shards = f"; {(kept + more + shared) / processes / gib:.3g} GiB each, if sharded over {processes} processes"
