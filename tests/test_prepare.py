@@ -144,7 +144,7 @@ def test_mirrored_rows_must_have_been_stored(photos, autoencoder_folder, tmp_pat
     (latents,) = os.listdir(tmp_path / "out" / "latents")
     assert len(PreparedImages(tmp_path / "out", latents=latents)) == COUNT - 1
     assert len(PreparedImages(tmp_path / "out", mirror=True)) == 2 * (COUNT - 1)  # pixels need no copies
-    with pytest.raises(ValueError, match=f"no finished latents mirrored ones of {latents}.*--mirror"):
+    with pytest.raises(ValueError, match=f"no finished mirrored latents {latents}.*--mirror"):
         PreparedImages(tmp_path / "out", latents=latents, mirror=True)
 
 
