@@ -380,14 +380,15 @@ class Harmful:
 
 def no_weights(folder):
     """Contents of files that are no weights. Unpickling the last two makes this folder."""
-    other = safetensors.torch.save({"weight": torch.zeros(9)}, {"format": "pt"})
     zipped = io.BytesIO()
     torch.save({"weight": Harmful(folder)}, zipped)
-    return b"model: SiT-B/2\n", b"", other, other[:-9], pickle.dumps({"weight": Harmful(folder)}), zipped.getvalue()
+    other = safetensors.torch.save({"weight": torch.zeros(9)}, {"format": "pt"})
+    return other, pickle.dumps({"weight": Harmful(folder)}), zipped.getvalue()
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("place", ["file", "timm", "hf"])
+@pytest.mark.parametrize(
+    "place, file", [("file", "pytorch_model.bin"), ("timm", "pytorch_model.bin"), ("hf", "model.safetensors")]
+)
 def test_weights_of_another_kind(tmp_path, place, file):
     save_transformers(tmp_path, "dinov2") if place == "hf" else save_tiny_encoder(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -441,15 +442,13 @@ def test_code_beside_known_models_is_ignored(own_code):
 # ---- other errors ----
 
 
-@pytest.mark.parametrize(
-    "name", ["no/such", "", "timm:", "timm:no_such", "dinov2-vit-x", "timm:dinov2-vit-b", "hf-hub:a/b"]
-)
+@pytest.mark.parametrize("name", ["no/such", "", "timm:no_such"])
 def test_unknown_encoder(name):
     message = refusal(name, 4)
     assert f"encoder {name!r} is neither a short name ({', '.join(SHORT_NAMES)})" in message and "hf:" in message
 
 
-@pytest.mark.parametrize("name", ["hf:", "hf:a/b", "hf:a b", "test_vit.no_such", "test_vit4"])
+@pytest.mark.parametrize("name", ["hf:a/b", "test_vit.no_such"])
 def test_encoder_without_weights(name):
     assert re.match(f"encoder {name!r} could not be loaded.*--encoder-weights FILE.*hf:FOLDER", refusal(name, 4))
     assert "encoder_weights = 'no.pth': " in refusal(name, 4, "no.pth")
@@ -458,13 +457,9 @@ def test_encoder_without_weights(name):
 @pytest.mark.parametrize(
     "prefix, file, content",
     [
-        ("", "config.json", "{}"),
         ("", "config.json", '{"model_type": "dinov2", "patch_size": 14}'),
-        ("", "config.json", "not json"),
         ("", "model.safetensors", None),
-        ("hf:", "config.json", "{}"),
         ("hf:", "preprocessor_config.json", None),
-        ("hf:", "model.safetensors", None),
     ],
 )
 def test_folder_of_something_else(tmp_path, prefix, file, content):
