@@ -193,3 +193,16 @@ def teacher(small_data, encoder_folder, tmp_path_factory):
         return out / "last.pt"
 
     return made
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """For each update of a run, its weights and their gradients before these are clipped, in float64."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def recorded(weights, limit):
+        seen.append([(weight.detach().double(), weight.grad.double()) for weight in weights])
+        return clip(weights, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded)
+    return seen
