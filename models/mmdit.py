@@ -81,15 +81,16 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
         if align_dims and not (fitting and len(fitting) == len(align_depth)):
             raise ValueError(f"align_depth = {align_depth} must name different blocks between 1 and {blocks}")
 
-        def router(count, final):
+        def router(count):
             size = count if chunk_size == sublayers else chunk_size  # one chunk of all, for the text too
             if routing == "attnres":
                 return AttnResRouter(count, width, size, route_backend)
-            return DepthRouter(count, width, query, size, final, route_backend, chunk_summary)
+            return DepthRouter(count, width, query, size, final_aggregator, route_backend, chunk_summary)
 
         image = text = None
-        if routing != "residual":  # nobody reads the text after the last attention
-            image, text = router(sublayers, final_aggregator), router(sublayers - 1, "shared")
+        if routing != "residual":
+            image, text = router(sublayers), router(sublayers - 1)
+            text.aggregators = text.aggregators[: sublayers - 1]  # nobody reads the text after the last attention
         align_depth = tuple(align_depth) if align_dims else ()
         projectors = nn.ModuleList(Projector(width, projector_dim, dim) for _ in align_depth for dim in align_dims)
         self.router, self.text_router, self.projectors = image, text, projectors
