@@ -6,7 +6,6 @@ The encoders are their architectures with random weights, since the weights' val
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -24,7 +23,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 
 from models.encoders import SHORT_NAMES, FrozenEncoder
-from tests.conftest import save_tiny_encoder
+from tests.conftest import Harmful, save_tiny_encoder
 
 COLOURS = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))  # found in no default
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -366,16 +365,6 @@ def test_fingerprint_by_its_definition(tmp_path, architecture, kinds, grid):
 
 
 # ---- files that would run code, and files that are no weights ----
-
-
-class Harmful:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 def no_weights(folder):

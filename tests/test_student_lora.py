@@ -12,22 +12,21 @@ import distill
 from checkpoint import load_file, load_trained, load_weights
 from eval import export
 from runtime import Ranks
+from tests import test_distill
 from tests.conftest import ending, forked, killed
 from tests.test_trainer import assert_same_run
 
 DAR = "--routing dar --chunk-size 3 --query dynamic"
 LORA = "--student-rank 3 --critic-rank 2"
-STEPS = 12
+
+
+distillation = test_distill.command
 
 
 @pytest.fixture(scope="module")
-def command(teacher):
+def command(distillation):
     def build(out, words=f"{DAR} --retrofit-steps 8 {LORA}", of=""):
-        line = (
-            f"--teacher={of or teacher()} --out={out} --lr 1e-3 --critic-lr 1e-3 --ema-decays 0.5 --tensorboard=False"
-        )
-        steps = f"--max-steps {STEPS} --log-every 1 --checkpoint-every 5 --batch-size 4 --critic-steps 2 --eval-every 0"
-        return f"{line} {steps} {words}".split()
+        return distillation(out, *words.split(), "--eval-every", 0, of=of)
 
     return build
 
