@@ -34,6 +34,12 @@ torch.set_num_threads(1)
 TINY = "--depth 2 --hidden-size 32 --num-heads 2 --align-depth 1 --projector-dim 16 --batch-size 8 --tensorboard False"
 
 
+def pytest_collection_modifyitems(items):
+    """Two processes end at the same time if the longest files are not left for the end."""
+    long = "test_trainer test_kernels test_text_to_image test_shard test_distill test_compiled_kernels".split()
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 def save_tiny_encoder(folder, width=24, img_size=8, patch_size=2, seed=0):
     """A timm vision transformer with random weights, in the folder format that `--encoder` takes."""
     architecture = dict(img_size=img_size, patch_size=patch_size, embed_dim=width, depth=2, num_heads=2, num_classes=0)

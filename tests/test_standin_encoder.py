@@ -46,7 +46,7 @@ def test_classifies_and_loads(trained, digits):
 
 def test_convnet_judges(digits, tmp_path):
     """What is loaded from the folder classifies all digits by its pooled features: the weights are the trained ones."""
-    folder = train(digits, tmp_path / "judge", "--kind", "convnet", "--epochs", "6", "--lr", "4e-3")
+    folder = train(digits, tmp_path / "judge", "--kind", "convnet", "--epochs", "3", "--lr", "4e-3")
     record, data = json.loads((folder / "training.json").read_text()), PreparedImages(digits)
     assert record["held_out_accuracy"] > 0.9 and record["options"]["kind"] == "convnet"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()

@@ -458,6 +458,25 @@ def test_variants_learn(command, tmp_path, extra):
     assert min(losses) < 0.8 * losses[0]
 
 
+def test_a_compiled_run_follows_one_that_is_not(command, tmp_path, monkeypatch):
+    compiled, of_torch = [], torch.nn.Module.compile
+
+    def quickly(module):
+        compiled.append(module)
+        of_torch(module, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    logs = []
+    for words in ((), ("--compile",)):
+        out = tmp_path / f"run{len(words)}"
+        plain = ("--routing", "residual", "--alignment", "none", "--depth", 1)  # others are in tests/test_streams.py
+        run(command(out, *plain, "--max-steps", 2, "--log-every", 1, *QUIET, *words))
+        logs.append(records(out))
+    assert len(compiled) == 1 and len(logs[0]) == 2
+    for line, other in zip(*logs):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
 def test_stored_and_computed_tokens_train_alike(command, tmp_path):
     """Features read from the data folder differ from online ones by float16 rounding only."""
     for features in ("prepared", "online"):
