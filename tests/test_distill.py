@@ -450,7 +450,6 @@ def test_a_published_teacher(command, small_data, tmp_path, monkeypatch):
         ("--class-dropout-prob 0", "--cfg-scale 2", "without a null class, which cfg_scale = 2.0 needs"),
         ("", "--data {few}", "has 10 classes and .* has 11; give the --data of the teacher"),
         ("--routing dar", "--routing residual", "routing = 'residual': .* has routing = 'dar'.*unknown router"),
-        ("", "--chunk-size 9 --routing dar", "chunk_size = 9 is not between 1 and the 4 sublayers"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(command, teacher, small_data, tmp_path, made_with, words, message):

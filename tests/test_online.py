@@ -23,6 +23,7 @@ from models.encoders import FrozenEncoder
 from runtime import Ranks, Use, derive_seed
 from tests.conftest import Group, save_tiny_encoder
 from tests.test_metrics import NarrowInception
+from tests.test_samplers import coefficients
 
 
 class Recall:
@@ -288,10 +289,7 @@ def test_loss_on_held_out_images(data, evaluation, path):
         generator = torch.Generator().manual_seed(derive_seed(0, Use.HELD_OUT, i))
         _, noise = (torch.randn(3, 8, 8, generator=generator) for _ in range(2))  # the first is for latents
         t, x = (i + 1) * (5**0.5 - 1) / 2 % 1, image / 127.5 - 1
-        angle = t * np.pi / 2
-        alpha, sigma, falls, rises = (1 - t, t, -1, 1) if path == "linear" else (
-            np.cos(angle), np.sin(angle), -np.pi / 2 * np.sin(angle), np.pi / 2 * np.cos(angle)
-        )  # fmt: skip
+        alpha, sigma, falls, rises = coefficients(t, path)
         errors.append((2 * (alpha * x + sigma * noise) + label - falls * x - rises * noise).square().mean())
     expected = torch.stack(errors).mean().item()
     assert judge(None) == judge(None, seed=6) == pytest.approx(expected, rel=1e-5)
