@@ -81,12 +81,13 @@ class RoutedQwenImage(QwenImageTransformer2DModel):
         if align_dims and not (fitting and len(fitting) == len(align_depth)):
             raise ValueError(f"align_depth = {align_depth} must name different blocks between 1 and {blocks}")
 
-        def router(count, final):
+        def router(count):
             size = count if chunk_size == sublayers else chunk_size  # one chunk of all, for the text too
-            return make_router(routing, count, width, query, size, final, route_backend, chunk_summary)
+            return make_router(routing, count, width, query, size, final_aggregator, route_backend, chunk_summary)
 
-        # Nobody reads the text after the last attention.
-        image, text = router(sublayers, final_aggregator), router(sublayers - 1, "shared")
+        image, text = router(sublayers), router(sublayers - 1)
+        if text:  # nobody reads the text after the last attention
+            text.aggregators = text.aggregators[: sublayers - 1]
         align_depth = tuple(align_depth) if align_dims else ()
         projectors = nn.ModuleList(Projector(width, projector_dim, dim) for _ in align_depth for dim in align_dims)
         self.router, self.text_router, self.projectors = image, text, projectors

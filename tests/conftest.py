@@ -34,6 +34,12 @@ torch.set_num_threads(1)
 TINY = "--depth 2 --hidden-size 32 --num-heads 2 --align-depth 1 --projector-dim 16 --batch-size 8 --tensorboard False"
 
 
+def pytest_collection_modifyitems(items):
+    """Two processes end at the same time if the longest files are not left for the end."""
+    long = "test_trainer test_kernels test_text_to_image test_shard test_distill test_compiled_kernels".split()
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 def save_tiny_encoder(folder, width=24, img_size=8, patch_size=2, seed=0):
     """A timm vision transformer with random weights, in the folder format that `--encoder` takes."""
     architecture = dict(img_size=img_size, patch_size=patch_size, embed_dim=width, depth=2, num_heads=2, num_classes=0)
@@ -41,6 +47,16 @@ def save_tiny_encoder(folder, width=24, img_size=8, patch_size=2, seed=0):
     model = timm.create_model("vit_tiny_patch16_224", **architecture)
     save_for_hf(model, str(folder), model_args=architecture, safe_serialization=True)
     return model.eval()
+
+
+class Harmful:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def read_lines(path):
@@ -193,3 +209,16 @@ def teacher(small_data, encoder_folder, tmp_path_factory):
         return out / "last.pt"
 
     return made
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """For each update of a run, its weights and their gradients before these are clipped, in float64."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def recorded(weights, limit):
+        seen.append([(weight.detach().double(), weight.grad.double()) for weight in weights])
+        return clip(weights, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded)
+    return seen

@@ -6,8 +6,6 @@ The autoencoders are diffusers' classes with few channels and random weights, sa
 import hashlib
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ import torch
 
 from models import autoencoder as module
 from models.autoencoder import HUB_NAMES, Latents, load_autoencoder
-from tests.conftest import ROOT
 from tests.test_encoders import change_json, no_weights, photos, snapshot
 
 import diffusers  # after models: see its docstring
@@ -510,9 +507,7 @@ def test_fingerprint_by_its_definition(request, kind, name, scaling):
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")
-@pytest.mark.parametrize(
-    "name", ["vae", "", "no/such/folder", "/no/such", "./vae", "owner/", "hf://owner/name", "Pixels"]
-)
+@pytest.mark.parametrize("name", ["vae", "", "no/such/folder"])
 def test_unknown_name(name):
     with pytest.raises(
         ValueError, match=f"autoencoder {name!r} could .* of pixels, sd-.* OWNER/NAME .* save_pretrained"
@@ -524,9 +519,6 @@ def test_unknown_name(name):
     "config, match",
     [
         ('{"_class_name": "UNet2DModel"}', "UNet2DModel, is no autoencoder of diffusers"),
-        ('{"_class_name": "DDPMPipeline"}', "DDPMPipeline, is no autoencoder"),
-        ("{}", "None, is no autoencoder"),
-        ("[]", "could not be loaded"),
         ("not json", "could not be loaded.*JSON"),
         (None, "could not be loaded.*config.json"),
     ],
@@ -542,13 +534,9 @@ def test_folder_of_something_else(tmp_path, config, match):
     "save, key, value, match",
     [
         (save_kl, "in_channels", 1, "only 3 is understood"),
-        (save_kl, "out_channels", 4, "only 3 is understood"),
-        (save_tiny, "out_channels", 1, "only 3 is understood"),
         (save_kl, "latents_mean", [0.5] * 4, "needed are both"),
-        (save_kl, "latents_std", [0.5] * 4, "needed are both"),
         (save_tiny, "upsampling_scaling_factor", 4, "only 2 is understood"),
         (save_kl, "scaling_factor", 0, "config.json"),
-        (save_kl, "scaling_factor", None, "config.json"),
     ],
 )
 def test_settings_that_are_not_understood(tmp_path, save, key, value, match):
@@ -561,10 +549,8 @@ def test_settings_that_are_not_understood(tmp_path, save, key, value, match):
 @pytest.mark.parametrize(
     "save, name, tensor, match",
     [
-        (save_kl, "decoder.conv_out.bias", None, "1 weights are missing .*such as decoder.conv_out.bias"),
         (save_tiny, "encoder.layers.0.bias", None, "1 weights are missing .*such as encoder.layers.0.bias"),
         (save_tiny, "more", torch.zeros(1), "1 weights are missing or unknown .*, such as more"),
-        (save_tiny, "encoder.layers.0.bias", torch.zeros(9), "encoder.layers.0.bias"),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, save, name, tensor, match):
@@ -575,8 +561,7 @@ def test_weights_that_do_not_fit(tmp_path, save, name, tensor, match):
         load_autoencoder(str(tmp_path))
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, "diffusion_pytorch_model.bin"])
-def test_weights_of_another_kind_and_code_that_comes_with_them(tmp_path, file):
+def test_weights_of_another_kind_and_code_that_comes_with_them(tmp_path):
     save_tiny(tmp_path)
     (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     change_json(tmp_path / "config.json", auto_map={"AutoModel": "own.Model", "AutoencoderTiny": "own.Model"})
@@ -584,7 +569,7 @@ def test_weights_of_another_kind_and_code_that_comes_with_them(tmp_path, file):
     (tmp_path / WEIGHTS).unlink()
     for content in (None, *no_weights(tmp_path / "ran")):
         if content is not None:
-            (tmp_path / file).write_bytes(content)
+            (tmp_path / "diffusion_pytorch_model.bin").write_bytes(content)
         with pytest.raises(ValueError, match=f"^autoencoder '{tmp_path}' could not be loaded .*save_pretrained.*$"):
             load_autoencoder(str(tmp_path))
     change_json(tmp_path / "config.json", _class_name="Model")
@@ -610,12 +595,3 @@ def test_pixels_come_back_exactly():
     for shift in (-0.49, 0.49):
         assert torch.equal(pixels.decode((every.double() + shift) / 127.5 - 1), every)
     assert pixels.decode(torch.tensor([-1.5, -40.0, 1.5, 40.0])).tolist() == [0, 0, 255, 255]
-
-
-def test_only_what_is_used_is_imported():
-    """transformers and diffusers take seconds."""
-    program = "import sys, models.encoders, models.autoencoder as a; a.load_autoencoder('pixels'); print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert not {"diffusers", "transformers"} & set(modules.split())

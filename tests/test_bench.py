@@ -66,31 +66,6 @@ def test_parity_sees_wrong_gradients():
         assert not parity(broken, device=CPU) < bench.TOLERANCE["cpu"]
 
 
-def test_goals_from_known_measurements():
-    def row(method, forward=1.0, backward=2.0, query="static", n=57, width=1152):
-        times = {"forward": [0, forward, 0], "backward": [0, backward, 0]}
-        shares = {"forward_share": 0.58 / forward, "backward_share": 1.16 / backward}  # 58 and 116 MB at 100 GB/s
-        return {"method": method, "width": width, "query": query, "sources": n, **times, **shares}
-
-    operators = [
-        *(row("eager", 12, 20), row("fused"), row("fla", 0.5, 4), row("fused", n=4, forward=9)),
-        *(row("fused", 0.8, 4, "dynamic"), row("eager", 8, 20, "dynamic"), row("fused", 9, 99, width=384)),
-        {"method": "liger", "width": 1152, "query": "static", "sources": 57, "failed": "x"},
-    ]
-    steps = [
-        {"method": "residual", "step": [0, 100.0, 0], "peak_mib": 10},
-        {"method": "DAR fused", "step": [0, 108.0, 0], "peak_mib": 12},
-        {"method": "residual, compiled", "failed": "out of memory"},
-    ]
-    found = bench.goals({"copy_gb_per_s": 100.0, "operators": operators, "steps": steps})
-    assert list(found.values()) == [
-        *(pytest.approx(0.58), pytest.approx(4 / 1.14)),  # 114 MB is the floor
-        *(pytest.approx(0.5), None),  # fla, liger
-        *(pytest.approx(10.0), pytest.approx(5.0)),  # eager
-        *(pytest.approx(1.08), pytest.approx(1.2), None, None),
-    ]
-
-
 def test_a_step_is_compared_with_the_residual_one_of_its_own_round(monkeypatch):
     paces = iter(
         [7.0, 7.0, 7.0, 7.0, 1.0, 1.2, 10.0, 11.0, 2.0, 2.6]

@@ -13,18 +13,19 @@ from weights import load_file, load_trained
 
 
 @pytest.fixture(scope="module")
-def train(digits, encoder_folder, tmp_path_factory):
+def train(small_data, encoder_folder, tmp_path_factory):
     """Two steps of the trainer, once for the same options. Returns the trainer at its end and its checkpoint."""
 
     @functools.lru_cache
     def run(words=""):
         out = tmp_path_factory.mktemp("run") / "tiny"
-        line = f"--data={digits} --out={out} --encoder={encoder_folder} {TINY} --lr 0.05 --max-steps 2 --eval-every 0"
+        line = (
+            f"--data={small_data} --out={out} --encoder={encoder_folder} {TINY} --lr 0.05 --max-steps 2 --eval-every 0"
+        )
         trainers, close = [], train_repa_dar.Trainer.__exit__
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_repa_dar.Trainer, "__exit__", lambda self, *_: trainers.append(self) or close(self))
-            model = [] if "--model" in words else ["--model=SiT-S/2"]
-            train_repa_dar.main([*line.split(), *model, *words.split()])
+            train_repa_dar.main([*line.split(), "--model=SiT-S/2", *words.split()])
         return trainers[0], out / "last.pt"
 
     return run
@@ -53,17 +54,13 @@ def inputs(channels=3, size=8):
 # ---- ours ----
 
 ARMS = {
-    "residual": "",
     "residual, aligned": "--alignment repa --align-depth 2 1",
-    "static": "--routing dar --query static",
     "timestep, shared": "--routing dar --query timestep --chunk-size 3 --final-aggregator shared",
     "timestep, aligned": "--routing dar --query timestep --alignment repa",
     "dynamic, aligned": "--routing dar --query dynamic --chunk-size 1 --alignment repa --final-aggregator dedicated",
     "convolved": "--alignment repa --align-depth 2 1 --projector conv --routing dar",
-    "attnres": "--routing attnres --chunk-size 3",
     "unet, aligned": "--routing unet --alignment repa",
     "qk norm, four heads": "--qk-norm --num-heads 4",
-    "patches of 4": "--model SiT-S/4",
 }
 
 

@@ -13,7 +13,6 @@ import train_repa_dar
 from config import Config
 from tests.conftest import ROOT
 
-FIELDS = [field.name for field in dataclasses.fields(Config)]
 TYPES = typing.get_type_hints(Config)
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
@@ -44,44 +43,23 @@ def typed(name, words):
 
 # ---- wrong values that the parser or Config.check refuses ----
 
-# The last value of each number that is taken, and the first that is not. Several words are several values.
+# The last value that is taken, and the first that is not, for each kind of bound. Several words are several values.
 LIMITS = """
-seed: 0, -1; depth: 1, 0; hidden_size: 4, 3; num_heads: 1, 0; class_dropout_prob: 0, -0.1; class_dropout_prob: 0.9, 1;
-chunk_size: 1, 0; align_depth: 1, 0; proj_coeff: 0, -0.5; projector_dim: 1, 0; spatial_norm: 0, -0.1;
-spatial_norm: 1, 1.1; align_steps: 1, 0; batch_size: 1, 0; micro_batch_size: 1, 0; max_steps: 1, 0; lr: 1e-12, 0;
-betas: 0 0, -0.1 0; betas: 0.9 0.999, 0.9 1; weight_decay: 0, -0.01; grad_clip: 1e-12, 0; ema_decays: 0 0.5, -0.5;
-ema_decays: 0.99, 1; num_workers: 0, -1; max_skipped_steps: 1, 0; log_every: 1, 0; checkpoint_every: 1, 0;
-snapshot_every: 0, -1; eval_every: 0, -1; eval_samples: 2, 1; eval_batch_size: 1, 0; sample_steps: 2, 1;
-cfg_scale: 0, -1; guidance_interval: 0 1, -0.1 1; guidance_interval: 0 1, 0 1.1; guidance_interval: 0.1 0.2, 0.2 0.2;
-time_std: 1e-12, 0; time_shift: 1e-12, 0; sample_shift: 1e-12, 0; time_mean: -9, inf;
-diagnose_every: 0, -1; diagnose_images: 20, 19; held_out: 0, -1; retrofit_steps: 0, -1
+depth: 1, 0; proj_coeff: 0, -0.5; lr: 1e-12, 0; spatial_norm: 1, 1.1; class_dropout_prob: 0.9, 1; time_mean: -9, inf;
+align_depth: 1, 0; betas: 0.9 0.999, 0.9 1; ema_decays: 0 0.5, -0.5; guidance_interval: 0.1 0.2, 0.2 0.2
 """
 LIMITS = [tuple(re.split("[:,] ", each.strip())) for each in LIMITS.split(";")]
 
 # What is typed, and how the message shows it.
 WRONG = {
     "--seed 1.5": "'1.5'",
-    "--seed None": "'None'",
-    "--depth few": "'few'",
-    "--lr much": "'much'",
     "--tf32 maybe": "'maybe'",
-    "--tf32 1": "'1'",
     "--routing DAR": "'DAR'",
-    "--routing=": "''",
-    "--max-steps 1e5": "'1e5'",
-    "--align-depth last": "'last'",
-    "--align-depth 4 4": "align_depth = (4, 4)",
     "--align-depth --alignment repa": "align_depth = ()",
-    "--ema-decays": "ema_decays = ()",
     "--ema-decays 0.9 0.9": "ema_decays = (0.9, 0.9)",
-    "--ema-decays nan": "ema_decays = (nan,)",
     "--betas 0.9": "--betas",
-    "--betas nan 0.999": "betas = (nan, 0.999)",
-    "--guidance-interval nan 1": "guidance_interval = (nan, 1.0)",
     "--chunksize 3": "unknown option --chunksize; the nearest valid one is 'chunk_size' (--chunk-size)",
-    "--rooting dar": "(--routing)",
     "--conf digits": "--conf",  # which must not pass for --config and silently replace the preset
-    "stray": "stray",
 }
 
 # ---- wrong values that only the trainer can judge, and what the message must contain.
@@ -89,52 +67,27 @@ WRONG = {
 
 WRONG_FOR_A_RUN = {
     "--data {missing}": "data = '{missing}'",
-    "--data {file}": "data = '{file}'",
-    "--data {empty}": "data = '{empty}'",
     "--data {unfinished}": "'{unfinished}' is not finished",
-    "--out {file}": "{file}",
     "--out {file}/run": "{file}",
-    **{
-        f"--init-from {{{kind}}}": f"{{{kind}}}" for kind in "missing file empty safetensors tensor other_model".split()
-    },
+    "--init-from {missing}": "{missing}",
+    "--init-from {other_model}": "{other_model}",
     "--model SiT-Q/2": "model = 'SiT-Q/2'",
-    "--model=": "model = ''",
-    "--model SiT-B/3 --eval-every 0": "model = 'SiT-B/3'",
-    "--num-heads 3": "num_heads = 3",
-    "--hidden-size 6 --num-heads 1": "hidden_size = 6",
-    "--align-depth 1 9 --alignment repa": "align_depth = (1, 9)",
     "--chunk-size 3 --routing dar": "chunk_size = 3",  # one block has two sublayers
     "--batch-size 6 --micro-batch-size 4": "batch_size = 6",
-    "--micro-batch-size 3": "micro_batch_size = 3",
     "--autoencoder sd-vae": "'sd-vae'",
-    "--autoencoder {empty}": "'{empty}'",
     "--decoder vqgan": "'vqgan'",
     "--alignment repa --encoder no_such_vit": "'no_such_vit'",
-    "--alignment repa --encoder {empty}": "'{empty}'",
-    "--alignment repa --encoder resnet18": "'resnet18'",
-    "--alignment repa --encoder=": "encoder ''",
-    "--alignment repa --encoder {broken_encoder}": "{broken_encoder}",
-    "--alignment repa --encoder {unknown_encoder}": "{unknown_encoder}",
-    "--alignment repa --encoder {weightless_encoder}": "{weightless_encoder}",
     "--alignment repa --encoder vit_tiny_patch16_224 --encoder-weights {missing}": "'{missing}'",
-    "--alignment repa --encoder-weights {file}": "'{file}'",
     "--encoder-weights a b": "encoder_weights = ('a', 'b')",
     # The features of the fixture are for 16 tokens; this model has 4.
     "--encoder-features prepared --alignment repa --model SiT-S/4": "--encoder-features",
     "--eval-encoder no_such_net": "'no_such_net'",
-    "--eval-encoder {empty}": "'{empty}'",
     "--eval-encoder": "eval_encoder = ()",
     "--eval-encoder {judge} --encoder {judge}": "--eval-aligned",
     "--eval-encoder inception --inception {missing}": "{missing}",
-    "--eval-encoder inception --inception {file}": "{file}",
     "--eval-encoder inception --fid-reference {missing}": "{missing}",
     "--diagnose-every 1 --diagnose-images 10000": "diagnose_images = 10000",
 }
-
-
-def test_the_table_of_limits_has_every_number():
-    numbers = {name for name, kind in TYPES.items() if {kind, *typing.get_args(kind)} & {int, float}}
-    assert numbers == {name for name, *_ in LIMITS}
 
 
 @pytest.mark.parametrize("name, last, beyond", LIMITS)
@@ -157,42 +110,29 @@ def test_align_depth_may_be_empty_without_alignment():
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory, encoder_folder):
-    """Paths that are wrong in different ways, by the names that WRONG_FOR_A_RUN uses."""
+def paths(tmp_path_factory, judge_folder):
+    """Paths that are wrong in different ways, by the names that WRONG_FOR_A_RUN uses, and that of a judge."""
     folder = tmp_path_factory.mktemp("wrong")
-    folders = ("empty", "unfinished", "broken_encoder", "unknown_encoder", "weightless_encoder")
-    made = {name: folder / name for name in ("missing", "file", *folders)}
-    for name in folders:
-        made[name].mkdir()
+    made = {name: folder / name for name in ("missing", "file", "unfinished", "other_model")} | {"judge": judge_folder}
     made["file"].write_text("not what you think")
+    made["unfinished"].mkdir()
     (made["unfinished"] / "settings.json").write_text("{}")
-    (made["broken_encoder"] / "config.json").write_text("{")
-    (made["unknown_encoder"] / "config.json").write_text('{"architecture": "no_such_vit"}')
-    (made["weightless_encoder"] / "config.json").write_text((encoder_folder / "config.json").read_text())
-    made |= {
-        "safetensors": folder / "junk.safetensors",
-        "tensor": folder / "tensor.pt",
-        "other_model": folder / "sit.pt",
-    }
-    made["safetensors"].write_bytes(b"junk" * 10)
-    torch.save(torch.zeros(3), made["tensor"])
     torch.save({"ema": {"blocks.0.weight": torch.zeros(3)}}, made["other_model"])
-    return {name: str(path) for name, path in made.items()}
+    return made
 
 
 @pytest.fixture
-def tiny(digits, encoder_folder, judge_folder, tmp_path):
+def tiny(small_data, encoder_folder, judge_folder, tmp_path):
     """The command line of a run that would take one small step, should a wrong value get through."""
     sizes = "--depth 1 --hidden-size 8 --num-heads 2 --align-depth 1 --projector-dim 4 --chunk-size 1"
     rest = "--encoder-features online --batch-size 4 --max-steps 1 --tensorboard False"
     evaluation = "--eval-every 1 --eval-samples 4 --eval-batch-size 4 --sample-steps 2"
-    folders = f"--data={digits} --encoder={encoder_folder} --eval-encoder={judge_folder} --out={tmp_path / 'run'}"
+    folders = f"--data={small_data} --encoder={encoder_folder} --eval-encoder={judge_folder} --out={tmp_path / 'run'}"
     return f"{folders} {sizes} {rest} {evaluation}".split()
 
 
 @pytest.mark.parametrize("words, shown", WRONG_FOR_A_RUN.items())
-def test_value_that_only_the_trainer_can_judge_is_refused(capsys, tiny, paths, judge_folder, words, shown):
-    paths = {**paths, "judge": str(judge_folder)}
+def test_value_that_only_the_trainer_can_judge_is_refused(capsys, tiny, paths, words, shown):
     message = refused(capsys, [*tiny, *(word.format(**paths) for word in words.split())], train_repa_dar.main)
     assert "error" in message
     assert shown.format(**paths) in message
@@ -203,29 +143,16 @@ def test_value_that_only_the_trainer_can_judge_is_refused(capsys, tiny, paths, j
 
 WRONG_IN_A_FILE = {
     "chunk_sise: 1": "unknown key 'chunk_sise'; the nearest valid one is 'chunk_size'",
-    "1: 1": "unknown key 1; the nearest valid one",
     "lr: fast": "'fast'",
-    "seed: 1.5": "'1.5'",
     "seed: true": "'True'",
-    "compile: 1": "'1'",
     "routing: off": "routing = False",
     "depth: 0": "depth = 0",
-    "align_depth: null": "'None'",
-    "ema_decays: [0.9, slow]": "'slow'",
     "lr: {a: 1}": "lr = {'a': 1}: must be one value",
-    "lr: [0.1, 0.2]": "lr = [0.1, 0.2]: must be one value",
-    "data: [x, y]": "data = ['x', 'y']: must be one value",
     "ema_decays: {a: 1}": "must be a list",
-    "betas: 0.9": "--betas",
-    "betas: [0.9, 0.99, 0.999]": "0.999",
     # str() of anything is text: a run must not end up in a folder called None or True.
-    "out: ": "out = None",
     "out: yes": "out = True",
-    "- lr": "key: value",
     "just text": "key: value",
-    "[]": "key: value",
     "align_depth: [1, 2": "is not YAML",
-    "lr: 1: 2": "is not YAML",
 }
 
 
@@ -243,12 +170,9 @@ def test_wrong_files_are_refused_by_name(capsys, write, text, shown):
         ("lr: 1e-4", {"lr": 1e-4}),  # text for PyYAML, which wants 1.0e-4
         ("weight_decay: 0", {"weight_decay": 0.0}),
         ("depth: null\nmicro_batch_size: ~", {"depth": None, "micro_batch_size": None}),
-        ("depth: 3", {"depth": 3}),
         ("align_depth: [2, 1]\nbetas: [0.5, 0.6]", {"align_depth": (2, 1), "betas": (0.5, 0.6)}),
         ("align_depth: 3\nema_decays: 0.5", {"align_depth": (3,), "ema_decays": (0.5,)}),
-        ("align_depth: []", {"align_depth": ()}),
         ("compile: true\ntf32: false", {"compile": True, "tf32": False}),
-        ("data: a b", {"data": "a b"}),
     ],
 )
 def test_values_of_a_file(write, text, expected):
@@ -284,8 +208,7 @@ def test_preset_parses(preset):
 # ---- saving, and telling configurations apart ----
 
 # Text that YAML or a command line could take for something else.
-TEXTS = ["", "data/digits", "with space", "None", "null", "~", "true", "1e-4", "007", "é–ü", "a: b # c", "[1, 2]"]
-TEXTS += ["{a: 1}", 'it\'s "quoted"', " padded ", "back\\slash", "2024-01-01", "*"]
+TEXTS = ["", "None", "1e-4", "é–ü", "a: b # c", 'it\'s "quoted" back\\slash']
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -310,15 +233,10 @@ def test_saved_path_may_begin_with_a_dash(tmp_path):
     assert config.parse(["--config", str(tmp_path / "config.yaml")]) == original
 
 
-# Settings that may change when a run goes on: anything else would change more than rounding.
-FREE = "out max_steps micro_batch_size num_workers checkpoint_every snapshot_every tensorboard dry_run".split()
-FREE += ["checkpoint_activations", "shard", "diagnose_every", "diagnose_images"]
-
-
 def test_differences_are_reported_unless_free():
     saved = dataclasses.asdict(Config())
-    for name in FIELDS:
-        expected = [] if name in FREE else [f"{name}: {saved[name]!r} -> 'another'"]
+    for name, free in (("max_steps", True), ("shard", True), ("lr", False)):
+        expected = [] if free else [f"{name}: {saved[name]!r} -> 'another'"]
         assert config.differences({**saved, name: "another"}, saved) == expected
     assert config.differences(saved, config.plain(saved)) == config.differences(config.plain(saved), saved) == []
     assert config.differences({"align_depth": (4, 5)}, {"align_depth": [5, 4]}) == ["align_depth: [5, 4] -> (4, 5)"]
@@ -329,7 +247,7 @@ def test_differences_are_reported_unless_free():
     assert config.differences(changed, saved) == ["route_backend: 'auto' -> 'torch'"]
 
 
-@pytest.mark.parametrize("words", ["--dry-run", "--dry_run", "--dry-run True", "--dry-run=True", "--tf32 --dry-run"])
+@pytest.mark.parametrize("words", ["--dry_run", "--dry-run=True"])
 def test_a_switch_needs_no_value(words):
     parsed = config.parse([*words.split(), "--seed", "3"])
     assert parsed.dry_run is parsed.tf32 is True and parsed.seed == 3
@@ -353,17 +271,12 @@ def test_another_batch_than_the_presets_is_pointed_out(capsys, monkeypatch):
     "words, idle, causes",
     [
         ("--projector conv --spatial-norm=0.6", "projector spatial_norm", "alignment = none"),
-        ("--query static", "query", "routing = residual"),
         ("--routing attnres --query static", "query", "routing = attnres"),
-        ("--routing unet --chunk_size=2", "chunk_size", "routing = unet"),
         ("--alignment repa --projector conv --projector-dim 8", "projector_dim", "projector = conv"),
         ("--model MMDiT-B/2 --alignment repa --projector conv --projector-dim 8", "projector", "model = MMDiT-B/2"),
-        ("--eval-every 0 --sampler sde --cfg-scale 2", "cfg_scale sampler", "eval_every = 0"),
         ("--guidance-interval 0 0.5", "guidance_interval", "cfg_scale = 1.0"),
         ("--new-labels --diagnose-images 30", "diagnose_images new_labels", ""),
-        ("--routing dar --query static --chunk-size 2", "", ""),
         ("--routing attnres --chunk-size 2 --route-backend torch", "", ""),
-        ("--cfg-scale 2 --guidance-interval 0 0.5 --seed 3", "", ""),
     ],
 )
 def test_options_without_effect_are_noted(capsys, words, idle, causes):
@@ -376,12 +289,9 @@ def test_options_without_effect_are_noted(capsys, words, idle, causes):
 @pytest.mark.parametrize(
     "words, folder",
     [
-        ("", "digits/residual-none-seed0"),
         ("--routing dar --alignment repa --seed 3", "digits/dar-repa-seed3"),
-        ("--lr 5.0e-3 --max-steps 7 --log-every 3 --query static", "digits/residual-none-seed0"),  # none of them an arm
         ("--routing dar --chunk-size 2 --align-depth 1 2", "digits/dar-none,chunk_size=2-seed0"),
         ("--alignment repa --align-depth 1 2", "digits/residual-repa,align_depth=1+2-seed0"),
-        ("--config imagenet256_s", "imagenet256_s/residual-none-seed0"),
         ("--out elsewhere/x", None),
     ],
 )
@@ -396,11 +306,3 @@ def test_folders_of_different_settings_differ():
     assert len(names) == len(texts) and all(re.fullmatch(r"[\w.,=+-]{1,160}", name) for name in names)
     sizes = [config.parse(words.split()).out for words in ("--model SiT-S/2", "--model SiT-B/2", "")]
     assert len(set(sizes)) == 3
-
-
-def test_documentation_lists_every_option_with_its_meaning():
-    rows = [line for line in config.document().splitlines() if line.startswith("| `")]
-    own = list(config.DistillConfig.__annotations__)
-    assert [row.split("`")[1] for row in rows] == FIELDS + own
-    assert all(len(row.split(" | ")[2]) > 10 for row in rows)
-    assert r"| `query` | `'timestep'` | static \| timestep \| dynamic. DAR query: w" in "\n".join(rows)

@@ -98,10 +98,9 @@ ROUTINGS = [{}, DAR, {**DAR, "query": "timestep", "chunk_size": 1}, {"routing": 
 
 
 @pytest.mark.parametrize("settings", [*ROUTINGS, {"routing": "unet"}, {"checkpoint_activations": True}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_looking_leaves_the_forward_pass_bit_identical(images, settings, dtype):
+def test_looking_leaves_the_forward_pass_bit_identical(images, settings):
     """Also with a compiled model, under autocast and another backend; the states are those that projectors see."""
-    model, seen = small_model(dtype, align_depth=(1, 2), align_dims=(4,), projector_dim=8, **settings), []
+    model, seen = small_model(torch.float32, align_depth=(1, 2), align_dims=(4,), projector_dim=8, **settings), []
     x_t, t, _, y = whole(sample_of(model, images), 0.4)
     if model.router:
         model.router.backend = "torch"  # as looking does
@@ -115,7 +114,7 @@ def test_looking_leaves_the_forward_pass_bit_identical(images, settings, dtype):
     look = Look(model)
     with torch.autocast("cpu", torch.bfloat16):
         velocity, projected = look(x_t.requires_grad_(), t, y)
-    assert velocity.dtype == dtype and torch.equal(velocity, expected) and projected == []
+    assert velocity.dtype == torch.float32 and torch.equal(velocity, expected) and projected == []
     assert all(map(torch.equal, look.states[2::2], states)) and len(states) == 2
     assert len(look.states) == len(look.reads) == len(look.outputs) == 5
     assert all(map(torch.equal, look.states, look.reads)) and all(state.requires_grad for state in look.states)
@@ -459,15 +458,14 @@ def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text(), parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("name", ["residual", "dar"])
-def test_command_writes_every_figure(checkpoints, digits, encoder_folder, tmp_path, capsys, name):
-    command(checkpoints[name], tmp_path / "new" / "a", "--average", "none")
+def test_command_writes_every_figure(checkpoints, digits, encoder_folder, tmp_path, capsys):
+    command(checkpoints["dar"], tmp_path / "new" / "a", "--average", "none")
     written = {f"{figure}.{kind}" for figure in FIGURES for kind in ("json", "png")}
     assert {path.name for path in (tmp_path / "new" / "a").iterdir()} == written
     assert str(tmp_path / "new" / "a" / "states.png") in capsys.readouterr().out
-    said = {"step": 3, "average": "none", "checkpoint": checkpoints[name]}
-    settings = {"seed": 0, "num_images": 24, "batch_size": 16, "data": str(digits), "routing": name}
-    settings |= {"path": "linear" if name == "residual" else "cosine", "encoder": str(encoder_folder)}
+    said = {"step": 3, "average": "none", "checkpoint": checkpoints["dar"]}
+    settings = {"seed": 0, "num_images": 24, "batch_size": 16, "data": str(digits), "routing": "dar"}
+    settings |= {"path": "cosine", "encoder": str(encoder_folder)}
     data = {}
     for figure in FIGURES:
         content = read(tmp_path / "new" / "a", figure)
@@ -506,12 +504,8 @@ def test_untrained_residual_model_has_no_importance_and_still_makes_a_figure(ima
     "extra, message",
     [
         ("--times 0.5 1.5", r"times = \(0.5, 1.5\): give times in \[0, 1\]"),
-        ("--times nan", "times"),
         ("--num-images 0", "num_images = 0: must be at least 1"),
-        ("--batch-size 0", "batch_size = 0"),
-        ("--seed -1", "seed = -1"),
         ("--num-images 19 --figures time", "figure 'time' needs at least 20 images, not 19"),
-        ("--num-images 19 --figures alignment", "figure 'alignment' needs at least 20 images"),
         ("--data nowhere", "not a prepared folder"),
     ],
 )

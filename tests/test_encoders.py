@@ -6,7 +6,6 @@ The encoders are their architectures with random weights, since the weights' val
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -24,7 +23,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 
 from models.encoders import SHORT_NAMES, FrozenEncoder
-from tests.conftest import save_tiny_encoder
+from tests.conftest import Harmful, save_tiny_encoder
 
 COLOURS = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))  # found in no default
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -368,26 +367,17 @@ def test_fingerprint_by_its_definition(tmp_path, architecture, kinds, grid):
 # ---- files that would run code, and files that are no weights ----
 
 
-class Harmful:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 def no_weights(folder):
     """Contents of files that are no weights. Unpickling the last two makes this folder."""
-    other = safetensors.torch.save({"weight": torch.zeros(9)}, {"format": "pt"})
     zipped = io.BytesIO()
     torch.save({"weight": Harmful(folder)}, zipped)
-    return b"model: SiT-B/2\n", b"", other, other[:-9], pickle.dumps({"weight": Harmful(folder)}), zipped.getvalue()
+    other = safetensors.torch.save({"weight": torch.zeros(9)}, {"format": "pt"})
+    return other, pickle.dumps({"weight": Harmful(folder)}), zipped.getvalue()
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("place", ["file", "timm", "hf"])
+@pytest.mark.parametrize(
+    "place, file", [("file", "pytorch_model.bin"), ("timm", "pytorch_model.bin"), ("hf", "model.safetensors")]
+)
 def test_weights_of_another_kind(tmp_path, place, file):
     save_transformers(tmp_path, "dinov2") if place == "hf" else save_tiny_encoder(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -441,15 +431,13 @@ def test_code_beside_known_models_is_ignored(own_code):
 # ---- other errors ----
 
 
-@pytest.mark.parametrize(
-    "name", ["no/such", "", "timm:", "timm:no_such", "dinov2-vit-x", "timm:dinov2-vit-b", "hf-hub:a/b"]
-)
+@pytest.mark.parametrize("name", ["no/such", "", "timm:no_such"])
 def test_unknown_encoder(name):
     message = refusal(name, 4)
     assert f"encoder {name!r} is neither a short name ({', '.join(SHORT_NAMES)})" in message and "hf:" in message
 
 
-@pytest.mark.parametrize("name", ["hf:", "hf:a/b", "hf:a b", "test_vit.no_such", "test_vit4"])
+@pytest.mark.parametrize("name", ["hf:a/b", "test_vit.no_such"])
 def test_encoder_without_weights(name):
     assert re.match(f"encoder {name!r} could not be loaded.*--encoder-weights FILE.*hf:FOLDER", refusal(name, 4))
     assert "encoder_weights = 'no.pth': " in refusal(name, 4, "no.pth")
@@ -458,13 +446,9 @@ def test_encoder_without_weights(name):
 @pytest.mark.parametrize(
     "prefix, file, content",
     [
-        ("", "config.json", "{}"),
         ("", "config.json", '{"model_type": "dinov2", "patch_size": 14}'),
-        ("", "config.json", "not json"),
         ("", "model.safetensors", None),
-        ("hf:", "config.json", "{}"),
         ("hf:", "preprocessor_config.json", None),
-        ("hf:", "model.safetensors", None),
     ],
 )
 def test_folder_of_something_else(tmp_path, prefix, file, content):

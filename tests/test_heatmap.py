@@ -149,44 +149,23 @@ def test_one_map_for_each_combination_of_the_other_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, depth, blocks, marked, low, high",
-    [
-        ("SiT-S/2", None, 12, 4, 2.449, 3.207),
-        ("SiT-B/2", None, 12, 4, 2.449, 3.207),
-        ("SiT-L/2", None, 24, 8, 3.464, 4.536),
-        ("SiT-XL/2", None, 28, 8, 3.742, 4.899),
-        ("SiT-XL/2", 50, 28, 8, 5.0, 6.547),
-        ("SiT-Plus/2", None, 28, 8, 3.742, 4.899),
-    ],
+    "model, depth, marked, low, high", [("SiT-B/2", None, 4, 2.449, 3.207), ("SiT-XL/2", 50, 8, 5.0, 6.547)]
 )
-def test_the_marks(tmp_path, model, depth, blocks, marked, low, high):
+def test_the_marks(tmp_path, model, depth, marked, low, high):
     """Prop. 1, sqrt(L (1 - a) / (1 + a)) for a = 0.6 and 0.4 with L = 2 x depth, worked out by hand; REPA's depths."""
     others = dict(model=model, depth=depth)
     made = [made_cell(tmp_path, [(100, 1.0)], k, s, others=others) for k in (4, 8) for s in (1, 4, 8)]
-    _, text, result = written(made, tmp_path)
-    (grid,) = result["maps"]
+    (grid,) = written(made, tmp_path)[2]["maps"]
     assert grid["optimal_chunk_size"] == pytest.approx([low, high], abs=1e-3) and grid["repa_depth"] == marked
-    assert f"| {marked} (REPA) |" in text and text.count("(REPA)") == 2
-    assert ("chunk size 4 (S*)" in text) == (low <= 4 <= high) and "chunk size 8 (S*)" not in text
-    assert (
-        f"S* of Prop. 1 for {2 * (depth or blocks)} sublayers is {low:.1f} at alpha = 0.6 and {high:.1f} at alpha = "
-        f"0.4. REPA aligns {model}, of {blocks} blocks, after block {marked}."
-    ) in text
 
 
-def test_numbers_have_four_digits_and_steps_all_of_theirs():
-    values = (0.123456, 31.0, 9998.4, 12345.6, 400_000.4, -12345.6)
-    assert [heatmap.number(value) for value in values] == ["0.1235", "31", "9998", "12346", "400000", "-12346"]
-
-
-@pytest.mark.parametrize("goal, colours, sign", [("min", "viridis", 1), ("max", "viridis_r", -1)])
-def test_the_picture_shows_means_in_one_scale_and_the_marks(tmp_path, monkeypatch, goal, colours, sign):
-    """The drawn arrays are the means, dark is good, and the band of S* lies between the columns of 2 and 4 in log2."""
+def test_the_picture_shows_means_in_one_scale_and_the_marks(tmp_path, monkeypatch):
+    """The drawn arrays are the means, and the band of S* lies between the columns of 2 and 4 in log2."""
     import matplotlib.pyplot as plt
 
     chunks, sizes = np.array([1, 2, 4]), {"static": 1, "dynamic": 4}
     made = [
-        made_cell(tmp_path, [(50, 99.0 * sign), (100, sign * (size * s * k + 3.0 * seed))], k, s, seed, query=query)
+        made_cell(tmp_path, [(50, 99.0), (100, size * s * k + 3.0 * seed)], k, s, seed, query=query)
         for query, size in sizes.items()
         for k in (2, 4)
         for s in (1, 2, 4)
@@ -194,25 +173,19 @@ def test_the_picture_shows_means_in_one_scale_and_the_marks(tmp_path, monkeypatc
     ]
     with monkeypatch.context() as patch:
         patch.setattr(plt, "close", lambda figure: None)
-        heatmap.write_result(made, tmp_path, "frechet_distance", goal, 70.0 * sign)
+        heatmap.write_result(made, tmp_path, "frechet_distance", "min", 70.0)
     figure = plt.gcf()
     plt.close(figure)
     metric, steps = figure.axes[::2], figure.axes[1::2]
     values = [size * np.outer([2, 4], chunks) for size in sizes.values()]
-    lasts = [(value + 1.5) * sign for value in values]
+    lasts = [value + 1.5 for value in values]
     times = [np.mean([50 + 50 * 29 / (99 - value - 3 * seed) for seed in (0, 1)], axis=0) for value in values]
-    marks = re.compile(r"\| [24] (?:\(REPA\) )?\| (.*) \|")
-    cells = [words.split(" | ") for words in marks.findall((tmp_path / "sweep.md").read_text())]
-    cells = iter([cells[2 * i : 2 * i + 2] for i in (0, 2, 1, 3)])  # in the order of the panels
-    for panels, expected, name in ((metric, lasts, colours), (steps, times, "viridis")):
+    for panels, expected in ((metric, lasts), (steps, times)):
         for panel, means in zip(panels, expected):
-            rows = next(cells)
             (image,) = panel.images
             np.testing.assert_allclose(image.get_array(), means)
             assert image.get_clim() == pytest.approx((np.min(expected), np.max(expected)))
-            assert image.get_cmap().name == name and image.origin == "lower"
-            drawn = [(text.get_position(), text.get_text()) for text in panel.texts[:6]]
-            assert drawn == [((x, y), rows[y][x].replace(" [", "\n[")) for y in (0, 1) for x in (0, 1, 2)]
+            assert image.origin == "lower"
             band, row = panel.patches
             left, right = np.log2(math.sqrt(24 * 0.4 / 1.6)), np.log2(math.sqrt(24 * 0.6 / 1.4))
             assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((left, right))

@@ -1,6 +1,6 @@
 """The backends on a CPU, Triton's by its interpreter, against their definition in float64.
 
-The reference at the top is DAR's Eq. 5-6 and adaLN written out with float64 autograd; it shares no code with the
+The reference is DAR's Eq. 5-6 and adaLN of tests/test_routing.py with float64 autograd; it shares no code with the
 project. The interpreter runs the kernels' own source, row by row, at milliseconds per source and token: shapes are
 tiny, and odd, so that few axes fit a power of two or a program's rows.
 
@@ -20,7 +20,7 @@ import train_repa_dar
 from kernels import operators, resolve_backend, route, route_cpu, route_modulate, why_not_fused
 from models.sit import SiT
 from tests.conftest import read_lines
-from tests.test_routing import randomize
+from tests.test_routing import aggregate, layer_norm, randomize
 
 pytest.importorskip("triton", reason="Triton has no build for this system")
 import triton.language as tl  # noqa: E402
@@ -108,17 +108,11 @@ def guarded(backend, monkeypatch):
 
 def aggregated(sources, query, norm_weight, eps=1e-6):
     """Eq. 5-6."""
-    v = torch.stack(sources)  # (n, B, T, D)
-    keys = norm_weight * v / (v.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    query = query[:, None] if query.ndim == 2 else query  # (B, D) -> (B, 1, D)
-    weights = ((query * keys).sum(-1) / math.sqrt(v.shape[-1])).softmax(0)  # (n, B, T)
-    return (weights[..., None] * v).sum(0)
+    return aggregate(sources, query[:, None] if query.ndim == 2 else query, norm_weight, eps)[0]
 
 
 def modulated(h, shift, scale, norm_eps=1e-6):
-    centred = h - h.mean(-1, keepdim=True)
-    normalized = centred / (centred.pow(2).mean(-1, keepdim=True) + norm_eps).sqrt()
-    return normalized * (1 + scale[:, None]) + shift[:, None]
+    return layer_norm(h, norm_eps) * (1 + scale[:, None]) + shift[:, None]
 
 
 def listed(inputs):
@@ -485,8 +479,8 @@ def test_layout_does_not_matter(guarded, transposed):
     compare(inputs, {"h": cotangent}, view=seen)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3], ids=["D", "BD", "BTD"])
-@pytest.mark.parametrize("B, T", [(0, 3), (2, 0), (0, 0)])
+@pytest.mark.parametrize("rank", [1, 3], ids=["D", "BTD"])
+@pytest.mark.parametrize("B, T", [(0, 3), (2, 0)])
 def test_nothing_in_nothing_out(rank, B, T, backend):
     """An empty batch still gives every parameter a gradient, of zeros."""
     for modulate in (False, True):
@@ -565,8 +559,11 @@ CHECKED = [("route", 3), ("route_modulate", 1), ("route_backward", 1), ("route_b
 CHECKED += [("route_modulate_backward", 2), ("route_modulate_backward, no dh", 2)]
 
 
-@pytest.mark.parametrize("namespace", ["dar", "dar_cpu"])
-@pytest.mark.parametrize("name, rank", CHECKED)
+# Fewer of the second namespace, whose schemas are those of the first.
+CHECKED = [("dar", *each) for each in CHECKED] + [("dar_cpu", *each) for each in CHECKED if "modulate" in each[0]][:2]
+
+
+@pytest.mark.parametrize("namespace, name, rank", CHECKED)
 def test_operators_keep_pytorchs_rules(namespace, name, rank):
     """Schema, shapes and strides as promised to torch.compile, symbolic shapes."""
     operators = getattr(torch.ops, namespace)
@@ -574,15 +571,15 @@ def test_operators_keep_pytorchs_rules(namespace, name, rank):
 
 
 def two_aggregations(inputs):
-    """The second reads what the first returned. Without sums and zeros, inductor needs no C++ compiler."""
+    """The second reads what the first returned."""
     first, second = ([inputs[f"{name}{i}"] for name in ("query", "norm_weight", "shift", "scale")] for i in (1, 2))
     x, h, sources = route_modulate(listed(inputs), *first, backend=BACKEND)
     y, h_too, sources = route_modulate([*sources, x], *second, backend=BACKEND)
     return dict(zip(("h", "y", "h too", "v", "w", "x"), (h, y, h_too, *map(as_tensor, sources))))
 
 
-def test_aggregations_compile_as_one_graph(tmp_path, monkeypatch, backend):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_aggregations_compile_as_one_graph(backend):
+    """Not by inductor, whose C++ takes 20 s; what it relies on is the test before."""
     torch.compiler.reset()
     inputs = {f"source {i}": value for i, value in enumerate(torch.randn(2, 2, 3, 8))}
     for i, rank in ((1, 3), (2, 1)):
@@ -590,8 +587,7 @@ def test_aggregations_compile_as_one_graph(tmp_path, monkeypatch, backend):
     inputs = {name: value.requires_grad_() for name, value in inputs.items()}
     seen = cotangents(("h", "y", "h too", "v", "w", "x"), inputs["source 0"])
     eager = evaluate(two_aggregations, inputs, seen)
-    compiler = "aot_eager" if backend == "torch" else "inductor"  # which would compile C++ for its many operations
-    compiled = evaluate(torch.compile(two_aggregations, fullgraph=True, backend=compiler), inputs, seen)
+    compiled = evaluate(torch.compile(two_aggregations, fullgraph=True, backend="aot_eager"), inputs, seen)
     for ours, theirs in zip(compiled, eager):
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -708,9 +704,9 @@ MISFITS = [
 
 
 @pytest.mark.parametrize("change, message", MISFITS)
-def test_route_modulate_refuses_what_does_not_fit(change, message, backend):
+def test_route_modulate_refuses_what_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
-        route_modulate(**SMALL_MODULATE | change, backend=backend)
+        route_modulate(**SMALL_MODULATE | change)
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # a name; no GPU is needed for it
@@ -781,7 +777,7 @@ def test_sit_is_the_same_network_with_every_backend(query, final, bf16):
 
 def test_the_trainer_trains_alike_with_every_backend(small_data, tmp_path, capsys):
     records = {}
-    for backend, name in (("torch", "plain PyTorch"), ("triton", "fused Triton kernels"), ("cpu", "fused C")):
+    for backend, name in (("torch", "plain PyTorch"), ("cpu", "fused C")):
         out = tmp_path / backend
         words = f"--config digits --data {small_data} --out {out} --model SiT-S/4 --depth 1 --hidden-size 8"
         words += f" --num-heads 2 --routing dar --route-backend {backend} --chunk-size 2 --batch-size 2 --max-steps 2"
@@ -791,5 +787,5 @@ def test_the_trainer_trains_alike_with_every_backend(small_data, tmp_path, capsy
         lines = read_lines(out / "metrics.jsonl")
         records[backend] = [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
     assert [step for step, *_ in records["torch"]] == [1, 2]
-    for theirs, *others in zip(*(records[backend] for backend in ("torch", "triton", "cpu")), strict=True):
-        assert all(ours == pytest.approx(theirs, rel=1e-5) for ours in others)
+    for theirs, ours in zip(records["torch"], records["cpu"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)

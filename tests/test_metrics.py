@@ -179,7 +179,7 @@ class NarrowInception(torch.nn.Module):
     """In place of the network: a few numbers of each image, computed as fast as it takes to read them."""
 
     dims = {"pool3": 7, "spatial": 5, "logits": 4}
-    file, sha256, fingerprint, is_published = ROOT / "none", "0" * 64, "0" * 12, False
+    file, sha256, fingerprint, is_published, dim = ROOT / "none", "0" * 64, "0" * 12, False, 7
 
     def __init__(self, weights=""):
         super().__init__()
@@ -282,7 +282,7 @@ def test_class_ordered_samples_are_warned_about(monkeypatch):
     monkeypatch.setattr(metrics, "IS_CHUNK", 12)
     samples, reference, labels = some_images(48), some_images(10, seed=1), np.arange(48) // 12
     assert "by their labels" in narrow(1, samples, reference, labels)[1][-1]
-    assert not any("ordered" in text for text in narrow(1, samples, reference, labels[::-1] * 0)[1])
+    assert not any("ordered" in text for text in narrow(1, samples, reference, 0 * labels)[1])
     # Without labels, by what the network takes the samples for.
     order = NarrowInception()(samples)["logits"].argmax(1).argsort()
     assert not any("ordered" in text for text in narrow(1, samples, reference)[1])
@@ -293,10 +293,7 @@ def test_class_ordered_samples_are_warned_about(monkeypatch):
     "count, heads",
     [
         (10, ["10 samples: distances grow", "the inception score is of one chunk of 10 samples instead of 12"]),
-        (20, ["20 samples: distances grow", "20 samples are no multiple of 12"]),  # one chunk: order is all the same
         (30, ["30 samples: distances grow", "30 samples are no multiple of 12", "the samples look ordered by class"]),
-        (40, ["40 samples are no multiple of 12", "the samples look ordered by class"]),
-        (48, ["the samples look ordered by class"]),
     ],
 )
 def test_warnings_of_numbers_that_do_not_compare(monkeypatch, count, heads):
@@ -458,15 +455,10 @@ def test_another_judge(judge_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"mu": None}, "lacks mu; a reference has arr_0, mu, sigma, mu_s, sigma_s"),
-        ({"arr_0": None}, "has no arr_0"),
         ({"mu": np.zeros(6)}, r"mu is float64 \(6,\).*shape \(7,\)"),
-        ({"sigma_s": np.zeros((5, 7), np.float32)}, r"sigma_s is float32 \(5, 7\).*shape \(5, 5\)"),
         ({"sigma": np.full((7, 7), np.nan)}, "sigma is.*finite"),
         ({"mu": np.array([None] * 7)}, "not an npz of plain arrays.*Object arrays cannot be loaded"),
-        ({"arr_0": np.zeros((9, 6, 6, 3), np.float32)}, r"arr_0 is float32 \(9, 6, 6, 3\); images must be uint8"),
         ({"arr_0": np.zeros((9, 3, 6, 6), np.uint8)}, r"arr_0 is uint8 \(9, 3, 6, 6\)"),
-        ({"arr_0": np.zeros((3, 6, 6, 3), np.uint8)}, "3 images of the reference"),
     ],
 )
 def test_references_that_cannot_be_used(adm, narrowed, tmp_path, change, message):
@@ -481,27 +473,17 @@ def test_samples_and_options_that_cannot_be_used(adm, narrowed, judge_folder, tm
     (tmp_path / "empty").mkdir()
     (tmp_path / "dar" / "samples").mkdir(parents=True)
     (tmp_path / "dar" / "settings.json").write_text("{}")
-    (tmp_path / "text.npz").write_text("no zip")
     (tmp_path / "damaged.npz").write_bytes(save_images(tmp_path / "whole.npz", some_images(9)).read_bytes()[:600])
-    np.save(tmp_path / "alone.npy", np.zeros(3))
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     save_images(tmp_path / "labels.npz", some_images(6), arr_1=np.zeros((6, 2)))
-    np.savez(tmp_path / "none.npz", np.zeros((0, 6, 6, 3), np.uint8))
     for name, message, *options in [
         ("missing", "there is no .*missing"),
-        ("text.npz", "text.npz' is not an npz"),
         ("damaged.npz", "damaged.npz' is not an npz"),
-        ("alone.npy", "alone.npy' is not an npz"),
         ("other.npz", "other.npz' has no arr_0"),
         ("empty", "neither png nor jpg"),
         ("dar", "dar' is a folder of eval.sample; give the npz in it"),
         ("labels.npz", r"arr_1 is \(6, 2\).*6 images"),
-        ("none.npz", "0 samples"),
-        ("whole.npz", "batch_size = 0", "--batch-size", "0"),
-        ("whole.npz", "num_workers = -1", "--num-workers", "-1"),
-        ("whole.npz", "adm.npz' has its own", "--save-reference", tmp_path / "x.npz"),
         ("whole.npz", "holds Inception's statistics", "--save-reference", tmp_path / "x.npz", "--judge", judge_folder),
-        ("whole.npz", "'no-such-network' cannot judge", "--judge", "no-such-network"),
         ("whole.npz", "must end in .npz", "--save-reference", tmp_path / "x"),
     ]:
         with pytest.raises(SystemExit, match=f"error: .*{message}") as error:

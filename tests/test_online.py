@@ -22,6 +22,8 @@ from models.autoencoder import load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import Ranks, Use, derive_seed
 from tests.conftest import Group, save_tiny_encoder
+from tests.test_metrics import NarrowInception
+from tests.test_samplers import coefficients
 
 
 class Recall:
@@ -43,19 +45,6 @@ class Recall:
 def by_label(x, y):
     """Flat images whose grey level is 20 times the label."""
     return (20 * y).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
-
-
-class FlatInception(torch.nn.Module):
-    """In place of Inception: a few numbers of each image."""
-
-    dims, dim, sha256, fingerprint, file = {"pool3": 7, "spatial": 5}, 7, "0" * 64, "flat", "none"
-
-    def __init__(self, weights=""):
-        super().__init__()
-
-    def forward(self, images):
-        x = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)  # (B, 12)
-        return {"pool3": x[:, :7].tanh() + x[:, :7] / 9}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +147,7 @@ def test_a_folder_that_cannot_be_written_to_costs_time_alone(data, evaluation, c
     assert not list(data.folder.glob("statistics-*"))
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(os.getpid, protocol=2), b"a: 1\n", [1, 2], {"sums": torch.zeros(3)}])
+@pytest.mark.parametrize("content", [pickle.dumps(os.getpid, protocol=2), {"sums": torch.zeros(3)}])
 def test_statistics_of_another_kind_are_refused_at_once(data, evaluation, content):
     distance_to(evaluation(), Recall(by_label))
     (file,) = data.folder.glob("statistics-*")
@@ -300,10 +289,7 @@ def test_loss_on_held_out_images(data, evaluation, path):
         generator = torch.Generator().manual_seed(derive_seed(0, Use.HELD_OUT, i))
         _, noise = (torch.randn(3, 8, 8, generator=generator) for _ in range(2))  # the first is for latents
         t, x = (i + 1) * (5**0.5 - 1) / 2 % 1, image / 127.5 - 1
-        angle = t * np.pi / 2
-        alpha, sigma, falls, rises = (1 - t, t, -1, 1) if path == "linear" else (
-            np.cos(angle), np.sin(angle), -np.pi / 2 * np.sin(angle), np.pi / 2 * np.cos(angle)
-        )  # fmt: skip
+        alpha, sigma, falls, rises = coefficients(t, path)
         errors.append((2 * (alpha * x + sigma * noise) + label - falls * x - rises * noise).square().mean())
     expected = torch.stack(errors).mean().item()
     assert judge(None) == judge(None, seed=6) == pytest.approx(expected, rel=1e-5)
@@ -341,8 +327,8 @@ def test_grid_is_ordered_by_label(evaluation, samples, rows, columns):
 def test_fid_of_the_first_samples_and_of_all(data, evaluation, judge_folder, monkeypatch, world, given):
     """At each count it is the distance of exactly the first so many samples, whoever makes them, beside the other."""
     monkeypatch.setattr(online, "FID_AT", (8, 21, 30, 50))
-    monkeypatch.setattr(features, "InceptionFeatures", FlatInception)
-    judged, other = FlatInception(), torch.from_numpy(np.random.default_rng(0).normal(size=(40, 7)))
+    monkeypatch.setattr(features, "InceptionFeatures", NarrowInception)
+    judged, other = NarrowInception(), torch.from_numpy(np.random.default_rng(0).normal(size=(40, 7)))
     monkeypatch.setattr(online, "npz_statistics", lambda path, network: {"pool3": moments(other)})
 
     def flat(x, y):  # a grey level of its own for each sample
@@ -383,13 +369,13 @@ def test_judges_that_cannot_be_used(evaluation, judge_folder, tmp_path, monkeypa
         evaluation(eval_encoder=(str(judge_folder), str(tmp_path / "other")))
     with pytest.raises(ValueError, match="'no-such-network' cannot judge"):
         evaluation(eval_encoder=("no-such-network",))
-    monkeypatch.setattr(features, "InceptionFeatures", FlatInception)
+    monkeypatch.setattr(features, "InceptionFeatures", NarrowInception)
     np.savez(tmp_path / "images.npz", np.zeros((4, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "kept.npz", mu=0, sigma=0, mu_s=0, sigma_s=0, inception_sha256="sharp")
     for name, message in (
         ("nowhere.npz", "nowhere.npz': there is no such file"),
         ("images.npz", "images.npz' holds no statistics.*--save-reference"),
-        ("kept.npz", "kept.npz' was made with the Inception weights sharp, not flat"),
+        ("kept.npz", "kept.npz' was made with the Inception weights sharp, not 0000"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluation(eval_encoder=("inception",), fid_reference=str(tmp_path / name))

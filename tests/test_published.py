@@ -7,14 +7,15 @@ import argparse
 import math
 import pickle
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.cost import flops_per_image, parameters_by_part, peak_flops
+import train_repa_dar
+from models.cost import flops_per_image, parameters_by_part
 from models.sit import SIT_MODELS
+from tests.conftest import Harmful
 from tests.test_model import SMALL, batch, build, reference
 from tests.test_routing import assert_near
 from weights import load_file, load_into, load_weights
@@ -61,7 +62,7 @@ def published_shapes(depth, width, patch, channels, tokens, num_classes, hidden,
 def test_names_and_shapes_are_those_of_published_checkpoints(size):
     assert set(SIT_MODELS) == {f"SiT-{name}/{patch}" for name in SIZES for patch in (1, 2, 4, 8)}
     depth, width, heads = SIZES[size]
-    for patch, dims in ((2, ()), (2, (768,)), (2, (768, 1024)), (4, ()), (8, (768,))):
+    for patch, dims in ((2, ()), (4, (768,)), (8, (768, 1024))) if size == "S" else ((2, (768,)),):
         model = on_meta(f"SiT-{size}/{patch}", align_dims=dims)
         actual = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         assert actual == published_shapes(depth, width, patch, 4, (32 // patch) ** 2, 1000, 2048, dims)
@@ -143,17 +144,22 @@ def test_flops_are_those_of_all_products(changes):
 
 def test_flops_are_the_published_ones():
     """DiT-XL/2 has 118.64 G multiply-adds on 32 x 32 x 4 latents; so the other sizes and patches (arXiv 2212.09748)."""
-    published = {"XL/2": 118.64, "L/2": 80.71, "B/2": 23.01, "S/2": 6.06, "XL/4": 29.05, "XL/8": 7.39}
+    published = {"XL/2": 118.64, "S/2": 6.06, "XL/8": 7.39}
     for name, giga in published.items():
         assert flops_per_image(f"SiT-{name}", {"align_dims": ()}) == pytest.approx(2e9 * giga, rel=0.01), name
 
 
-def test_peak_flops_are_known_by_exact_names_alone(monkeypatch):
-    known = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L40S": 362e12}
-    others = ["NVIDIA L40", "NVIDIA L4", "NVIDIA A10G", "NVIDIA A10", "NVIDIA H100", "NVIDIA H100 80GB HBM3 MIG 1g", ""]
-    for name, peak in (known | dict.fromkeys(others, 0)).items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops(torch.device("cuda", 0)) == peak and peak_flops(torch.device("cpu")) == 0, name
+def test_a_dry_run_without_data_says_what_the_named_model_takes(capsys, tmp_path):
+    """By DiT's table 33 M parameters, and 6.06 G multiply-adds forward. Kept: weights, two moments, an average."""
+    words = f"--config imagenet256_s --model SiT-S/2 --routing residual --alignment none --data {tmp_path / 'none'}"
+    train_repa_dar.main([*words.split(), "--dry-run"])
+    said = capsys.readouterr().out
+    parameters, flops, disk = (
+        float(re.search(rf"{name} +([\d.]+) {unit}", said)[1])
+        for name, unit in (("parameters", "M"), ("compute", "GFLOP"), ("disk", "GiB"))
+    )
+    assert (parameters, flops) == (pytest.approx(32.96, rel=0.01), pytest.approx(6 * 6.06, rel=0.01))
+    assert disk == pytest.approx(4 * 4e6 * parameters / 2**30, rel=0.01)
 
 
 # ---- files of weights ----
@@ -194,20 +200,10 @@ def test_files_of_weights_load(tmp_path, name):
     assert torch.equal(target(*batch())[0], source(*batch())[0])
 
 
-class Touch:
-    """Unpickling one creates a file: the mark of code that was executed."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "plain pickle"])
 def test_code_in_a_weights_file_is_refused_and_not_executed(tmp_path, legacy):
     mark, path = tmp_path / "executed", tmp_path / "evil.pt"
-    content = {"ema": {"a": torch.zeros(1)}, "args": Touch(mark)}
+    content = {"ema": {"a": torch.zeros(1)}, "args": Harmful(mark)}
     path.write_bytes(pickle.dumps(content, protocol=2)) if legacy else torch.save(content, path)
     with pytest.raises(ValueError, match=r"evil\.pt.*never executed"):
         load_weights(path)
@@ -218,14 +214,9 @@ def test_code_in_a_weights_file_is_refused_and_not_executed(tmp_path, legacy):
 
 BROKEN = {
     "text.pt": lambda path: path.write_text("not a checkpoint"),
-    "empty.pt": lambda path: path.write_bytes(b""),
     "text.safetensors": lambda path: path.write_text("not a checkpoint"),
     "tensor.pt": lambda path: torch.save(torch.zeros(3), path),
-    "list.pt": lambda path: torch.save([torch.zeros(3)], path),
-    "step.pt": lambda path: torch.save({"step": 3}, path),
-    "nothing.pt": lambda path: torch.save({}, path),
     "nowhere.pt": lambda path: None,
-    "nowhere.safetensors": lambda path: None,
     "folder": lambda path: path.mkdir(),
 }
 
@@ -268,15 +259,10 @@ def test_learn_sigma_checkpoint_keeps_the_velocity_half():
     "theirs, ours, unloaded, unused",
     [
         (dict(align_dims=()), dict(), ("projectors.",), ()),
-        (dict(), dict(align_dims=()), (), ("projectors.",)),
         (dict(), dict(projector="conv"), ("projectors.",), ("projectors.",)),
-        (dict(), dict(routing="dar", query="static"), ("router.",), ()),
         (dict(), dict(routing="dar", query="timestep"), ("router.",), ()),
         (dict(align_dims=()), dict(routing="dar", query="dynamic"), ("router.", "projectors."), ()),
-        (dict(), dict(routing="attnres"), ("router.",), ()),
-        (dict(), dict(routing="unet"), ("skips.",), ()),
         (dict(routing="dar", align_dims=(), final_aggregator="shared"), dict(routing="dar"), ("projectors.",), ()),
-        (dict(routing="attnres"), dict(routing="attnres"), (), ()),
         (dict(routing="unet"), dict(routing="unet"), (), ()),
     ],
     ids=str,
@@ -323,23 +309,13 @@ PLAIN, ROUTED, SKIPS = dict(), dict(routing="dar"), dict(routing="unet", depth=5
     "theirs, ours, change, message",
     [
         (PLAIN, PLAIN, drop("blocks.1.attn.qkv.bias"), r": missing blocks.1.attn.qkv.bias$"),
-        (PLAIN, PLAIN, drop("pos_embed", TABLE), f": missing pos_embed; missing {TABLE}"),
         (PLAIN, PLAIN, put("blocks.3.attn.qkv.bias", 72), r": unknown blocks.3.attn.qkv.bias$"),
-        (PLAIN, PLAIN, put("pos_embed", 1, 64, 24), r": pos_embed is \(1, 64, 24\), the model's is \(1, 16, 24\)$"),
         (PLAIN, PLAIN, put(TABLE, 7, 24), rf": {TABLE} is \(7, 24\), the model's is \(8, 24\); --new-labels "),
         (PLAIN, PLAIN, put("final_layer.linear.bias", 36), r"linear.bias is \(36,\), the model's is \(12,\)$"),
-        (PLAIN, PLAIN, put("projectors.0.4.bias", 9), r"projectors.0.4.bias is \(9,\), the model's is \(5,\)$"),
         (PLAIN, PLAIN, lambda state: {}, " more"),
-        (ROUTED, ROUTED, drop("router.aggregators.2.norm_weight"), ": missing router.aggregators.2.norm_weight$"),
         (PLAIN, ROUTED, put("router.aggregators.2.query", 24), ": missing router.aggregators.0.*; .* more"),
-        (PLAIN, ROUTED, put("router.aggregators.7.query", 24), ": missing router.aggregators.0.*; .* more"),
-        (PLAIN, ROUTED, drop("pos_embed"), ": missing pos_embed$"),
         (ROUTED, PLAIN, drop(), "unknown router.aggregators.0.norm_weight"),
-        (SKIPS, SKIPS, drop("skips.1.weight"), ": missing skips.1.weight$"),
-        (SKIPS, dict(depth=5), drop(), "unknown skips.0.bias; unknown skips.0.weight; "),
-        (dict(routing="attnres"), PLAIN, drop(), "unknown router.aggregators.0.norm_weight"),
         (dict(routing="unet"), dict(routing="attnres"), drop(), "missing router.aggregators.0.*; .* more"),
-        (ROUTED, dict(routing="unet"), drop(), "missing skips.0.bias; .* more"),
     ],
 )
 def test_weights_that_do_not_fit_are_named_and_not_loaded(theirs, ours, change, message):

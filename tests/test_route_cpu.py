@@ -58,12 +58,15 @@ def test_why_it_cannot_be_built(cache, monkeypatch, compiler, reason):
 
 
 def test_without_compiler_and_triton_there_is_pytorch(cache):
+    """Nor is imported what is not used: transformers and diffusers take seconds."""
     program = """
         import sys
         sys.modules["triton"] = None  # as where it is not installed
-        import torch, kernels
+        import torch, kernels, models.encoders
+        from models.autoencoder import load_autoencoder
         device, v = torch.device("cpu"), torch.ones(1, 1, 3)
         assert torch.equal(kernels.route([v, 3 * v], torch.zeros(3), torch.ones(3)), 2 * v)
+        assert load_autoencoder("pixels").channels == 3 and not {"diffusers", "transformers"} & sys.modules.keys()
         print(kernels.route_triton, kernels.resolve_backend("auto", device), kernels.why_not_fused(device))
     """
     program = "\n".join(line.strip() for line in program.splitlines())

@@ -5,8 +5,8 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ import torch
 import runtime
 from runtime import MetricsLog, Ranks, Stop, Use, derive_seed, lock_folder, replaced
 from training import Tally
-from tests.conftest import ROOT
 
 # ---- seeds ----
 
@@ -178,9 +177,10 @@ def test_the_tally_counts_skipped_steps_and_means_over_the_others():
         assert each.read() == ({}, 4, 2)
 
 
-def test_the_command_is_recorded_without_the_folder_of_the_project(tmp_path):
-    (tmp_path / "tool.py").write_text("import runtime; print(runtime.command())")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "tool", "--out", "a b"]
-    printed = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
-    assert printed == "python -m tool --out 'a b'\n"
+def test_the_command_is_recorded_without_the_folder_of_the_project(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/project/eval/tool.py", "--out", "a b"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", types.SimpleNamespace(name="eval.tool"))
+    assert runtime.command() == "python -m eval.tool --out 'a b'"
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["tool.py"])
+    assert runtime.command() == "python tool.py"

@@ -68,21 +68,8 @@ def assert_same_checkpoint(folder, reference):
                 )
 
 
-def test_two_processes_with_half_each_follow_one_with_all(command, whole, tmp_path, capfd):
+def test_a_killed_run_goes_on_in_shards_and_without(command, whole, tmp_path, capfd):
     """Losses, samples, averages and moments, over the end of the alignment. What is saved can be drawn from."""
-    words = command(tmp_path / "run", "--checkpoint-every", STEPS)  # evaluated twice without a save between
-    assert in_shards(words) == [None, None]
-    assert_same_curves(tmp_path / "run", whole)
-    assert_same_checkpoint(tmp_path / "run", whole)
-    memory = re.search(r"memory +(\S+) GiB .*; (\S+) GiB each, if sharded over 2 processes", capfd.readouterr().out)
-    assert float(memory[2]) == pytest.approx(float(memory[1]) / 2, rel=0.01)
-    sampling.main([str(tmp_path / "run" / "last.pt"), "--out", str(tmp_path / "drawn"), "--num-samples=2", "--steps=2"])
-    inputs = torch.randn(5, 3, 8, 8), torch.rand(5), torch.arange(5)
-    found, expected = (load_trained(path / "last.pt", "0.5")[0](*inputs)[0] for path in (tmp_path / "run", whole))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_a_killed_run_goes_on_in_shards_and_without(command, whole, tmp_path):
     words = command(tmp_path / "run")
     assert in_shards(words, patch=killed_at(6)) == 2 * [-signal.SIGKILL]
     assert load_file(tmp_path / "run" / "last.pt")["config"]["shard"]
@@ -97,6 +84,12 @@ def test_a_killed_run_goes_on_in_shards_and_without(command, whole, tmp_path):
     assert in_shards([*words, "--micro-batch-size=2", "--checkpoint-activations"]) == [None, None]
     assert_same_curves(tmp_path / "run", whole)
     assert_same_checkpoint(tmp_path / "run", whole)
+    memory = re.search(r"memory +(\S+) GiB .*; (\S+) GiB each, if sharded over 2 processes", capfd.readouterr().out)
+    assert float(memory[2]) == pytest.approx(float(memory[1]) / 2, rel=0.01)
+    sampling.main([str(tmp_path / "run" / "last.pt"), "--out", str(tmp_path / "drawn"), "--num-samples=2", "--steps=2"])
+    inputs = torch.randn(5, 3, 8, 8), torch.rand(5), torch.arange(5)
+    found, expected = (load_trained(path / "last.pt", "0.5")[0](*inputs)[0] for path in (tmp_path / "run", whole))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_each_holds_half_and_a_step_that_is_not_finite_in_one_is_skipped_by_both(command, tmp_path):

@@ -195,21 +195,15 @@ def test_some_images_are_spread_over_the_source(tmp_path):
 
 def test_refusals(tmp_path):
     good, small = save(tmp_path / "good.npz", noise(3, 8, 8)), save(tmp_path / "small.npz", noise(3, 8, 6))
-    tiny, none = save(tmp_path / "tiny.npz", noise(3, 3, 8)), save(tmp_path / "none.npz", noise(0, 8, 8))
+    tiny = save(tmp_path / "tiny.npz", noise(3, 3, 8))
     grey = save(tmp_path / "grey.npz", np.full((3, 9, 9, 3), 77, np.uint8))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.txt").write_text("no npz")
     for arguments, message in (
         (([],), "no sources were given"),
         (([good, small],), "'.*small.npz' is 8 x 6 pixels, '.*good.npz' 8 x 8; sample or prepare both at one size"),
         (([good], [small]), "'.*good.npz' is 8 x 8 pixels, '.*small.npz' 8 x 6"),
         (([tiny],), "tiny.npz': 3 x 8 pixels; at least 4 x 4"),
-        (([good, none],), "none.npz': 0 of 0 images; at least 2"),
         (([good], (), 1), "good.npz': 1 of 3 images; at least 2"),
         (([grey],), "grey.npz' has a band without power.*other pictures"),
-        (([tmp_path / "empty"],), "empty' has neither png nor jpg"),
-        (([tmp_path / "missing"],), "there is no '.*missing'; give an npz"),
-        (([tmp_path / "text.txt"],), "text.txt' is not an npz"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(*arguments)

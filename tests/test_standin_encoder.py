@@ -9,7 +9,7 @@ import torch
 import models  # noqa: F401  (before timm: see its docstring)
 import timm
 
-from dataset import prepare, standin_encoder
+from dataset import standin_encoder
 from dataset.prepared import PreparedImages
 from eval.features import PooledFeatures
 from models.encoders import FrozenEncoder
@@ -46,7 +46,7 @@ def test_classifies_and_loads(trained, digits):
 
 def test_convnet_judges(digits, tmp_path):
     """What is loaded from the folder classifies all digits by its pooled features: the weights are the trained ones."""
-    folder = train(digits, tmp_path / "judge", "--kind", "convnet", "--epochs", "6", "--lr", "4e-3")
+    folder = train(digits, tmp_path / "judge", "--kind", "convnet", "--epochs", "3", "--lr", "4e-3")
     record, data = json.loads((folder / "training.json").read_text()), PreparedImages(digits)
     assert record["held_out_accuracy"] > 0.9 and record["options"]["kind"] == "convnet"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
@@ -79,11 +79,8 @@ def test_same_options_make_the_same_encoder(trained, digits, tmp_path, capsys):
     "arguments, message",
     [
         (["--epochs", "0"], "epochs = 0"),
-        (["--width", "-32"], "width = -32"),
-        (["--lr", "0"], "lr = 0"),
         (["--width", "100"], "width = 100"),
         (["--patch-size", "3"], "patch_size = 3 .* 8 pixels"),
-        (["--kind", "convnet", "--width", "18"], "width = 18: take a multiple of 4"),
         (["--kind", "convnet", "--patch-size", "4"], "patch_size = 4: images of 8 pixels are too small"),
     ],
 )
@@ -91,12 +88,6 @@ def test_wrong_options_are_refused(digits, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         train(digits, tmp_path / "encoder", *arguments)
     assert not (tmp_path / "encoder").exists()
-
-
-def test_convnet_refuses_images_that_it_cannot_halve_three_times(tmp_path):
-    prepare.main(["digits", "--resolution", "4", "--limit", "20", "--out", str(tmp_path / "data")])
-    with pytest.raises(SystemExit, match="patch_size = 1: images of 4 pixels are too small"):
-        train(tmp_path / "data", tmp_path / "judge", "--kind", "convnet", "--patch-size", "1")
 
 
 def test_folders_of_others_and_those_in_use_are_left_alone(digits, tmp_path):
@@ -109,15 +100,13 @@ def test_folders_of_others_and_those_in_use_are_left_alone(digits, tmp_path):
     assert (tmp_path / "config.json").read_text() == "precious"
 
 
-@pytest.mark.parametrize("file", ["training.json", "model.safetensors", "config.json"])
-def test_full_disk_is_named_and_the_next_try_works(digits, tmp_path, file):
+def test_full_disk_is_named_and_the_next_try_works(digits, tmp_path):
     out, whole = tmp_path / "out", train(digits, tmp_path / "whole", *TINY)
     out.mkdir()
-    if file != "training.json":  # its own folder, where it got that far
-        record = json.loads((whole / "training.json").read_text())
-        (out / "training.json").write_text(json.dumps({"options": record["options"]}))
-    (out / f"{file}.unfinished").symlink_to("/dev/full")
-    with pytest.raises(SystemExit, match=f"no space left for {out / file}"):
+    record = json.loads((whole / "training.json").read_text())
+    (out / "training.json").write_text(json.dumps({"options": record["options"]}))  # so that the folder is its own
+    (out / "model.safetensors.unfinished").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match=f"no space left for {out / 'model.safetensors'}"):
         train(digits, out, *TINY)
     train(digits, out, *TINY)
     assert content(out) == content(whole)

@@ -183,36 +183,27 @@ def test_autocast_keeps_the_stream_of_long_skips_in_float32():
     assert_near(states[1], states[0], "the stream after two skips", 0.03)
 
 
-@needs_triton
 def test_fused_kernels_serve_attnres():
     """Running sums pass through the fused backward, which adds up a source's gradients on its way."""
-    changes = dict(routing="attnres", depth=2, align_depth=2, chunk_size=3, input_size=4)
-    inputs, results = batch(1, size=4), {}  # slow here
-    for backend in ("triton", "torch"):
-        model = build(route_backend=backend, **changes)
-        results[backend] = gradients(model, model, inputs)
+    results = {}
+    for backend in ("cpu", "torch"):
+        model = build(route_backend=backend, routing="attnres", chunk_size=3)
+        results[backend] = gradients(model, model, batch())
     for name, value in results["torch"].items():
         if not name.startswith("router.aggregators.0."):
             assert value.any(), name
-            assert_near(results["triton"][name], value, name, 2e-4)
-    assert not results["triton"]["router.aggregators.0.query"].any()
-    assert not torch.equal(*(result["output 0"] for result in results.values()))  # two backends: rounding differs
+            assert_near(results["cpu"][name], value, name, 2e-4)
+    assert not results["cpu"]["router.aggregators.0.query"].any()
 
 
 # ---- recomputing, compilation, processes ----
 
-FUSED = dict(
-    routing="dar", depth=1, align_depth=1, chunk_size=2, input_size=2, route_backend="triton"
-)  # slow: one token
-
 
 @pytest.mark.parametrize(
-    "changes, half",
-    [*((arm, half) for arm in ARMS[::2] for half in (False, True)), pytest.param(FUSED, True, marks=needs_triton)],
-    ids=str,
+    "changes, half", [*((arm, False) for arm in ARMS[::2]), *((arm, True) for arm in ARMS[4::10])], ids=str
 )
 def test_checkpointing_recomputes_every_sublayer_and_changes_no_bit(changes, half):
-    inputs, results, calls = (*batch(), DRAW) if changes is not FUSED else batch(1, size=2), {}, {}
+    inputs, results, calls = (*batch(), DRAW), {}, {}
     for recompute in (False, True):
         model = build(checkpoint_activations=recompute, **changes).train()
         calls[recompute] = []
@@ -233,9 +224,7 @@ def test_checkpointing_recomputes_every_sublayer_and_changes_no_bit(changes, hal
         assert torch.equal(results[True][name], value), name
 
 
-@pytest.mark.parametrize(
-    "routing, depth, recompute", [("dar", 1, False), ("dar", 1, True), ("attnres", 1, False), ("unet", 2, True)]
-)
+@pytest.mark.parametrize("routing, depth, recompute", [("dar", 1, True), ("attnres", 1, False), ("unet", 2, True)])
 def test_compiles_without_graph_breaks(routing, depth, recompute):
     """What `compile` relies on: forward and backward are one graph, with the values of the eager ones."""
     changes = dict(depth=depth, chunk_size=2, align_depth=1, checkpoint_activations=recompute)

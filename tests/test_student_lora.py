@@ -1,6 +1,5 @@
 """Distillation with a student that is a LoRA: what learns, what is kept in memory and on disk, and how it is loaded."""
 
-import functools
 import re
 import shutil
 import signal
@@ -12,23 +11,22 @@ import config as configuration
 import distill
 from eval import export
 from runtime import Ranks
+from tests import test_distill
 from tests.conftest import ending, forked, killed
-from tests.test_trainer import assert_same_curves, assert_same_run
+from tests.test_trainer import assert_same_run
 from weights import load_file, load_trained, load_weights
 
 DAR = "--routing dar --chunk-size 3 --query dynamic"
 LORA = "--student-rank 3 --critic-rank 2"
-STEPS = 12
+
+
+distillation = test_distill.command
 
 
 @pytest.fixture(scope="module")
-def command(teacher):
+def command(distillation):
     def build(out, words=f"{DAR} --retrofit-steps 8 {LORA}", of=""):
-        line = (
-            f"--teacher={of or teacher()} --out={out} --lr 1e-3 --critic-lr 1e-3 --ema-decays 0.5 --tensorboard=False"
-        )
-        steps = f"--max-steps {STEPS} --log-every 1 --checkpoint-every 5 --batch-size 4 --critic-steps 2 --eval-every 0"
-        return f"{line} {steps} {words}".split()
+        return distillation(out, *words.split(), "--eval-every", 0, of=of)
 
     return build
 
@@ -121,12 +119,6 @@ def test_killed_in_the_middle_and_restarted_is_the_same_run(command, whole, tmp_
     assert_same_run(tmp_path / "killed", whole)
     averages = load_file(whole / "last.pt")["ema"]
     assert all(value.any() for name, value in averages.items() if ".lora_B." in name)  # which starts at zero
-
-
-def test_two_processes_in_parts_are_the_same_run(command, whole, tmp_path):
-    words = [*command(tmp_path / "two"), "--micro-batch-size", "1", "--checkpoint-activations"]
-    assert forked(*2 * [functools.partial(distill.main, words)], ranks=True) == [None, None]
-    assert_same_curves(tmp_path / "two", whole)
 
 
 def test_the_saved_student_is_the_one_in_memory(command, whole, tmp_path):

@@ -261,8 +261,9 @@ SOURCES = {  # how it is written; extra words; labels that are expected, None fo
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("limit", [None, 8])
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    "kind, limit", [*((kind, None) for kind in SOURCES), *((kind, 8) for kind in [*SOURCES][:: len(SOURCES) - 1])]
+)
 def test_each_image_is_served_with_its_caption(kind, limit, tmp_path, capsys):
     write, words, labels = SOURCES[kind]
     captions = [None if i == 5 else caption for i, caption in enumerate(SAID)]
@@ -392,7 +393,6 @@ def test_sources_without_captions(tmp_path, folder):
         ([], f"source '{bare.parent}' has no captions for the --text-encoder; they may be in a column"),
         (["--text-encoder", ""], None),
         (["--text-encoder", "", "--text-tokens", 5], "text_tokens and caption_column are for captions; give a"),
-        (["--text-encoder", "", "--caption-column", "x"], "text_tokens and caption_column are for captions"),
     ):
         if message is None:
             run(bare.parent, tmp_path / "fine", *ASKED, *words)
@@ -405,11 +405,8 @@ def test_sources_without_captions(tmp_path, folder):
     (folder / "metadata.jsonl").unlink()
     (folder / "02.txt").write_bytes(b"caf\xe9")
     assert "02.txt is no text in UTF-8" in refusal(folder, out, *ASKED)
-    for columns, message in (
-        (dict(prompt=SAID), "caption column must be named with --caption-column: 'none was found for certain'"),
-        (dict(name="number"), "caption column must be named"),
-    ):
-        assert message in refusal(write_table(tmp_path, SAID, **columns), out, *ASKED)
+    message = refusal(write_table(tmp_path, SAID, prompt=SAID), out, *ASKED)
+    assert "caption column must be named with --caption-column: 'none was found for certain'" in message
     table = write_table(tmp_path, list(range(11)))
     assert "has no captions for the --text-encoder" in refusal(table, out, *ASKED)
     assert not out.exists()

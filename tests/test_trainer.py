@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import loss
@@ -149,11 +151,10 @@ def sending(number, after):
     assert stop.value.code == 128 + number
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_leaves_and_resumes(command, tmp_path, whole, number):
+def test_signal_saves_leaves_and_resumes(command, tmp_path, whole):
     """The step is finished and saved although no checkpoint was due, and the exit status names the signal."""
     stopped = tmp_path / "stopped"
-    with sending(number, after=13):
+    with sending(signal.SIGTERM, after=13):
         run(command(stopped))
     assert load_file(stopped / "last.pt")["step"] == 13
     run(command(stopped))
@@ -178,11 +179,16 @@ def test_signal_during_an_evaluation_saves_and_makes_up_for_it(command, tmp_path
 def test_signal_to_the_whole_process_group_saves_too(command, tmp_path):
     """As a job scheduler sends it: readers get SIGTERM too, and must not die before the trainer has saved."""
     endless = ("--max-steps", 100_000, "--checkpoint-every", 100_000, "--num-workers", 2, *QUIET)
-    words = [sys.executable, "train_repa_dar.py", *command(tmp_path / "run", *endless)]
-    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stdout=-3, stderr=-3)
-    wait_for(lambda: records(tmp_path / "run"))
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    words = command(tmp_path / "run", *endless)
+    process = multiprocessing.get_context("fork").Process(target=lambda: (os.setsid(), run(words)))
+    process.start()
+    try:
+        wait_for(lambda: records(tmp_path / "run"))
+        os.killpg(process.pid, signal.SIGTERM)
+        process.join(60)
+    finally:
+        process.kill()
+    assert process.exitcode == 128 + signal.SIGTERM
     assert load_file(tmp_path / "run" / "last.pt")["step"] >= 5
 
 
@@ -410,12 +416,37 @@ def test_ema_is_the_geometric_average(command, tmp_path, monkeypatch):
             torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+ADAMW = ("--betas", 0.8, 0.9, "--weight-decay", 0.1, "--grad-clip", 0.01, "--log-every", 1)
+
+
+def assert_adamw(updates, lr, norms):
+    """By these options, written out, all but the last, whose outcome is not in `updates`. norms: what the log says."""
+    expected = [torch.stack([gradient.norm() for _, gradient in update]).norm().item() for update in updates]
+    assert norms == pytest.approx(expected, rel=1e-4) and min(norms) > 0.01
+    for i, (weight, _) in enumerate(updates[0]):
+        m = v = 0
+        for step, (update, norm) in enumerate(zip(updates[:-1], norms), 1):
+            g = update[i][1] * 0.01 / norm
+            m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+            weight = weight * (1 - 0.1 * lr) - lr * m / (1 - 0.8**step) / ((v / (1 - 0.9**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(updates[-1][i][0], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_updates_are_adamw_of_clipped_gradients(command, tmp_path, updates):
+    """Of the whole batch's, also where it is taken in parts."""
+    for parts in (1, 4):
+        words = ("--max-steps", 4, "--lr", 1e-2, "--micro-batch-size", 8 // parts, *ADAMW, *QUIET)
+        run(command(tmp_path / str(parts), *words))
+        assert_adamw(updates[-4:], 1e-2, [line["grad_norm"] for line in records(tmp_path / str(parts))])
+    assert len(updates) == 8
+    for (_, whole), (_, summed) in zip(updates[0], updates[4]):
+        torch.testing.assert_close(whole, summed, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "extra",
     [
         ("--precision", "bf16"),
-        ("--encoder-features", "online"),
-        ("--query", "dynamic"),
         ("--routing", "residual", "--alignment", "none", "--path", "cosine"),
         ("--projector", "conv", "--spatial-norm", 0.6, "--precision", "bf16"),
     ],
@@ -427,6 +458,25 @@ def test_variants_learn(command, tmp_path, extra):
     assert min(losses) < 0.8 * losses[0]
 
 
+def test_a_compiled_run_follows_one_that_is_not(command, tmp_path, monkeypatch):
+    compiled, of_torch = [], torch.nn.Module.compile
+
+    def quickly(module):
+        compiled.append(module)
+        of_torch(module, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    logs = []
+    for words in ((), ("--compile",)):
+        out = tmp_path / f"run{len(words)}"
+        plain = ("--routing", "residual", "--alignment", "none", "--depth", 1)  # others are in tests/test_streams.py
+        run(command(out, *plain, "--max-steps", 2, "--log-every", 1, *QUIET, *words))
+        logs.append(records(out))
+    assert len(compiled) == 1 and len(logs[0]) == 2
+    for line, other in zip(*logs):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
 def test_stored_and_computed_tokens_train_alike(command, tmp_path):
     """Features read from the data folder differ from online ones by float16 rounding only."""
     for features in ("prepared", "online"):
@@ -436,14 +486,13 @@ def test_stored_and_computed_tokens_train_alike(command, tmp_path):
 
 
 @pytest.mark.parametrize("features", ["prepared", "online"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_tokens_are_normalised_wherever_they_come_from(command, tmp_path, monkeypatch, features, precision):
+def test_tokens_are_normalised_wherever_they_come_from(command, tmp_path, monkeypatch, features):
     """In float32, whatever they are stored or computed in: less their whole mean, they have mean 0 and spread 1."""
     seen, original = [], loss.alignment_loss
     monkeypatch.setattr(
         loss, "alignment_loss", lambda aligned, tokens: seen.extend(tokens) or original(aligned, tokens)
     )
-    settings = ("--encoder-features", features, "--precision", precision, "--max-steps", 1, *QUIET)
+    settings = ("--encoder-features", features, "--precision", "bf16", "--max-steps", 1, *QUIET)
     for norm in (1, None):
         run(command(tmp_path / str(norm), *settings, "--spatial-norm", norm))
     normalised, plain = (tokens.double() for tokens in seen)
@@ -646,6 +695,7 @@ def test_diagnosis_on_a_schedule(command, tmp_path, monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(diagnose, "diagnose", once)
+    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)  # which takes seconds
     watched = command(tmp_path / "run", *settings, "--diagnose-every", 6, "--diagnose-images", 20)
     with pytest.raises(KeyboardInterrupt):
         train_repa_dar.main(watched)
