@@ -4,7 +4,7 @@
 # make test         all tests
 # make study        the study as it is meant: CIFAR-10 on the GPUs of this machine, all of them side by side
 # make study-pilots short runs before it, from which to choose its LR= and DEPTH=
-# make study-cpu    the small one that RESULTS.md reports: digits, and CIFAR-10 at a small width
+# make study-cpu    the present form of docs/older-studies.md: digits, and CIFAR-10 at a small width
 #
 # Without a network, they take CIFAR10=path/to/train.parquet, and the first two ENCODER=FOLDER in place of DINOv2 and
 # JUDGE=FOLDER in place of Inception. STEPS says how long each run of the first is.
