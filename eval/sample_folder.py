@@ -27,7 +27,10 @@ CONVERSION = "round to nearest, (x + 1) * 127.5"
 
 @dataclass(frozen=True)
 class Settings:
-    """All that moves FID. `load` makes them; weights, guide and autoencoder are fingerprints, no classes all."""
+    """All that moves FID. `load` of eval.sample makes them.
+
+    weights, guide and autoencoder are fingerprints; no classes are all, no prompts are those of a model of labels.
+    """
 
     weights: str
     autoencoder: str
